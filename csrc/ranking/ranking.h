@@ -1,0 +1,84 @@
+// The mathematics of the ranking sweep, for host and device: breakpoints, fixed-point sums, windows.
+// Derivation and tensor layouts: rsloss_kernels/losses/ranking/README.md.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "common/host_device.h"
+
+namespace rsloss {
+
+// Rows of the tensors that pass between the operators.
+enum RecordRow { kLogit = 0, kQuality = 1, kSegment = 2, kIndex = 3, kRecordRows = 4 };
+enum GradientRow { kGradientIndex = 0, kFirst = 1, kSecond = 2, kGradientRows = 3 };
+enum LineRow { kBreakpoint = 0, kValue = 1, kSlope = 2, kLineRows = 3 };
+enum CountEntry { kFound = 0, kNegatives = 1, kCounts = 2 };
+
+// A false-positive sum, or a sum over worse positives, at or below this shares out no error (eps of the authors' code).
+constexpr double kEps = 1e-10;
+
+// Smallest value of T (float or double) that is >= centre + shift in exact arithmetic. The two-sum recovers what the addition
+// rounds away, so the answer is right even where shift is far below the spacing of T.
+template <class T>
+RSL_HOST_DEVICE T round_up_sum(double centre, double shift) {
+  const double total = centre + shift;
+  const double part = total - centre;
+  const double error = (centre - (total - part)) + (shift - part);
+  const T rounded = static_cast<T>(total);
+  const bool too_small = static_cast<double>(rounded) < total || (static_cast<double>(rounded) == total && error > 0);
+  return too_small ? std::nextafter(rounded, static_cast<T>(INFINITY)) : rounded;
+}
+
+// Offsets inside a bin are summed in units of a power of two, `bits` bits each: 2^(ceil(log2(2 delta)) - bits).
+template <class T>
+struct FixedPoint;
+template <>
+struct FixedPoint<float> {
+  static constexpr int kBits = 31;
+};
+template <>
+struct FixedPoint<double> {
+  static constexpr int kBits = 44;
+};
+
+template <class T>
+inline double fixed_point_unit(double delta) {
+  if (delta == 0) return 0;
+  int exponent;
+  const double mantissa = std::frexp(2 * delta, &exponent);
+  return std::ldexp(1.0, exponent - (mantissa == 0.5 ? 1 : 0) - FixedPoint<T>::kBits);
+}
+
+// floor((value - left) / unit), clamped to `bits` bits: garbage in bins outside every window, which is never read.
+// scale = 1 / unit (0 for delta = 0). The comparisons send NaN to 0.
+template <class T>
+RSL_HOST_DEVICE int64_t fixed_point_offset(T value, T left, double scale) {
+  constexpr double most = static_cast<double>((int64_t{1} << FixedPoint<T>::kBits) - 1);
+  const double offset = (static_cast<double>(value) - static_cast<double>(left)) * scale;
+  return static_cast<int64_t>(offset > 0 ? (offset < most ? offset : most) : 0.0);
+}
+
+// H(x) = clamp(x / (2 delta) + 1/2, 0, 1); delta = 0: 1 where x >= 0.
+RSL_HOST_DEVICE double step(double x, double delta) {
+  if (delta == 0) return x >= 0 ? 1 : 0;
+  const double h = x / (2 * delta) + 0.5;
+  return h < 0 ? 0 : (h > 1 ? 1 : h);
+}
+
+// FP_i from the bins: `above` negatives at or right of hi_i; `inside` negatives in the window, whose sum of (s - origin) is `moment`;
+// `centre` is s_i - origin, `origin` the first breakpoint of the cluster.
+RSL_HOST_DEVICE double false_positives(double above, double inside, double moment, double centre, double delta) {
+  if (delta == 0) return above;
+  const double partial = 0.5 * inside + (moment - inside * centre) / (2 * delta);
+  return above + (partial > 0 ? partial : 0);
+}
+
+// Gradient of a negative at a breakpoint: `closed` = sum of c_i with hi_i at or left of it, `opened` = sum of c_i whose window holds it,
+// `moment` = sum of c_i (s_i - origin) over the same, `distance` = breakpoint - origin.
+RSL_HOST_DEVICE double line_value(double closed, double opened, double moment, double distance, double delta) {
+  if (delta == 0) return closed;
+  return closed + 0.5 * opened + (opened * distance - moment) / (2 * delta);
+}
+
+}  // namespace rsloss

@@ -1,0 +1,55 @@
+"""Checks of arguments that many losses share. Every message names the function, the argument, what was wanted and what was got."""
+import math
+import os
+
+import torch
+from torch import Tensor
+
+LOGIT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def debug_checks() -> bool:
+    """Whether checks that read values of the tensors (and so wait for the device) are on."""
+    return not torch.compiler.is_compiling() and os.environ.get("RSLOSS_DEBUG_CHECKS") == "1"
+
+
+def check_tensor(function: str, name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{function}: {name} must be a Tensor, got {type(value).__name__}")
+
+
+def check_logits(function: str, logits: Tensor) -> None:
+    check_tensor(function, "logits", logits)
+    if logits.dtype not in LOGIT_TYPES:
+        raise TypeError(f"{function}: logits must be float16, bfloat16, float32 or float64, got {logits.dtype}")
+
+
+def check_device(function: str, name: str, value: Tensor, logits: Tensor) -> None:
+    if value.device != logits.device:
+        raise ValueError(f"{function}: {name} must be on the device of logits, {logits.device}, got {value.device}")
+
+
+def check_shape(function: str, name: str, value: Tensor, wanted: tuple[int, ...], meaning: str) -> None:
+    if value.shape != wanted:
+        raise ValueError(
+            f"{function}: {name} must have {meaning}, {list(wanted)}, got {list(value.shape)}"
+        )
+
+
+def check_delta(function: str, delta: float) -> float:
+    if isinstance(delta, Tensor) or not isinstance(delta, (int, float)):
+        raise TypeError(f"{function}: delta must be a float, got {type(delta).__name__}")
+    if not (delta == 0 or 1e-30 <= delta <= 1e30) or math.isnan(delta):
+        raise ValueError(f"{function}: delta must be 0 or within [1e-30, 1e30], got {delta}")
+    return float(delta)
+
+
+def check_choice(function: str, name: str, value: object, choices: tuple) -> None:
+    if value not in choices:
+        raise ValueError(f"{function}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def is_index_form(targets: Tensor, logits: Tensor) -> bool:
+    """Class indices iff the dtype is integral and the shape is that of logits without its last dimension."""
+    is_integral = not targets.dtype.is_floating_point and not targets.dtype.is_complex and targets.dtype != torch.bool
+    return is_integral and logits.dim() > 0 and targets.shape == logits.shape[:-1]

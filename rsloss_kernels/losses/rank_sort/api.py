@@ -1,0 +1,127 @@
+"""Rank & Sort loss: the public function and module."""
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from rsloss_kernels import _library
+from rsloss_kernels.losses.ranking import api as ranking
+
+
+class RankSortLosses(NamedTuple):
+    """The two 0-d losses of Rank & Sort; their sum is what a trainer minimises."""
+
+    ranking: Tensor
+    sorting: Tensor
+
+
+def rank_sort_loss(
+    logits: Tensor,
+    targets: Tensor,
+    quality: Tensor | None = None,
+    *,
+    delta: float = 0.5,
+    background: str = "last",
+    segments: Tensor | int | str | None = None,
+    num_segments: int | None = None,
+    max_positives: int | None = None,
+    process_group: object | None = None,
+    average_gradients: bool = True,
+    upstream_parity: bool = False,
+) -> RankSortLosses:
+    """Rank & Sort loss over all elements: positives above negatives, and positives in the order of their quality.
+
+    Oksuz et al., "Rank & Sort Loss for Object Detection and Instance Segmentation", ICCV 2021, Eq. 3-8. The gradient is the paper's
+    identity update, not the derivative of the value. Exact for every delta.
+
+    Args:
+        logits: any shape, class logits; float16, bfloat16, float32 or float64. For class indices the last dimension is the C classes.
+        targets: either dense, with the shape of `logits`: above 0 a positive with that quality (IoU), 0 a negative, below 0 ignored;
+            or class indices, an integral dtype with the shape of `logits` less its last dimension: 0..C-1 foreground and C
+            background (see `background`), below 0 the whole row is ignored, above C the same as background.
+        quality: for class indices only, floating with the shape of `targets`: IoU of every foreground row in [0, 1], default 1. A
+            foreground row is a positive whatever its quality.
+        delta: half-width of the smoothed step in logit units, 0 (a hard step, ties count) or within [1e-30, 1e30].
+        background: "last" (classes 0..C-1, background C) or "first" (background 0, classes 1..C).
+        segments, num_segments: must be None in this version.
+        max_positives: capacity of the tables on a GPU, default: the rows for class indices, min(N, 16384) for dense targets. With more
+            positives than that, both losses and the whole gradient are NaN. A CPU needs none.
+        process_group: must be None in this version (every process ranks its own batch).
+        average_gradients: with a process group, multiply gradients by the group's size for reducers that average.
+        upstream_parity: as the authors' code, multiply the whole gradient by the upstream gradient of `ranking`.
+
+    Returns:
+        `(ranking, sorting)`, 0-d, float64 for float64 logits, else float32. Each has its own gradient. Without positives both are
+        exact zeros, connected to the graph.
+
+    NaN and infinity: a negative at -inf or +inf takes the limit of the step. A NaN in an element that is not ignored, or an infinite
+    positive, makes both losses and the gradient of that element NaN; other gradients are as if it were ignored. Ignored elements may
+    hold anything. `targets` and `quality` are detached. Do not edit `logits` in place before backward.
+
+    Raises:
+        TypeError, ValueError: wrong types, shapes, devices or ranges; with RSLOSS_DEBUG_CHECKS=1 also labels above C, quality outside
+        [0, 1], and dense targets that are positive for more than half of the elements.
+        RuntimeError: a forced backend that cannot run; with RSLOSS_DEBUG_CHECKS=1 more positives than `max_positives`.
+    """
+    state = ranking.rank_positives(
+        "rank_sort_loss",
+        "rank_sort_finalize",
+        logits,
+        targets,
+        quality,
+        delta=delta,
+        background=background,
+        segments=segments,
+        num_segments=num_segments,
+        max_positives=max_positives,
+        process_group=process_group,
+    )
+    ranking_loss, sorting_loss, _, _ = _library.operator("rank_sort_finalize", state.backend)(
+        state.logits, state.negatives, state.ranked, state.counts, state.bins, None, 1, state.delta, 1.0, upstream_parity
+    )
+    return RankSortLosses(ranking_loss, sorting_loss)
+
+
+class RankSortLoss(nn.Module):
+    """`rank_sort_loss` as a module without state; `forward(logits, targets, quality=None)` returns `(ranking, sorting)`.
+
+    Args:
+        loss_weight: factor of both losses.
+        The others are the keywords of `rank_sort_loss`.
+    """
+
+    def __init__(
+        self,
+        delta: float = 0.5,
+        *,
+        background: str = "last",
+        max_positives: int | None = None,
+        process_group: object | None = None,
+        average_gradients: bool = True,
+        upstream_parity: bool = False,
+        loss_weight: float = 1.0,
+    ):
+        super().__init__()
+        self.delta = delta
+        self.background = background
+        self.max_positives = max_positives
+        self.process_group = process_group
+        self.average_gradients = average_gradients
+        self.upstream_parity = upstream_parity
+        self.loss_weight = loss_weight
+
+    def forward(self, logits: Tensor, targets: Tensor, quality: Tensor | None = None) -> RankSortLosses:
+        losses = rank_sort_loss(
+            logits,
+            targets,
+            quality,
+            delta=self.delta,
+            background=self.background,
+            max_positives=self.max_positives,
+            process_group=self.process_group,
+            average_gradients=self.average_gradients,
+            upstream_parity=self.upstream_parity,
+        )
+        return RankSortLosses(losses.ranking * self.loss_weight, losses.sorting * self.loss_weight)
+
+    def extra_repr(self) -> str:
+        return f"delta={self.delta}, background={self.background!r}, loss_weight={self.loss_weight}"
