@@ -30,32 +30,27 @@ RSL_HOST_DEVICE T round_up_sum(double centre, double shift) {
   return too_small ? std::nextafter(rounded, static_cast<T>(INFINITY)) : rounded;
 }
 
-// Offsets inside a bin are summed in units of a power of two, `bits` bits each: 2^(ceil(log2(2 delta)) - bits).
-template <class T>
-struct FixedPoint;
-template <>
-struct FixedPoint<float> {
-  static constexpr int kBits = 31;
-};
-template <>
-struct FixedPoint<double> {
-  static constexpr int kBits = 44;
-};
+// Offsets inside a bin are summed in units of a power of two, 2^(ceil(log2(2 delta)) - bits). `bits` per offset: as many as cannot
+// overflow int64 when all `count` elements share a bin, at most 44. GPUs sum float32 offsets in 31 bits.
+constexpr int kNarrowBits = 31;
 
-template <class T>
-inline double fixed_point_unit(double delta) {
+RSL_HOST_DEVICE int fixed_point_bits(int64_t count) {
+  int log_count = 0;
+  while (log_count < 31 && (int64_t{1} << log_count) < count) ++log_count;
+  return 62 - log_count < 44 ? 62 - log_count : 44;
+}
+
+inline double fixed_point_unit(double delta, int bits) {
   if (delta == 0) return 0;
   int exponent;
   const double mantissa = std::frexp(2 * delta, &exponent);
-  return std::ldexp(1.0, exponent - (mantissa == 0.5 ? 1 : 0) - FixedPoint<T>::kBits);
+  return std::ldexp(1.0, exponent - (mantissa == 0.5 ? 1 : 0) - bits);
 }
 
-// floor((value - left) / unit), clamped to `bits` bits: garbage in bins outside every window, which is never read.
+// floor(distance / unit), clamped to `most` = 2^bits - 1: garbage in bins outside every window, which is never read.
 // scale = 1 / unit (0 for delta = 0). The comparisons send NaN to 0.
-template <class T>
-RSL_HOST_DEVICE int64_t fixed_point_offset(T value, T left, double scale) {
-  constexpr double most = static_cast<double>((int64_t{1} << FixedPoint<T>::kBits) - 1);
-  const double offset = (static_cast<double>(value) - static_cast<double>(left)) * scale;
+RSL_HOST_DEVICE int64_t fixed_point_offset(double distance, double scale, double most) {
+  const double offset = distance * scale;
   return static_cast<int64_t>(offset > 0 ? (offset < most ? offset : most) : 0.0);
 }
 

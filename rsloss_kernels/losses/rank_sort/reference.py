@@ -26,7 +26,7 @@ def rank_sort_finalize(
     num_positives = max(centre.numel(), 1)
     windows = Windows(centre, delta, dtype)
 
-    false_positives = ranking.false_positives(bins, centre, delta, dtype)
+    false_positives = ranking.false_positives(bins, centre, delta, dtype, ranking.count_elements(logits))
     worse, worse_deficit, better, better_excess = compare_qualities(windows, quality)
     rank_among_positives = worse + better
     # Eq. 3: ranking error l_R(i) = N_FP(i) / rank(i), target 0.

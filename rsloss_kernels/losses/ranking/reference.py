@@ -81,6 +81,10 @@ def _chunks(logits: list[Tensor], negatives: Tensor) -> Iterator[tuple[Tensor, T
         first_byte += (flat.numel() + 63) // 64 * 8
 
 
+def count_elements(logits: list[Tensor]) -> int:
+    return sum(level.numel() for level in logits)
+
+
 def arithmetic_type(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -99,9 +103,9 @@ def _round_up(centre: Tensor, shift: float, dtype: torch.dtype) -> Tensor:
     return torch.where(too_small, torch.nextafter(rounded, torch.full_like(rounded, torch.inf)), rounded).double()
 
 
-def fixed_point_unit(delta: float, dtype: torch.dtype) -> tuple[float, int]:
-    """The unit of the fixed-point sums, a power of two (0 for delta = 0), and the number of bits of one offset."""
-    bits = 44 if dtype == torch.float64 else 31
+def fixed_point_unit(delta: float, count: int) -> tuple[float, int]:
+    """The unit of the fixed-point sums of at most `count` offsets, a power of two (0 for delta = 0), and the bits of one offset."""
+    bits = min(44, 62 - max(count - 1, 0).bit_length())
     if delta == 0:
         return 0.0, bits
     mantissa, exponent = math.frexp(2 * delta)
@@ -126,7 +130,7 @@ def ranking_bin(logits, negatives, positives, counts, segments, num_segments, de
     arithmetic = arithmetic_type(logits[0].dtype)
     centre = ranked[0][ranked[0].isfinite()]
     edges, _, _ = merge_breakpoints(*breakpoints(centre, delta, arithmetic))
-    unit, bits = fixed_point_unit(delta, arithmetic)
+    unit, bits = fixed_point_unit(delta, count_elements(logits))
     bins = torch.zeros((2, 2 * ranked.shape[1] + 1), dtype=torch.int64, device=ranked.device)
     for value, is_negative, _, _ in _chunks(logits, negatives):
         value = value[is_negative]
@@ -150,15 +154,15 @@ def clusters(lo_slot: Tensor, hi_slot: Tensor, edges: Tensor) -> Tensor:
     return edges[starts][starts.cumsum(0) - 1]
 
 
-def false_positives(bins: Tensor, centre: Tensor, delta: float, dtype: torch.dtype) -> Tensor:
-    """FP_i of every valid positive, from the bins."""
+def false_positives(bins: Tensor, centre: Tensor, delta: float, dtype: torch.dtype, num_elements: int) -> Tensor:
+    """FP_i of every valid positive, from the bins of `num_elements` logits."""
     edges, lo_slot, hi_slot = merge_breakpoints(*breakpoints(centre, delta, dtype))
     count, fixed = bins[0, 1 : edges.numel() + 1], bins[1, 1 : edges.numel() + 1]
     from_slot = count.flip(0).cumsum(0).flip(0)
     above = from_slot[hi_slot].double()
     if delta == 0:
         return above
-    unit, _ = fixed_point_unit(delta, dtype)
+    unit, _ = fixed_point_unit(delta, num_elements)
     origin = clusters(lo_slot, hi_slot, edges)
     is_covered = torch.zeros_like(count)
     is_covered[lo_slot], is_covered[hi_slot] = 1, -1
