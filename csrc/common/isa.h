@@ -1,0 +1,48 @@
+// Which instruction set the CPU kernels use, decided once at run time.
+#pragma once
+
+#include <cstdlib>
+#include <cstring>
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define RSL_HAS_X86_VARIANTS 1
+#include <immintrin.h>
+#else
+#define RSL_HAS_X86_VARIANTS 0
+#endif
+
+namespace rsloss {
+
+enum class Isa { kPlain, kAvx2, kAvx512 };
+
+inline Isa detect_isa() {
+#if RSL_HAS_X86_VARIANTS
+  // RSLOSS_CPU_CAPABILITY=avx2|plain holds the kernels below what the processor has, to test the other variants.
+  const char* wanted = std::getenv("RSLOSS_CPU_CAPABILITY");
+  const bool at_most_avx2 = wanted != nullptr && std::strcmp(wanted, "avx2") == 0;
+  if (wanted != nullptr && std::strcmp(wanted, "plain") == 0) return Isa::kPlain;
+  __builtin_cpu_init();
+  if (!at_most_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
+    return Isa::kAvx512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::kAvx2;
+#endif
+  return Isa::kPlain;
+}
+
+inline Isa isa() {
+  static const Isa value = detect_isa();
+  return value;
+}
+
+}  // namespace rsloss
+
+// Calls `function` of the namespace of the instruction set at hand; the arguments follow in parentheses.
+#if RSL_HAS_X86_VARIANTS
+#define RSL_ISA_CALL(function, ...)                                                     \
+  (::rsloss::isa() == ::rsloss::Isa::kAvx512 ? ::rsloss::avx512::function(__VA_ARGS__)  \
+   : ::rsloss::isa() == ::rsloss::Isa::kAvx2 ? ::rsloss::avx2::function(__VA_ARGS__)    \
+                                             : ::rsloss::plain::function(__VA_ARGS__))
+#else
+#define RSL_ISA_CALL(function, ...) ::rsloss::plain::function(__VA_ARGS__)
+#endif

@@ -1,0 +1,32 @@
+// Threads of the CPU kernels: torch's own pool, so that torch.set_num_threads holds here too.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstdint>
+
+namespace rsloss {
+
+// Number of tasks worth starting for `items` of work when a task should get at least `grain` of them.
+inline int64_t task_count(int64_t items, int64_t grain) {
+  const int64_t threads = torch::stable::get_num_threads();
+  return std::max<int64_t>(1, std::min(threads, items / grain));
+}
+
+// Runs body(task) for task in [0, tasks). Tasks must not depend on each other nor on the number of threads.
+template <class Body>
+void run_tasks(int64_t tasks, const Body& body) {
+  if (tasks == 1) {
+    body(int64_t{0});
+    return;
+  }
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) body(task);
+  });
+}
+
+// First item of `task` when `items` are dealt evenly among `tasks`.
+inline int64_t task_begin(int64_t items, int64_t tasks, int64_t task) { return items * task / tasks; }
+
+}  // namespace rsloss
