@@ -1,0 +1,76 @@
+"""Backends and random numbers for the tests; see harness.py.
+
+Every run draws a new seed and prints it. `RSLOSS_TEST_SEED=<seed>` repeats a run.
+"""
+import os
+import random
+
+import harness
+import hypothesis
+import pytest
+import torch
+
+SEED = int(os.environ.get("RSLOSS_TEST_SEED") or random.SystemRandom().randrange(2**31))
+_reasons: dict[str, str | None] = {}
+
+hypothesis.settings.register_profile(
+    "rsloss", deadline=None, database=None, print_blob=True, max_examples=int(os.environ.get("RSLOSS_TEST_EXAMPLES", "40"))
+)
+hypothesis.settings.load_profile("rsloss")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow_interpreter: too slow under Triton's interpreter, left out there only")
+
+
+def pytest_report_header(config):
+    return f"rsloss seed: {SEED}; backends: {', '.join(backend.id for backend in harness.backends_under_test())}"
+
+
+def pytest_generate_tests(metafunc):
+    if "backend" in metafunc.fixturenames:
+        backends = harness.backends_under_test()
+        metafunc.parametrize("backend", backends, ids=[backend.id for backend in backends], indirect=True, scope="session")
+
+
+def pytest_collection_modifyitems(config, items):
+    def is_kept(item):
+        backend = getattr(item, "callspec", None) and item.callspec.params.get("backend")
+        return not (backend and backend.is_interpreted and item.get_closest_marker("slow_interpreter"))
+
+    dropped = [item for item in items if not is_kept(item)]
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = [item for item in items if is_kept(item)]
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    outcome = yield
+    report = outcome.get_result()
+    if report.failed:
+        report.sections.append(("random numbers", f"repeat with RSLOSS_TEST_SEED={SEED}"))
+
+
+@pytest.fixture(scope="session")
+def backend(request) -> harness.Backend:
+    """Every backend under test in turn. One that was promised and cannot run fails the test."""
+    chosen = request.param
+    if chosen.id not in _reasons:
+        try:
+            _reasons[chosen.id] = chosen.why_not()
+        except Exception as error:
+            _reasons[chosen.id] = f"{type(error).__name__}: {error}"
+    if _reasons[chosen.id] is not None:
+        pytest.fail(f"backend {chosen.id} was promised but cannot run: {_reasons[chosen.id]}", pytrace=False)
+    return chosen
+
+
+@pytest.fixture
+def generator(request) -> torch.Generator:
+    return harness.generator(SEED, request.node.nodeid)
+
+
+@pytest.fixture(scope="session")
+def seed() -> int:
+    return SEED

@@ -1,0 +1,191 @@
+"""What every test of a loss shares: the backends under test, one way to evaluate a loss, and the precision gates.
+
+`RSLOSS_TEST_BACKENDS` (comma list) names the backends that must run; one that cannot fails every test that promised it. A backend
+that computes on CPU tensors here (the emulated CUDA kernels, Triton's interpreter) is tested on those; where there is a GPU, `cuda` and
+`triton` are tested on CUDA tensors.
+"""
+import dataclasses
+import importlib
+import os
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+import rsloss_kernels
+from rsloss_kernels import _backends, _library
+
+HOST_COMPILER = "/usr/bin/g++"
+# Rounding of a value to a 16-bit type: half a unit in the last place, and half the smallest subnormal.
+ROUNDING = {torch.float16: (2**-11, 2**-25), torch.bfloat16: (2**-8, 2**-134)}
+# The originals subtract two numbers near 1 for a sorting loss near 0; their float64 outputs carry that much noise.
+NOISE = 1e-15
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    name: str
+    device: str
+
+    @property
+    def id(self) -> str:
+        return f"{self.name}-{self.device}"
+
+    @property
+    def is_interpreted(self) -> bool:
+        return self.name == "triton" and self.device == "cpu"
+
+    @property
+    def is_compiled(self) -> bool:
+        return self.name in ("cpp", "cuda")
+
+    @property
+    def is_deterministic(self) -> bool:
+        return self.name != "reference" or self.device == "cpu"
+
+    def loss_gate(self, dtype: torch.dtype) -> float:
+        """Largest error of a loss, relative to its true value."""
+        return self._float64_gate if dtype == torch.float64 else 1e-7
+
+    def gradient_gate(self, dtype: torch.dtype) -> float:
+        """Largest error of a gradient entry, relative to the largest true entry."""
+        return self._float64_gate if dtype == torch.float64 else 1e-6
+
+    @property
+    def _float64_gate(self) -> float:
+        return 1e-9 if self.name in ("cuda", "triton") else 1e-10
+
+    def why_not(self) -> str | None:
+        """None if the backend can run every operator on the device, else the reason in words."""
+        if self.device == "cuda" and not torch.cuda.is_available():
+            return "there is no GPU"
+        if self.name == "cuda" and self.device == "cpu":
+            _emulate_cuda()
+        return next(filter(None, (_backends.why_not(name, self.name, self.device) for name in operator_names())), None)
+
+
+def _emulate_cuda() -> None:
+    """Compiles the CUDA sources for the host and loads them as kernels of the `.cuda` overloads for CPU tensors, once."""
+    if not _library.has_native_kernel("ranking_bin", "cuda", "cpu"):
+        importlib.import_module("cuda_on_cpu.build").load_emulated_cuda()
+        _backends.forget_reasons()
+
+
+def backends_under_test() -> list[Backend]:
+    names = os.environ.get("RSLOSS_TEST_BACKENDS")
+    return [_on_its_device(name.strip()) for name in names.split(",")] if names else list(_default_backends())
+
+
+def _default_backends() -> Iterator[Backend]:
+    yield Backend("reference", "cpu")
+    yield Backend("cpp", "cpu")
+    if torch.cuda.is_available():
+        yield Backend("reference", "cuda")
+        yield Backend("cuda", "cuda")
+        yield Backend("triton", "cuda")
+        return
+    if os.path.exists(HOST_COMPILER):
+        yield Backend("cuda", "cpu")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        yield Backend("triton", "cpu")
+
+
+def _on_its_device(name: str) -> Backend:
+    if name not in _library.BACKENDS:
+        raise ValueError(f"RSLOSS_TEST_BACKENDS: wanted some of {', '.join(_library.BACKENDS)}, got {name!r}")
+    runs_on_gpu = name in ("cuda", "triton") and torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
+    return Backend(name, "cuda" if runs_on_gpu else "cpu")
+
+
+def operator_names() -> list[str]:
+    """Every operator of the library, without its overloads."""
+    prefix = f"{_library.NAMESPACE}::"
+    found = {name.split(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith(prefix)}
+    return sorted(name.removeprefix(prefix) for name in found)
+
+
+@dataclasses.dataclass
+class Evaluation:
+    """Losses and the gradient of the logits, on the CPU."""
+
+    losses: tuple[Tensor, ...]
+    gradient: Tensor
+
+    def __eq__(self, other: "Evaluation") -> bool:
+        """Bitwise, NaN equal to NaN."""
+        mine, theirs = (*self.losses, self.gradient), (*other.losses, other.gradient)
+        return all(torch.equal(bits(a), bits(b)) for a, b in zip(mine, theirs, strict=True))
+
+
+def bits(value: Tensor) -> Tensor:
+    return value.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[value.element_size()])
+
+
+def evaluate(
+    backend: Backend,
+    logits: Tensor,
+    targets: Tensor,
+    quality: Tensor | None = None,
+    *,
+    loss: Callable = rsloss_kernels.rank_sort_loss,
+    upstream: Sequence[float | None] = (1.0, 1.0),
+    **options,
+) -> Evaluation:
+    """Runs a loss and its backward. `upstream`: the gradient of each loss, None drops that loss from the graph.
+
+    Backward runs after the choice of the backend was undone, as it does on a thread of its own.
+    """
+    leaf = logits.detach().to(backend.device).requires_grad_()
+    others = [value if value is None else value.to(backend.device) for value in (targets, quality)]
+    with rsloss_kernels.use_backend(backend.name):
+        losses = loss(leaf, *others, **options)
+    kept = [(value, factor) for value, factor in zip(losses, upstream, strict=True) if factor is not None]
+    factors = [torch.full_like(value, factor) for value, factor in kept]
+    (gradient,) = torch.autograd.grad([value for value, _ in kept], leaf, factors)
+    return Evaluation(tuple(value.detach().cpu() for value in losses), gradient.cpu())
+
+
+def assert_gates(
+    backend: Backend, got: Evaluation, losses: Sequence[float], gradient: Tensor, label: str = "", noise: float = 0.0
+) -> None:
+    """Losses and gradient against the float64 truth, to the gates of the logits' dtype. NaN must stand where the truth has NaN."""
+    dtype = got.gradient.dtype
+    for value, wanted in zip(got.losses, losses, strict=True):
+        assert value.shape == () and value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert_within(value, wanted, backend.loss_gate(dtype) * abs(wanted) + noise, f"{label} loss")
+    assert_gradient(backend, got.gradient, gradient, label, noise)
+
+
+def assert_gradient(backend: Backend, got: Tensor, wanted: Tensor, label: str = "", noise: float = 0.0) -> None:
+    """Each entry to the gate times the largest entry, and the whole in relative L2 norm; plus the rounding of a 16-bit dtype."""
+    wanted = wanted.reshape(got.shape)
+    gate, largest = backend.gradient_gate(got.dtype), wanted.nan_to_num(0).abs().amax() if wanted.numel() else 0.0
+    relative, smallest = ROUNDING.get(got.dtype, (0.0, 0.0))
+    assert_within(got, wanted, gate * largest + relative * wanted.abs() + smallest + noise, f"{label} gradient")
+    known = ~wanted.isnan()
+    error, size = (got.double() - wanted)[known].norm(), wanted[known].norm()
+    bound = (gate + relative) * size + (smallest + noise) * wanted.numel() ** 0.5
+    assert error <= bound, f"{label} gradient: L2 error {error:.3e} above {bound:.3e}"
+
+
+def assert_within(got: Tensor, wanted: Tensor | float, bound: Tensor | float, label: str) -> None:
+    got, wanted = got.double(), torch.as_tensor(wanted, dtype=torch.float64).expand(got.shape)
+    assert torch.equal(got.isnan(), wanted.isnan()), f"{label}: NaN at {where(got.isnan())}, wanted at {where(wanted.isnan())}"
+    known = ~wanted.isnan()
+    excess = ((got - wanted).abs() - bound)[known]
+    if excess.numel() and not excess.max() <= 0:
+        worst = excess.argmax()
+        raise AssertionError(
+            f"{label}: got {got[known][worst]:.17g}, wanted {wanted[known][worst]:.17g}, "
+            f"beyond the gate by {excess.max():.3e} ({int((excess > 0).sum())} of {got.numel()} entries are)"
+        )
+
+
+def where(mask: Tensor) -> list[int]:
+    return mask.flatten().nonzero().flatten().tolist()[:8]
+
+
+def generator(seed: int, name: str) -> torch.Generator:
+    """Random numbers of one test: depend on the seed of the run and on the test's name, not on which tests ran before."""
+    return torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
