@@ -1,0 +1,60 @@
+# make env     .venv with tested versions, and the package compiled in place; repeated only when something changed
+# make test    env, then the whole test suite             make demo    env, then trains a small detector
+# make bench   env, then the benchmarks                   make lint    ruff                     make clean
+#
+# PYTHON=python3.12 picks the interpreter. TORCH= (empty) takes the torch that the interpreter or .venv has already, with whatever
+# versions of the rest fit it. Other switches: README.md.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.PHONY: env test demo bench lint clean
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+PY := $(VENV)/bin/python
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+env:
+	@site=$(if $(TORCH),,--system-site-packages)
+	if [ ! -x $(PY) ]; then
+	  $(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or newer is needed, got " + sys.version)'
+	  $(PYTHON) -m venv $$site $(VENV)
+	fi
+	wanted="$(TORCH) $$(cat requirements/*.txt pyproject.toml | sha256sum)"
+	if [ "$$(cat $(VENV)/.installed 2>/dev/null || true)" != "$$wanted" ]; then
+	  rm -f $(VENV)/.installed $(VENV)/.compiled
+	  $(if $(TORCH),$(PY) -m pip install "$(TORCH)",true)
+	  # Every later install is held to the torch that is there, and to its Triton.
+	  $(PY) -c 'import torch; print(f"torch=={torch.__version__}")' > $(VENV)/constraints.txt
+	  cat requirements/base.txt requirements/demo.txt $(if $(TORCH),,| sed 's/==.*//') > $(VENV)/requirements.txt
+	  $(PY) -m pip install -c $(VENV)/constraints.txt -r $(VENV)/requirements.txt
+	  $(PY) -c 'import triton' 2>/dev/null || $(PY) -m pip install -c $(VENV)/constraints.txt -r requirements/triton.txt
+	  RSLOSS_NO_EXT=1 $(PY) -m pip install --no-build-isolation --no-deps --force-reinstall -e .
+	  echo "$$wanted" > $(VENV)/.installed
+	fi
+	switches="$${RSLOSS_NO_EXT:-} $${RSLOSS_FORCE_CUDA:-} $${TORCH_CUDA_ARCH_LIST:-} $${DEBUG:-} $${CXX:-}"
+	wanted="$$switches $$(find csrc setup.py rsloss_kernels/_build.py -type f -print0 | sort -z | xargs -0 sha256sum | sha256sum)"
+	if [ "$$(cat $(VENV)/.compiled 2>/dev/null || true)" != "$$wanted" ]; then
+	  rm -f $(VENV)/.compiled rsloss_kernels/*.so
+	  $(PY) setup.py build_ext --inplace --force
+	  echo "$$wanted" > $(VENV)/.compiled
+	fi
+
+test: env
+	@$(PY) -m pytest tests $(PYTEST_FLAGS)
+
+demo: env
+	@$(PY) python/train_detector.py $(DEMO_FLAGS)
+
+bench: env
+	@$(PY) -m bench.run $(BENCH_FLAGS)
+
+lint: env
+	@$(PY) -m pip install -q -r requirements/lint.txt
+	$(PY) -m ruff check .
+
+clean:
+	@rm -rf build dist *.egg-info rsloss_kernels/*.so $(VENV)
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
