@@ -1,0 +1,45 @@
+"""The base of losses that keep state in buffers: full precision under `.half()`, and checkpoints of another loss still load."""
+import warnings
+
+import torch
+from torch import nn
+
+
+class StatefulLoss(nn.Module):
+    """A module whose buffers keep their dtype whatever the model is cast to, and start anew when a checkpoint lacks them.
+
+    Statistics gathered over thousands of steps do not survive 16 bits, and a model trained with another loss has no such keys, or
+    others under the same name: those are left out, the missing buffers keep their initial values, and one warning says so.
+    """
+
+    def _apply(self, fn, recurse=True):
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            after = getattr(self, name)
+            if after.dtype != buffer.dtype:
+                setattr(self, name, buffer.to(after.device))
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
+        own_missing, own_unexpected = [], []
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, own_missing, own_unexpected, error_msgs
+        )
+        if strict and (own_missing or own_unexpected):
+            warnings.warn(
+                f"{type(self).__name__}: the checkpoint comes from another loss (missing {own_missing}, not known {own_unexpected}); "
+                "missing buffers keep their present values",
+                stacklevel=2,
+            )
+
+
+def keeps_statistics(module: nn.Module) -> bool:
+    """Whether a forward may change the module's state: in training mode with gradients enabled."""
+    return module.training and torch.is_grad_enabled()
+
+
+def store(buffer: torch.Tensor, value: torch.Tensor) -> None:
+    """Overwrites a contiguous buffer in place, outside of autograd."""
+    # Through a view: torch.compile (2.13) takes a 0-d float64 CPU tensor for a Python number and loses a write to it itself.
+    buffer.view(-1).copy_(value.detach().reshape(-1))

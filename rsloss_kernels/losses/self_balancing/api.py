@@ -1,0 +1,139 @@
+"""Self-balancing of a task's loss by the value of the ranking losses, and the score weights of the box loss.
+
+A handful of 0-d operations and one row maximum: plain PyTorch on every backend, nothing read on the host.
+"""
+import torch
+from torch import Tensor
+
+from rsloss_kernels import _checks
+from rsloss_kernels._state import StatefulLoss, keeps_statistics, store
+
+MODES = ("step", "running")
+
+
+class SelfBalancing(StatefulLoss):
+    """Scales a task's loss (box, mask, ...) to the size of a reference loss, so that no weight needs tuning.
+
+    `mode="step"`: factor = reference / loss, of this very step (Oksuz et al., Rank & Sort, ICCV 2021, where the reference is ranking +
+    sorting). `mode="running"`: factor = (mean loss + mean reference) / mean loss over `period` steps, used from the step that
+    completes the period until the next one does (aLRP, NeurIPS 2020, where the reference is the classification loss).
+    The factor is a constant for the gradient.
+
+    Args:
+        mode: "step" or "running".
+        period: for "running", steps between two factors; as published, the iterations of one epoch.
+        initial: for "running", the factor of the first period; in both modes the first value of the buffer `SB_weight`.
+
+    Buffers, float64 whatever the module is cast to: `SB_weight` (the last factor) and for "running" `counter` (int64, steps gathered since
+    the last factor), `reference_sum`, `loss_sum`. They change only in training mode with gradients enabled.
+
+    One module per task and stage. Raises TypeError, ValueError for wrong arguments.
+    """
+
+    def __init__(self, mode: str = "step", period: int = 3665, initial: float = 50.0):
+        super().__init__()
+        _checks.check_choice("SelfBalancing", "mode", mode, MODES)
+        if isinstance(period, bool) or not isinstance(period, int) or period < 1:
+            raise ValueError(f"SelfBalancing: period must be an int of at least 1, got {period!r}")
+        if isinstance(initial, bool) or not isinstance(initial, (int, float)) or not 0 <= initial < float("inf"):
+            raise ValueError(f"SelfBalancing: initial must be a finite number of at least 0, got {initial!r}")
+        self.mode = mode
+        self.period = period
+        self.register_buffer("SB_weight", torch.tensor(initial, dtype=torch.float64))
+        if mode == "running":
+            self.register_buffer("counter", torch.zeros((), dtype=torch.int64))
+            self.register_buffer("reference_sum", torch.zeros((), dtype=torch.float64))
+            self.register_buffer("loss_sum", torch.zeros((), dtype=torch.float64))
+
+    def forward(self, reference_loss: Tensor, loss: Tensor) -> Tensor:
+        """The scaled loss.
+
+        Args:
+            reference_loss: 0-d, detached here.
+            loss: 0-d; the gradient flows through it alone.
+
+        Returns:
+            `factor * loss`, 0-d, float64 for a float64 `loss`, else float32. In step mode a finite pair whose factor is not finite (a
+            loss of 0) gives an exact zero that is still connected to the graph, and a NaN or infinite argument gives NaN. In all these cases the
+            buffers stay as they are.
+        """
+        _check_loss("reference_loss", reference_loss)
+        _check_loss("loss", loss)
+        _checks.check_device("SelfBalancing", "reference_loss", reference_loss, loss)
+        result_type = torch.promote_types(loss.dtype, torch.float32)
+        reference, value = reference_loss.detach().double(), loss.detach().double()
+        factor = (self._step if self.mode == "step" else self._running)(reference, value, result_type)
+        return loss.to(result_type) * factor.to(result_type)
+
+    def _step(self, reference: Tensor, value: Tensor, result_type: torch.dtype) -> Tensor:
+        factor = reference / value
+        is_finite_input = reference.isfinite() & value.isfinite()
+        usable = factor.to(result_type).isfinite() & is_finite_input
+        if keeps_statistics(self):
+            store(self.SB_weight, torch.where(usable, factor, self.SB_weight))
+        return torch.where(usable, factor, torch.where(is_finite_input, 0.0, torch.nan))
+
+    def _running(self, reference: Tensor, value: Tensor, result_type: torch.dtype) -> Tensor:
+        if not keeps_statistics(self):
+            return self.SB_weight.clone()
+        reference_sum, loss_sum, counter = self.reference_sum + reference, self.loss_sum + value, self.counter + 1
+        completes = counter >= self.period
+        factor = torch.where(completes, (loss_sum + reference_sum) / loss_sum, self.SB_weight)
+        # A period that would end in a factor that is not finite does not end: it waits for the next usable step.
+        usable = factor.to(result_type).isfinite() & reference.isfinite() & value.isfinite()
+        factor = torch.where(usable, factor, self.SB_weight)
+        starts_anew = usable & completes
+        store(self.SB_weight, factor)
+        for buffer, gathered in ((self.counter, counter), (self.reference_sum, reference_sum), (self.loss_sum, loss_sum)):
+            store(buffer, torch.where(usable, gathered, buffer).masked_fill(starts_anew, 0))
+        return factor
+
+    def extra_repr(self) -> str:
+        return f"mode={self.mode!r}" + (f", period={self.period}" if self.mode == "running" else "")
+
+
+def _check_loss(name: str, value: Tensor) -> None:
+    _checks.check_tensor("SelfBalancing", name, value)
+    if not value.is_floating_point():
+        raise TypeError(f"SelfBalancing: {name} must have a floating dtype, got {value.dtype}")
+    _checks.check_shape("SelfBalancing", name, value, (), "no dimensions")
+
+
+def score_weights(logits: Tensor, targets: Tensor, *, background: str = "last") -> Tensor:
+    """Weights of the box loss: how sure the classifier is of each positive row (Oksuz et al., Rank & Sort, ICCV 2021).
+
+    Args:
+        logits: [..., C], class logits; float16, bfloat16, float32 or float64.
+        targets: dense, the shape of `logits`: a row with any target above 0 is positive; or class indices, an integral dtype with the
+            shape of `logits` less its last dimension: foreground rows are positive (see `background`).
+        background: "last" (classes 0..C-1, background C) or "first" (background 0, classes 1..C).
+
+    Returns:
+        [...]: the largest sigmoid over all classes (not only the labelled one) on positive rows, 0 elsewhere; float64 for float64 logits,
+        else float32; detached. All zeros without positives, whatever the other rows hold.
+
+    Raises:
+        TypeError, ValueError: wrong types, shapes, devices, background.
+    """
+    _checks.check_logits("score_weights", logits)
+    _checks.check_tensor("score_weights", "targets", targets)
+    _checks.check_choice("score_weights", "background", background, ("last", "first"))
+    _checks.check_device("score_weights", "targets", targets, logits)
+    if logits.dim() == 0:
+        raise ValueError("score_weights: logits must have at least one dimension, the classes, got []")
+    classes = logits.shape[-1]
+    if _checks.is_index_form(targets, logits):
+        first = int(background == "first")
+        is_positive = (targets >= first) & (targets < classes + first)
+    else:
+        meaning = "the shape of logits (dense), or be integers with that shape less its last dimension (class indices)"
+        _checks.check_shape("score_weights", "targets", targets, logits.shape, meaning)
+        if targets.is_complex():
+            raise TypeError(f"score_weights: targets must be real, got {targets.dtype}")
+        is_positive = (targets > 0).any(-1)
+    result_type = torch.promote_types(logits.dtype, torch.float32)
+    if classes == 0:
+        return logits.new_zeros(logits.shape[:-1], dtype=result_type)
+    # The sigmoid is monotone: the row maximum first, then one sigmoid per row.
+    confidence = logits.detach().amax(-1).to(result_type).sigmoid()
+    return torch.where(is_positive, confidence, torch.zeros_like(confidence))
