@@ -1,0 +1,66 @@
+"""What the Rank & Sort peers share: the step, the sums over positives, and the autograd shell around a core.
+
+A core maps (positives [P], quality [P], negatives [K], delta) to (ranking errors [P], sorting errors [P], gradient of the positives
+[P], gradient of the negatives [K]), not yet divided by P. The shell picks the positives and the negatives that can reach the lowest
+of them, and puts the gradients back.
+"""
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def smooth_step(difference: Tensor, delta: float) -> Tensor:
+    if delta > 0:
+        return (difference / (2 * delta) + 0.5).clamp(0, 1)
+    return (difference >= 0).to(difference.dtype)
+
+
+def weighted_sum(weights: Tensor, matrix: Tensor, fuse: bool) -> Tensor:
+    """`weights @ matrix`. As a product and a sum a compiler can fuse it, so that the matrix is never written to memory."""
+    return (weights[:, None] * matrix).sum(0) if fuse else weights @ matrix
+
+
+def sums_over_positives(
+    positives: Tensor, quality: Tensor, delta: float, eps: float, fuse: bool, rows: slice = slice(None)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The sums over positives of the positives `rows`, through [rows, P] matrices (Eq. 6 to 8).
+
+    Returns rank among positives [rows], sorting error [rows], what each gives off of it [rows], and what lands on every positive [P].
+    """
+    above = smooth_step(positives[None, :] - positives[rows, None], delta)  # [rows, P], row i holds H(s_j - s_i)
+    ideal = above * (quality[None, :] >= quality[rows, None])
+    misplaced = above - ideal
+    rank = above.sum(1)
+    current = (above * (1 - quality)).sum(1) / rank
+    target = (ideal * (1 - quality)).sum(1) / ideal.sum(1)
+    sorting_error = current - target
+    worse = misplaced.sum(1)
+    given = torch.where(worse > eps, sorting_error, 0.0)
+    shared = torch.where(worse > eps, sorting_error / worse, 0.0)
+    return rank, sorting_error, given, weighted_sum(shared, misplaced, fuse)
+
+
+class IdentityUpdate(torch.autograd.Function):
+    """Losses of a core; its gradient is scaled by the upstream gradient of the ranking loss alone, as published."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, targets: Tensor, delta: float, core: Callable) -> tuple[Tensor, Tensor]:
+        flat, flat_targets = logits.reshape(-1), targets.reshape(-1)
+        gradient = torch.zeros_like(flat)
+        is_positive = flat_targets > 0
+        positives, quality = flat[is_positive], flat_targets[is_positive].to(flat.dtype)
+        ranking, sorting = flat.new_zeros(()), flat.new_zeros(())
+        if positives.numel():
+            is_relevant = (flat_targets == 0) & (flat >= positives.min() - delta)
+            ranking_error, sorting_error, of_positives, of_negatives = core(positives, quality, flat[is_relevant], delta)
+            gradient[is_positive] = of_positives / positives.numel()
+            gradient[is_relevant] = of_negatives / positives.numel()
+            ranking, sorting = ranking_error.mean(), sorting_error.mean()
+        ctx.save_for_backward(gradient.reshape(logits.shape))
+        return ranking, sorting
+
+    @staticmethod
+    def backward(ctx, grad_ranking: Tensor, grad_sorting: Tensor):
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad_ranking, None, None, None
