@@ -189,3 +189,36 @@ def where(mask: Tensor) -> list[int]:
 def generator(seed: int, name: str) -> torch.Generator:
     """Random numbers of one test: depend on the seed of the run and on the test's name, not on which tests ran before."""
     return torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+
+
+@dataclasses.dataclass
+class Pipeline:
+    """The operators of the Rank & Sort loss called one by one, as a process group or several feature maps would."""
+
+    backend: Backend
+    logits: list[Tensor]
+    targets: list[Tensor]
+    quality: list[Tensor] = dataclasses.field(default_factory=list)
+    delta: float = 0.5
+    capacity: int | None = None
+    background_first: bool = False
+
+    def call(self, name: str, *arguments):
+        return _library.operator(name, self.backend.name)(*arguments)
+
+    def collect(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.call(
+            "ranking_collect", self.logits, self.targets, self.quality, None, 1, self.capacity, self.background_first
+        )
+
+    def run(self, upstream: tuple[float, float] = (1.0, 1.0)) -> Evaluation:
+        positives, negatives, counts = self.collect()
+        ranked, bins = self.call("ranking_bin", self.logits, negatives, positives, counts, None, 1, self.delta)
+        leaves = [level.detach().requires_grad_() for level in self.logits]
+        ranking, sorting, *_ = self.call(
+            "rank_sort_finalize", leaves, negatives, ranked, counts, bins, None, 1, self.delta, 1.0, False
+        )
+        factors = [torch.full_like(ranking, factor) for factor in upstream]
+        gradients = torch.autograd.grad([ranking, sorting], leaves, factors)
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        return Evaluation((ranking.detach().cpu(), sorting.detach().cpu()), flat.cpu())
