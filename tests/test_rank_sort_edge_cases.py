@@ -1,0 +1,268 @@
+"""Rank & Sort where there is nothing to rank, where values are not finite, where memory is dirty, and where a table is too small."""
+import contextlib
+
+import harness
+import oracles
+import pytest
+import rsloss_kernels
+import torch
+from harness import Pipeline, assert_gates, evaluate
+from samples import RANKING_SAMPLES, RankingSample
+from torch.utils import deterministic
+
+NAN, INF = float("nan"), float("inf")
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+
+
+def assert_agrees(backend, logits, targets, quality=None, upstream=(1.0, 1.0), **options):
+    got = evaluate(backend, logits, targets, quality, upstream=upstream, **options)
+    elements = oracles.read(logits, targets, quality, options.get("background", "last"))
+    truth = oracles.rank_sort(elements, options.get("delta", 0.5))
+    assert_gates(backend, got, truth.losses, truth.gradient(*upstream))
+    return got, truth
+
+
+# --- nothing to rank ---
+
+NOTHING = {
+    "empty_dense": (torch.zeros(0), torch.zeros(0), None),
+    "empty_2d": (torch.zeros(0, 4), torch.zeros(0, 4), None),
+    "no_classes": (torch.zeros(5, 0), torch.full((5,), -1), None),
+    "empty_index": (torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0)),
+    "no_positives": (torch.linspace(-3, 3, 12), torch.zeros(12), None),
+    "no_positives_index": (torch.linspace(-3, 3, 12).view(3, 4), torch.full((3,), 4), torch.ones(3)),
+    "all_ignored": (torch.linspace(-3, 3, 12), -torch.ones(12), None),
+    "all_ignored_index": (torch.linspace(-3, 3, 12).view(3, 4), torch.full((3,), -1), torch.ones(3)),
+    "one_positive": (torch.tensor([0.3]), torch.tensor([1.0]), None),
+    "no_dimensions_negative": (torch.tensor(0.3), torch.tensor(0.0), None),
+    "no_dimensions_positive": (torch.tensor(0.3), torch.tensor(0.7), None),
+    "ignored_nan": (torch.full((6,), NAN), -torch.ones(6), None),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", NOTHING)
+def test_nothing_to_rank_gives_exact_zeros(backend, name, dtype):
+    logits, targets, quality = NOTHING[name]
+    for delta in (0.0, 0.5):
+        got = evaluate(backend, logits.to(dtype), targets, quality, delta=delta)
+        assert [float(value) for value in got.losses] == [0.0, 0.0]
+        assert got.gradient.shape == logits.shape and got.gradient.dtype == dtype
+        assert not got.gradient.isnan().any() and not got.gradient.any()
+
+
+@pytest.mark.parametrize("name", NOTHING)
+def test_nothing_to_rank_stays_connected_to_the_graph(backend, name):
+    """Or a rank without objects would leave its peers waiting for gradients."""
+    logits, targets, quality = (value if value is None else value.to(backend.device) for value in NOTHING[name])
+    weight = torch.ones((), device=backend.device, requires_grad=True)
+    with rsloss_kernels.use_backend(backend.name):
+        losses = rsloss_kernels.rank_sort_loss(logits * weight, targets, quality)
+    for value in losses:
+        assert value.requires_grad
+    sum(losses).backward()
+    assert weight.grad is not None and (weight.grad == 0 or name == "ignored_nan")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_negatives_leaves_only_sorting(backend, generator, dtype):
+    logits = torch.randn(12, generator=generator).to(dtype)
+    got, truth = assert_agrees(backend, logits, torch.linspace(0.1, 1, 12).to(dtype))
+    assert got.losses[0] == 0 and truth.sorting > 0
+
+
+# --- values that are not finite ---
+
+
+def base(generator, dtype=torch.float32):
+    """Positives 0-2, negatives 3-9, ignored 10-11."""
+    logits = torch.randn(12, generator=generator).to(dtype)
+    targets = torch.tensor([0.9, 0.4, 0.6, *[0.0] * 7, -1.0, -1.0], dtype=dtype)
+    return logits, targets
+
+
+NON_FINITE_LOGITS = {
+    "nan_negative": ({4: NAN}, True),
+    "nan_positive": ({1: NAN}, True),
+    "negative_nan_positive": ({1: -NAN}, True),
+    "plus_inf_positive": ({0: INF}, True),
+    "minus_inf_positive": ({0: -INF}, True),
+    "all_positives_nan": ({0: NAN, 1: NAN, 2: NAN}, True),
+    "all_negatives_nan": ({i: NAN for i in range(3, 10)}, True),
+    "everything_nan": ({i: NAN for i in range(12)}, True),
+    "nan_and_inf": ({0: INF, 1: NAN, 3: NAN, 4: INF, 5: -INF}, True),
+    "plus_inf_negative": ({5: INF}, False),
+    "minus_inf_negative": ({6: -INF}, False),
+    "both_inf_negatives": ({5: INF, 6: -INF, 7: INF}, False),
+    "all_negatives_minus_inf": ({i: -INF for i in range(3, 10)}, False),
+    "all_negatives_plus_inf": ({i: INF for i in range(3, 10)}, False),
+    "ignored_nan_and_inf": ({10: NAN, 11: INF}, False),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("delta", [0.0, 0.5])
+@pytest.mark.parametrize("name", NON_FINITE_LOGITS)
+def test_logits_that_are_not_finite(backend, generator, name, delta, dtype):
+    values, is_broken = NON_FINITE_LOGITS[name]
+    logits, targets = base(generator, dtype)
+    for index, value in values.items():
+        logits[index] = value
+    got, _ = assert_agrees(backend, logits, targets, delta=delta)
+    assert all(bool(value.isnan()) == is_broken for value in got.losses)
+    broken = (targets >= 0) & (logits.isnan() | (logits.isinf() & (targets > 0)))
+    assert torch.equal(got.gradient.isnan(), broken)
+    ignored = targets.where(~broken, -1)
+    others = evaluate(backend, logits.where(targets >= 0, 0), ignored, delta=delta).gradient
+    assert torch.equal(got.gradient[~broken], others[~broken])
+    if not is_broken:
+        assert all(value.isfinite() for value in got.losses)
+
+
+@pytest.mark.parametrize("value", [NAN, INF])
+@pytest.mark.parametrize("delta", [0.0, 0.5])
+def test_dense_target_that_is_not_finite(backend, generator, value, delta):
+    logits, targets = base(generator)
+    targets[1] = value
+    got, _ = assert_agrees(backend, logits, targets, delta=delta)
+    assert all(loss.isnan() for loss in got.losses)
+    assert harness.where(got.gradient.isnan()) == [1]
+
+
+@pytest.mark.parametrize("quality_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_quality_that_is_not_finite(backend, generator, value, quality_dtype):
+    logits = torch.randn((5, 3), generator=generator)
+    labels = torch.tensor([1, 3, 0, 2, -1])
+    quality = torch.tensor([0.5, value, value, 0.7, value], dtype=quality_dtype)
+    got, _ = assert_agrees(backend, logits, labels, quality)
+    assert all(loss.isnan() for loss in got.losses)
+    assert harness.where(got.gradient.isnan()) == [6], "the quality of background and ignored rows may hold anything"
+
+
+@pytest.mark.parametrize("upstream", [(1.0, None), (None, 1.0), (0.0, 1.0), (0.0, 0.0)])
+def test_nan_reaches_the_gradient_whatever_the_upstream_factors(backend, generator, upstream):
+    """A gradient scaler must see it."""
+    logits, targets = base(generator)
+    for index in (1, 4):
+        broken = logits.clone()
+        broken[index] = NAN
+        assert harness.where(evaluate(backend, broken, targets, upstream=upstream).gradient.isnan()) == [index]
+
+
+def test_nan_negative_without_positives(backend):
+    logits = torch.tensor([0.0, NAN, 1.0])
+    got, _ = assert_agrees(backend, logits, torch.zeros(3))
+    assert all(loss.isnan() for loss in got.losses) and harness.where(got.gradient.isnan()) == [1]
+
+
+def test_many_nan_logits_do_not_write_out_of_bounds(backend, generator):
+    """NaN compares false with everything: an unguarded search would leave its table."""
+    inputs = RankingSample("nan", 40, 4000).draw(generator)
+    holes = torch.rand(inputs.logits.shape, generator=generator) < 0.5
+    assert_agrees(backend, inputs.logits.where(~holes, NAN), inputs.targets)
+    assert_agrees(backend, torch.full_like(inputs.logits, NAN), inputs.targets)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_largest_finite_logits(backend, dtype):
+    largest = torch.finfo(dtype).max
+    logits = torch.tensor([largest, -largest, 0, largest, -largest, 0, 1], dtype=dtype)
+    targets = torch.tensor([0.5, 0.7, 0.9, 0, 0, 0, 0])
+    for delta in (0.0, 0.5, 1e30):
+        assert_agrees(backend, logits, targets, delta=delta)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_subnormal_logits_and_signed_zeros(backend, dtype):
+    tiny = torch.finfo(dtype).smallest_normal / 8
+    logits = torch.tensor([tiny, -tiny, 0.0, -0.0, 0.0, -0.0, tiny, -tiny], dtype=dtype)
+    targets = torch.tensor([0.5, 0.7, 0.9, 0.2, 0, 0, 0, 0])
+    for delta in (0.0, 1e-30, 0.5):
+        assert_agrees(backend, logits, targets, delta=delta)
+
+
+# --- dirty memory ---
+
+
+@contextlib.contextmanager
+def poisoned_memory():
+    """Every uninitialised allocation comes back full of NaN (integers: of their largest value), `new_empty` of C++ included."""
+    assert deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        for fresh in (torch.empty(64), torch.zeros(1).new_empty(64), torch.empty_like(torch.zeros(64))):
+            assert fresh.isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.filterwarnings("ignore:.*deterministic")
+@pytest.mark.parametrize("sample", RANKING_SAMPLES, ids=lambda sample: sample.name)
+def test_no_uninitialised_memory_reaches_the_result(backend, generator, sample):
+    inputs = sample.draw(generator)
+    expected = evaluate(backend, *inputs.arguments, **inputs.options)
+    with poisoned_memory():
+        assert evaluate(backend, *inputs.arguments, **inputs.options) == expected
+
+
+@pytest.mark.filterwarnings("ignore:.*deterministic")
+def test_tables_and_masks_are_padded_as_documented(backend, generator):
+    inputs = RankingSample("padding", 5, 40, 3).draw(generator)
+    logits, targets = inputs.logits.to(backend.device), inputs.targets.to(backend.device)
+    with poisoned_memory():
+        pipeline = Pipeline(backend, [logits], [targets], capacity=9)
+        positives, negatives, counts = pipeline.collect()
+        ranked, bins = pipeline.call("ranking_bin", [logits], negatives, positives, counts, None, 1, 0.5)
+        *_, gradients, lines = pipeline.call(
+            "rank_sort_finalize", [logits], negatives, ranked, counts, bins, None, 1, 0.5, 1.0, False
+        )
+    is_negative = (targets == 0).cpu()
+    unpacked = (negatives.cpu()[:, None] >> torch.arange(8)) & 1
+    assert torch.equal(unpacked.flatten()[:48].bool(), is_negative) and not unpacked.flatten()[48:].any()
+    assert counts.tolist() == [5, 40]
+    index = (targets > 0).nonzero().squeeze(1)
+    assert torch.equal(positives[3, :5], index.double()) and torch.equal(positives[0, :5], logits[index].double())
+    assert torch.equal(positives[1, :5], targets[index].double())
+    order = logits[index].sort().indices
+    assert torch.equal(ranked[:, :5], positives[:, :5][:, order])
+    for table in (positives, ranked):
+        assert table.dtype == torch.float64 and table.shape == (4, 9)
+        assert table[0, 5:].isnan().all() and not table[1:3, 5:].any() and (table[3, 5:] == -1).all()
+    assert bins.dtype == torch.int64 and bins.shape == (2, 19) and not bins[:, 11:].any() and bins[0, 0] == 0
+    assert gradients.shape == (3, 9) and (gradients[0, 5:] == -1).all() and not gradients[1:, 5:].any()
+    assert lines.shape == (3, 18) and (lines[0, 10:] == INF).all() and (lines[1, 10:] == lines[1, 9]).all()
+    assert (lines[0, 1:10] >= lines[0, :9]).all() and not lines[2, 10:].any()
+
+
+# --- capacity ---
+
+
+@pytest.mark.parametrize("form", ["dense", "index"])
+@pytest.mark.parametrize("capacity", [1, 8, 29])
+def test_more_positives_than_capacity_gives_nan_everywhere(backend, generator, form, capacity):
+    inputs = RankingSample("overflow", 30, 200, form=form).draw(generator)
+    arguments = [[value.to(backend.device)] for value in inputs.arguments]
+    got = Pipeline(backend, *arguments, capacity=capacity).run()
+    assert all(value.isnan() for value in got.losses)
+    assert got.gradient.isnan().all()
+
+
+def test_overflow_is_counted(backend, generator):
+    inputs = RankingSample("overflow", 30, 200).draw(generator)
+    pipeline = Pipeline(backend, [inputs.logits.to(backend.device)], [inputs.targets.to(backend.device)], capacity=7)
+    positives, _, counts = pipeline.collect()
+    assert counts.tolist() == [30, 200] and positives.shape == (4, 7)
+
+
+@pytest.mark.parametrize("form", ["dense", "index"])
+def test_max_positives_binds_on_a_gpu_only(backend, generator, form):
+    inputs = RankingSample("capacity", 30, 200, form=form).draw(generator)
+    expected = evaluate(backend, *inputs.arguments)
+    got = evaluate(backend, *inputs.arguments, max_positives=3)
+    if backend.device == "cpu":
+        assert got == expected
+    else:
+        assert all(value.isnan() for value in got.losses) and got.gradient.isnan().all()
+    assert evaluate(backend, *inputs.arguments, max_positives=30) == expected
