@@ -1,0 +1,95 @@
+"""`python -m rsloss_kernels.collect_env` prints what a bug report needs: versions, devices, backends, how it was built, switches."""
+import importlib.util
+import os
+import platform
+import subprocess
+
+import torch
+
+import rsloss_kernels
+from rsloss_kernels import _build, _ext, _jit
+
+RUN_TIME_SWITCHES = {
+    "RSLOSS_BACKEND": "backend of every loss: reference, cpp, cuda or triton",
+    "RSLOSS_JIT": "1: compile on import what is missing; 0: leave the cache alone",
+    "RSLOSS_DEBUG_CHECKS": "1: checks that read values, and wait for the device",
+    "TRITON_INTERPRET": "1: Triton kernels run on CPU tensors",
+}
+
+
+def sections() -> dict[str, list[str]]:
+    return {
+        "versions": _versions(),
+        "devices": _devices(),
+        "backends": rsloss_kernels.backend_report().splitlines(),
+        "libraries": _libraries(),
+        "build report": _build_report(),
+        "switches at run time": [_switch(name, meaning) for name, meaning in RUN_TIME_SWITCHES.items()],
+        "switches at build time": [_switch(name, meaning) for name, meaning in _build.SWITCHES.items()],
+    }
+
+
+def _versions() -> list[str]:
+    return [
+        f"rsloss_kernels  {rsloss_kernels.__version__}",
+        f"python          {platform.python_version()}",
+        f"torch           {torch.__version__}",
+        f"triton          {_triton_version()}",
+        f"CUDA of torch   {torch.version.cuda or 'none'}",
+        f"CUDA toolkit    {_build.why_not_cuda() or 'found'}",
+        f"compiler        {_compiler()}",
+        f"system          {platform.platform()}",
+    ]
+
+
+def _triton_version() -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "none"
+    import triton
+
+    return triton.__version__
+
+
+def _compiler() -> str:
+    reason = _build.why_not_native()
+    if reason is not None:
+        return reason
+    shown = subprocess.run([*_build.compiler().split(), "--version"], capture_output=True, text=True).stdout
+    return shown.splitlines()[0] if shown else f"{_build.compiler()} does not say its version"
+
+
+def _devices() -> list[str]:
+    lines = [f"cpu    {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        memory = properties.total_memory / 2**30
+        lines.append(f"cuda:{index} {properties.name}, sm_{properties.major}{properties.minor}, {memory:.0f} GiB")
+    return lines
+
+
+def _libraries() -> list[str]:
+    return [
+        f"{backend:<5} {_ext.loaded_library(backend) or _ext.why_not_loaded(backend)}" for backend in _build.LIBRARIES
+    ] + [f"cache {_jit.cache()}"]
+
+
+def _build_report() -> list[str]:
+    if importlib.util.find_spec("rsloss_kernels._C") is None:
+        return ["nothing was compiled when the package was installed"]
+    from rsloss_kernels import _C
+
+    return [f"{name:<20} {value or '-'}" for name, value in _C.build_report().items()]
+
+
+def _switch(name: str, meaning: str) -> str:
+    return f"{name:<22} {os.environ.get(name) or '-':<10} {meaning}"
+
+
+def main() -> int:
+    for title, lines in sections().items():
+        print(f"{title}\n" + "\n".join(f"  {line}" for line in lines))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

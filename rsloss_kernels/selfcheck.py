@@ -1,0 +1,150 @@
+"""`python -m rsloss_kernels.selfcheck` runs every operator on every usable backend and dtype against the float64 reference.
+
+Small random cases, a few seconds in all, one line per check; the exit code is 0 if all hold. `--backends cpp,cuda` fails where one
+of these cannot run at all. The bounds are those of the test suite.
+"""
+import argparse
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import rsloss_kernels
+from rsloss_kernels import _backends, _checks, _library
+
+
+class Case(NamedTuple):
+    """One call of a loss: `run(logits)` returns its 0-d losses, of which each has a gradient of its own."""
+
+    name: str
+    operator: str
+    logits: Tensor  # float64, on the CPU
+    run: Callable[[Tensor], tuple[Tensor, ...]]
+
+
+class Outcome(NamedTuple):
+    losses: list[float]
+    gradient: Tensor  # float64, on the CPU
+
+
+def cases(seed: int) -> Iterator[Case]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def rank_sort(name: str, logits: Tensor, targets: Tensor, quality: Tensor | None = None, delta: float = 0.5) -> Case:
+        def run(x: Tensor) -> tuple[Tensor, ...]:
+            moved = None if quality is None else quality.to(x.device)
+            return rsloss_kernels.rank_sort_loss(x, targets.to(x.device), moved, delta=delta)
+
+        return Case(f"rank_sort_loss, {name}", "rank_sort_finalize", logits, run)
+
+    anchors, classes = 96, 5
+    logits = torch.randn(anchors, classes, generator=generator, dtype=torch.float64)
+    is_positive = torch.rand(anchors, classes, generator=generator) < 0.1
+    dense = torch.where(is_positive, torch.rand(anchors, classes, generator=generator) * 0.9 + 0.1, 0.0)
+    dense[:8] = -1
+    labels = torch.randint(-1, 2 * classes, (anchors,), generator=generator).clamp(max=classes)
+    quality = torch.rand(anchors, generator=generator)
+    yield rank_sort("dense targets", logits, dense)
+    yield rank_sort("dense targets, delta 0", logits, dense, delta=0.0)
+    yield rank_sort("class indices", logits * 3, labels, quality)
+    yield rank_sort("no positives", logits, torch.zeros_like(dense))
+
+
+def evaluate(case: Case, backend: str, device: str, dtype: torch.dtype) -> Outcome:
+    leaf = case.logits.to(device, dtype).requires_grad_()
+    with rsloss_kernels.use_backend(backend):
+        losses = case.run(leaf)
+    (gradient,) = torch.autograd.grad(sum(losses), leaf)
+    return Outcome([float(loss.detach()) for loss in losses], gradient.double().cpu())
+
+
+def errors(got: Outcome, truth: Outcome) -> tuple[float, float]:
+    """Largest error of a loss, relative to its value, and of a gradient entry, relative to the largest entry; inf where not finite."""
+    finite = all(map(_is_finite, got.losses)) and bool(got.gradient.isfinite().all())
+    if not finite:
+        return float("inf"), float("inf")
+    loss = max(abs(a - b) / max(abs(b), 1e-300) if a != b else 0.0 for a, b in zip(got.losses, truth.losses, strict=True))
+    largest = float(truth.gradient.abs().max())
+    difference = float((got.gradient - truth.gradient).abs().max())
+    return loss, difference / largest if largest else (0.0 if difference == 0 else float("inf"))
+
+
+def _is_finite(value: float) -> bool:
+    return abs(value) < float("inf")
+
+
+def bounds(backend: str, dtype: torch.dtype) -> tuple[float, float]:
+    """Of the loss and of the gradient, which is also rounded to a 16-bit dtype."""
+    if dtype == torch.float64:
+        bound = 1e-9 if backend in ("cuda", "triton") else 1e-10
+        return bound, bound
+    rounding = torch.finfo(dtype).eps / 2 if dtype in (torch.float16, torch.bfloat16) else 0.0
+    return 1e-7, 1e-6 + rounding
+
+
+def check_all(seed: int, required: list[str]) -> Iterator[tuple[bool, str]]:
+    """Yields (holds, line), one per check."""
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    everything = list(cases(seed))
+    for name in required:
+        reasons = [_backends.why_not(case.operator, name, device) for case in everything for device in devices]
+        if all(reasons):
+            yield False, f"backend {name} is required but cannot run: {reasons[0]}"
+    yield _covers_every_operator(everything)
+    for case, device, dtype in itertools.product(everything, devices, _checks.LOGIT_TYPES):
+        truth = evaluate(case._replace(logits=case.logits.to(dtype).double()), "reference", "cpu", torch.float64)
+        for backend in _backends.usable(case.operator, device):
+            yield _check(case, backend, device, dtype, truth)
+
+
+def _check(case: Case, backend: str, device: str, dtype: torch.dtype, truth: Outcome) -> tuple[bool, str]:
+    label = f"{case.name:<40} {backend:<9} {device:<4} {str(dtype).removeprefix('torch.'):<8}"
+    try:
+        loss, gradient = errors(evaluate(case, backend, device, dtype), truth)
+    except Exception as error:
+        return False, f"{label} {type(error).__name__}: {error}"
+    loss_bound, gradient_bound = bounds(backend, dtype)
+    line = f"{label} loss {loss:.1e} of {loss_bound:.0e}, gradient {gradient:.1e} of {gradient_bound:.0e}"
+    return loss <= loss_bound and gradient <= gradient_bound, line
+
+
+def _covers_every_operator(everything: list[Case]) -> tuple[bool, str]:
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            called.add(str(function).removeprefix(f"{_library.NAMESPACE}."))
+            return function(*args, **(kwargs or {}))
+
+    called: set[str] = set()
+    with Recorder():
+        for case in everything:
+            evaluate(case, "reference", "cpu", torch.float64)
+    prefix, suffix = f"{_library.NAMESPACE}::", ".reference"
+    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith(prefix) and name.endswith(suffix)]
+    missing = {name.removeprefix(prefix) for name in names} - called
+    words = f"not run by any: {', '.join(sorted(missing))}" if missing else f"run all {len(names)} operators"
+    return not missing, f"the {len(everything)} cases {words}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m rsloss_kernels.selfcheck", description=__doc__.splitlines()[0])
+    parser.add_argument("--backends", default="", help="comma list of backends that must be able to run")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    required = [name for name in arguments.backends.split(",") if name]
+    unknown = set(required) - set(_library.BACKENDS)
+    if unknown:
+        parser.error(f"--backends: wanted some of {', '.join(_library.BACKENDS)}, got {', '.join(sorted(unknown))}")
+    results = []
+    for holds, line in check_all(arguments.seed, required):
+        print(f"{'ok  ' if holds else 'FAIL'} {line}", flush=True)
+        results.append(holds)
+    print(f"{sum(results)} of {len(results)} checks hold")
+    return 0 if all(results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
