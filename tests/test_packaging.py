@@ -1,0 +1,205 @@
+"""What an installation promises: it works with nothing compiled, carries its sources, compiles itself, and says why not."""
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+# What other tests of the same run may have set must not decide these.
+SWITCHES = ("RSLOSS_BACKEND", "RSLOSS_JIT", "RSLOSS_NO_EXT", "RSLOSS_FORCE_CUDA", "TRITON_INTERPRET", "DEBUG", "CXX", "CC", "PYTHONPATH")
+LOSS = (
+    "import torch, rsloss_kernels as r; x = torch.randn(20, 4, requires_grad=True); "
+    "losses = r.rank_sort_loss(x, torch.arange(20) % 5); sum(losses).backward(); "
+    "assert losses.ranking > 0 and x.grad.abs().sum() > 0; print(r.__file__); print(r.backend_report())"
+)
+
+
+def environment(**changes: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if name not in SWITCHES}
+    return {**kept, "RSLOSS_JIT": "0", **changes}
+
+
+def run(*arguments: str, cwd: pathlib.Path, **changes: str) -> subprocess.CompletedProcess:
+    """Runs Python; the environment has no switch but `changes`."""
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=environment(**changes), stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+
+
+def report_line(report: str, backend: str) -> str:
+    return next(line for line in report.splitlines() if line.startswith(backend))
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory) -> pathlib.Path:
+    """The files of the checkout that belong to a release, without anything compiled."""
+    target = tmp_path_factory.mktemp("source") / "a tree"
+    for name in ("rsloss_kernels", "csrc", "requirements", "python", "bench", ".ci"):
+        if (ROOT / name).is_dir():
+            ignored = shutil.ignore_patterns("*.so", "__pycache__", "results", "out")
+            shutil.copytree(ROOT / name, target / name, ignore=ignored)
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "CONTRIBUTING.md", "Makefile"):
+        shutil.copy(ROOT / name, target / name)
+    return target
+
+
+@pytest.fixture(scope="module")
+def pure_wheel(tree, tmp_path_factory) -> tuple[pathlib.Path, str]:
+    """A wheel built under RSLOSS_NO_EXT=1, and what the build printed."""
+    out = tmp_path_factory.mktemp("wheel")
+    arguments = ("-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-v", "-w", str(out), str(tree))
+    built = run(*arguments, cwd=out, RSLOSS_NO_EXT="1")
+    assert built.returncode == 0, built.stdout + built.stderr
+    (wheel,) = out.glob("*.whl")
+    return wheel, built.stdout + built.stderr
+
+
+@pytest.fixture(scope="module")
+def installed(pure_wheel, tmp_path_factory) -> pathlib.Path:
+    """A folder that holds the pure-Python package as pip would install it."""
+    folder = tmp_path_factory.mktemp("site")
+    with zipfile.ZipFile(pure_wheel[0]) as wheel:
+        wheel.extractall(folder)
+    return folder
+
+
+def sources() -> set[str]:
+    return {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cuh", ".cpp", ".cu")}
+
+
+def test_pure_wheel_carries_the_sources(pure_wheel):
+    wheel, _ = pure_wheel
+    assert wheel.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    assert not [name for name in names if name.endswith(".so")]
+    assert {f"rsloss_kernels/{name}" for name in sources()} <= names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "rsloss_kernels").rglob("*.py")}
+    assert modules <= names
+    assert not [name for name in names if name.split("/")[0] in ("tests", "bench", "python")]
+
+
+def test_build_prints_every_switch_and_how_to_compile(pure_wheel):
+    _, printed = pure_wheel
+    assert "RSLOSS_NO_EXT=1" in printed
+    for switch in ("RSLOSS_FORCE_CUDA", "TORCH_CUDA_ARCH_LIST", "DEBUG", "CXX", "MAX_JOBS"):
+        assert f"{switch}=" in printed
+    assert re.search("nothing is compiled: RSLOSS_NO_EXT is set.*pip install --no-build-isolation", printed)
+
+
+def test_sdist_holds_what_a_build_and_the_tests_need(tree, tmp_path):
+    shutil.copytree(ROOT / "tests", tree / "tests", ignore=shutil.ignore_patterns("__pycache__", "*.so"), dirs_exist_ok=True)
+    made = run("-c", f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})", cwd=tree)
+    assert made.returncode == 0, made.stdout + made.stderr
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as sdist:
+        names = {member.name.split("/", 1)[1] for member in sdist.getmembers() if member.isfile()}
+    assert sources() <= names
+    listing = subprocess.run(["git", "ls-files", "tests", "requirements", "python"], cwd=ROOT, capture_output=True, text=True)
+    wanted = set(listing.stdout.split()) if listing.returncode == 0 else {"tests/test_packaging.py"}
+    assert {name for name in wanted if (ROOT / name).exists()} <= names
+    assert {"setup.py", "pyproject.toml", "LICENSE", "Makefile", "README.md", "rsloss_kernels/_build.py"} <= names
+
+
+def test_nothing_compiled_still_works_and_says_so(installed):
+    done = run("-c", LOSS, cwd=installed)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(str(installed))
+    assert "yes" in report_line(done.stdout, "reference")
+    assert "was not compiled" in report_line(done.stdout, "cpp") and "pip install" in report_line(done.stdout, "cpp")
+    assert "was not compiled" in report_line(done.stdout, "cuda")
+
+
+@pytest.mark.parametrize("name", ["cpp", "cuda"])
+def test_forced_backend_that_is_missing_raises(installed, name):
+    done = run("-c", LOSS, cwd=installed, RSLOSS_BACKEND=name)
+    assert done.returncode != 0
+    assert re.search(f"RuntimeError: .*'{name}' was asked for but cannot run.*was not compiled", done.stderr), done.stderr
+
+
+def test_backend_switch_forces_and_rejects_unknown_names(installed):
+    done = run("-c", LOSS, cwd=installed, RSLOSS_BACKEND="reference")
+    assert done.returncode == 0 and "forced: reference" in done.stdout, done.stderr
+    done = run("-c", LOSS, cwd=installed, RSLOSS_BACKEND="fast")
+    assert "ValueError: RSLOSS_BACKEND: backend must be one of reference, cpp, cuda, triton, got 'fast'" in done.stderr
+
+
+def test_compiles_itself_once_for_many_processes(installed, tmp_path):
+    changes = {"RSLOSS_JIT": "1", "RSLOSS_BACKEND": "cpp", "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    many = [
+        subprocess.Popen(
+            [sys.executable, "-c", LOSS], cwd=installed, env=environment(**changes), stderr=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        for _ in range(2)
+    ]
+    messages = [process.communicate()[1].decode() for process in many]
+    assert [process.returncode for process in many] == [0, 0], messages
+    assert sum("compiling _ops_cpu" in message for message in messages) == 1
+    assert len(list(tmp_path.rglob("_ops_cpu*.so"))) == 1
+    # Without the switch the next import finds it in the cache; with changed sources it does not.
+    assert run("-c", LOSS, cwd=installed, **{**changes, "RSLOSS_JIT": ""}).returncode == 0
+    changed = tmp_path / "changed"
+    shutil.copytree(installed, changed)
+    with open(changed / "rsloss_kernels" / "csrc" / "ranking" / "ranking.h", "a") as header:
+        header.write("// another line\n")
+    stale = run("-c", LOSS, cwd=changed, **{**changes, "RSLOSS_JIT": ""})
+    assert stale.returncode != 0 and "was not compiled" in stale.stderr
+
+
+@pytest.mark.parametrize("compiler, why", [("/bin/false", "failed with exit code"), ("/no/such/compiler", "there is no C\\+\\+ compiler")])
+def test_failed_compilation_names_both_causes(installed, tmp_path, compiler, why):
+    done = run("-c", LOSS, cwd=installed, RSLOSS_JIT="1", CXX=compiler, TORCH_EXTENSIONS_DIR=str(tmp_path))
+    assert done.returncode != 0
+    assert re.search(f"ImportError: .*Nothing precompiled was loaded: it was not compiled.*which failed: .*{why}", done.stderr)
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_library_that_does_not_load_is_reported(installed, tmp_path):
+    broken = tmp_path / "site"
+    shutil.copytree(installed, broken)
+    (broken / "rsloss_kernels" / "_ops_cpu.abi3.so").write_bytes(b"not a library")
+    done = run("-c", LOSS, cwd=broken)
+    assert done.returncode == 0, done.stderr
+    assert "_ops_cpu.abi3.so did not load" in report_line(done.stdout, "cpp")
+
+
+def test_forced_cuda_build_fails_clearly(tree, tmp_path):
+    done = run("setup.py", "build_ext", "--build-lib", str(tmp_path), cwd=tree, RSLOSS_FORCE_CUDA="1", RSLOSS_NO_EXT="1")
+    assert done.returncode != 0
+    assert "RSLOSS_FORCE_CUDA is set, but the CUDA library cannot be compiled: RSLOSS_NO_EXT is set" in done.stderr
+
+
+def test_build_without_torch_installs_the_pure_package(tree, tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('no torch in this environment')\n")
+    done = run("setup.py", "build", "--build-base", str(tmp_path / "b"), cwd=tree, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert re.search("nothing is compiled: torch cannot be imported.*--no-build-isolation", done.stderr)
+    assert (tmp_path / "b" / "lib" / "rsloss_kernels" / "csrc" / "ranking" / "ranking.h").exists()
+
+
+def test_import_is_quick(installed):
+    script = "import time, torch; start = time.perf_counter(); import rsloss_kernels; print(time.perf_counter() - start)"
+    seconds = min(float(run("-c", script, cwd=installed).stdout) for _ in range(3))
+    assert seconds < 0.3
+
+
+@pytest.mark.parametrize("program", ["collect_env", "selfcheck"])
+def test_programs_succeed(program):
+    done = run("-m", f"rsloss_kernels.{program}", cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    wanted = {"collect_env": ["torch ", "backends", "RSLOSS_BACKEND"], "selfcheck": ["ok   rank_sort_loss", "checks hold"]}
+    assert all(words in done.stdout for words in wanted[program])
+    assert "FAIL" not in done.stdout
+
+
+def test_selfcheck_fails_for_a_required_backend_that_is_missing(installed):
+    done = run("-m", "rsloss_kernels.selfcheck", "--backends", "cpp", cwd=installed)
+    assert done.returncode == 1
+    assert "FAIL backend cpp is required but cannot run: it was not compiled" in done.stdout
