@@ -6,6 +6,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -60,6 +61,16 @@ inline void check_vector(const char* op, const char* name, const Tensor& vector,
   STD_TORCH_CHECK(vector.scalar_type() == type, op, ": ", name, " has the wrong dtype");
   STD_TORCH_CHECK(vector.dim() == 1 && vector.size(0) == size, op, ": ", name, " must have shape [", size, "], got ",
                   shape_of(vector));
+}
+
+inline void check_delta(const char* op, double delta) {
+  STD_TORCH_CHECK(delta == 0 || (delta >= 1e-30 && delta <= 1e30), op, ": delta must be 0 or within [1e-30, 1e30], got ", delta);
+}
+
+// Segments are part of the schemas; ranking within segments is not available.
+inline void check_unsegmented(const char* op, const std::optional<Tensor>& segments, int64_t num_segments) {
+  STD_TORCH_CHECK(!segments.has_value() && num_segments == 1, op, ": segments must be None and num_segments 1, got num_segments ",
+                  num_segments);
 }
 
 inline int64_t count_elements(const Tensors& logits) {

@@ -1,0 +1,84 @@
+// Device helpers that know nothing of any loss: conversions of 16-bit types, reductions and scans in a fixed order.
+#pragma once
+
+#include "common/cuda_launch.h"
+
+namespace rsloss {
+
+constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr int kWarp = 32;
+
+// The type in which a logit is compared and its gradient computed.
+template <class Element>
+struct ArithmeticOf {
+  using type = float;
+};
+template <>
+struct ArithmeticOf<double> {
+  using type = double;
+};
+template <class Element>
+using Arithmetic = typename ArithmeticOf<Element>::type;
+
+__device__ __forceinline__ float widen(__half x) { return __half2float(x); }
+__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ double widen(double x) { return x; }
+
+__device__ __forceinline__ void narrow(float x, __half* out) { *out = __float2half_rn(x); }
+__device__ __forceinline__ void narrow(float x, __nv_bfloat16* out) { *out = __float2bfloat16_rn(x); }
+__device__ __forceinline__ void narrow(float x, float* out) { *out = x; }
+__device__ __forceinline__ void narrow(double x, double* out) { *out = x; }
+
+// One element of an array whose floating type is known at run time only; for the few elements that are positives.
+__device__ __forceinline__ double load_as_double(const void* array, Type type, int64_t index) {
+  switch (type) {
+    case Type::kHalf:
+      return widen(static_cast<const __half*>(array)[index]);
+    case Type::kBFloat16:
+      return widen(static_cast<const __nv_bfloat16*>(array)[index]);
+    case Type::kFloat:
+      return static_cast<const float*>(array)[index];
+    default:
+      return static_cast<const double*>(array)[index];
+  }
+}
+
+// Sum over the warp, the same bits in every lane: a butterfly adds in one fixed tree.
+template <class T>
+__device__ __forceinline__ T warp_sum(T value) {
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(kAllLanes, value, distance);
+  return value;
+}
+
+// Sum of `value` over the threads before this one, in a fixed order; `total` over the whole block. Every thread of the block must
+// call it; blockDim.x is a multiple of 32. `scratch`: shared, one entry per warp.
+template <class T>
+__device__ __forceinline__ T block_exclusive_scan(T value, T* scratch, T* total) {
+  const int lane = threadIdx.x % kWarp;
+  const int warp = threadIdx.x / kWarp;
+  T inclusive = value;
+  for (int distance = 1; distance < kWarp; distance *= 2) {
+    const T other = __shfl_up_sync(kAllLanes, inclusive, distance);
+    if (lane >= distance) inclusive += other;
+  }
+  T before = __shfl_up_sync(kAllLanes, inclusive, 1);
+  if (lane == 0) before = 0;
+  if (lane == kWarp - 1) scratch[warp] = inclusive;
+  __syncthreads();
+  T before_warp = 0;
+  T sum = 0;
+  for (int other = 0; other < static_cast<int>(blockDim.x) / kWarp; ++other) {
+    if (other == warp) before_warp = sum;
+    sum += scratch[other];
+  }
+  // The next call overwrites `scratch`.
+  __syncthreads();
+  *total = sum;
+  return before_warp + before;
+}
+
+// The contiguous share [first, last) of `count` items that belongs to this thread of a block, or to one part of many.
+__device__ __forceinline__ int64_t share_begin(int64_t count, int64_t part, int64_t parts) { return count * part / parts; }
+
+}  // namespace rsloss

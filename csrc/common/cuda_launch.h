@@ -1,0 +1,82 @@
+// What the .cu files and their glue share: the CUDA headers, launches, limits of the device, carving of temporary memory.
+// No torch here. tests/cuda_on_cpu compiles the same sources with RSL_CUDA_EMULATOR, where a header of its own stands in for CUDA.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+
+#ifdef RSL_CUDA_EMULATOR
+#include "cuda_emulator.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#define RSL_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+#endif
+
+#define RSL_RETURN_IF_ERROR(expression)              \
+  do {                                               \
+    const cudaError_t error_code_ = (expression);    \
+    if (error_code_ != cudaSuccess) return error_code_; \
+  } while (0)
+
+namespace rsloss {
+
+// Element types of the caller's tensors.
+enum class Type : int { kHalf, kBFloat16, kFloat, kDouble, kInt32, kInt64 };
+
+// Enqueues `kernel` on `stream`; arguments convert to the kernel's parameters. Dynamic shared memory above 48 KiB is an opt-in.
+template <class... Parameters, class... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), int64_t grid, int block, size_t shared_bytes, cudaStream_t stream,
+                   Arguments... arguments) {
+  if (shared_bytes > 48 * 1024) {
+    RSL_RETURN_IF_ERROR(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                             static_cast<int>(shared_bytes)));
+  }
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(grid));
+  config.blockDim = dim3(static_cast<unsigned>(block));
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+}
+
+struct DeviceLimits {
+  int processors;               // streaming multiprocessors
+  int threads_per_processor;
+  int shared_per_block;         // bytes of dynamic shared memory that one block may opt in to
+  int shared_per_processor;     // bytes
+};
+
+inline cudaError_t device_limits(DeviceLimits* limits) {
+  int device;
+  RSL_RETURN_IF_ERROR(cudaGetDevice(&device));
+  RSL_RETURN_IF_ERROR(cudaDeviceGetAttribute(&limits->processors, cudaDevAttrMultiProcessorCount, device));
+  RSL_RETURN_IF_ERROR(
+      cudaDeviceGetAttribute(&limits->threads_per_processor, cudaDevAttrMaxThreadsPerMultiProcessor, device));
+  RSL_RETURN_IF_ERROR(cudaDeviceGetAttribute(&limits->shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return cudaDeviceGetAttribute(&limits->shared_per_processor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Hands out 16-byte aligned arrays from one allocation. With a null base it only adds up the bytes.
+class Workspace {
+ public:
+  explicit Workspace(void* base) : base_(static_cast<char*>(base)) {}
+
+  template <class T>
+  T* take(int64_t count) {
+    char* const at = base_ == nullptr ? nullptr : base_ + bytes_;
+    bytes_ += ceil_div(count * static_cast<int64_t>(sizeof(T)), 16) * 16;
+    return reinterpret_cast<T*>(at);
+  }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  char* base_;
+  int64_t bytes_ = 0;
+};
+
+}  // namespace rsloss
