@@ -1,0 +1,263 @@
+"""Rank & Sort inside autograd: repeated and refused backwards, modes, AMP, memory held for backward, the module, the backend's choice."""
+import copy
+import pickle
+import threading
+
+import pytest
+import rsloss_kernels
+import torch
+from harness import evaluate
+from rsloss_kernels import RankSortLoss, rank_sort_loss, use_backend
+from samples import RankingSample
+
+
+def drawn(backend, generator, **description):
+    """Logits that require grad, then the other arguments, on the backend's device."""
+    inputs = RankingSample("autograd", **{"positives": 20, "negatives": 200, **description}).draw(generator)
+    logits, *others = (value.to(backend.device) for value in inputs.arguments)
+    return logits.requires_grad_(), *others
+
+
+def numbers(losses) -> list[float]:
+    return [loss.item() for loss in losses]
+
+
+def losses_of(backend, *arguments, **options):
+    with use_backend(backend.name):
+        return rank_sort_loss(*arguments, **options)
+
+
+@pytest.mark.parametrize("form", ["dense", "index"])
+def test_second_backward_is_the_same(backend, generator, form):
+    arguments = drawn(backend, generator, form=form)
+    total = sum(losses_of(backend, *arguments))
+    first, second = (torch.autograd.grad(total, arguments[0], retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second) and first.any()
+    total.backward()
+    total = sum(losses_of(backend, *arguments))
+    total.backward()
+    assert torch.equal(arguments[0].grad, first + second)
+
+
+def test_losses_backward_one_after_the_other(backend, generator):
+    arguments = drawn(backend, generator, dtype=torch.float64)
+    ranking, sorting = losses_of(backend, *arguments)
+    parts = [torch.autograd.grad(loss, arguments[0], retain_graph=True)[0] for loss in (ranking, sorting)]
+    assert all(part.any() for part in parts)
+    together = evaluate(backend, arguments[0], *arguments[1:]).gradient.to(parts[0].device)
+    torch.testing.assert_close(sum(parts), together, rtol=1e-12, atol=1e-18)
+
+
+@pytest.mark.parametrize("form", ["dense", "index"])
+def test_inputs_are_not_written(backend, generator, form):
+    arguments = drawn(backend, generator, form=form)
+    before = [(value.detach().clone(), value._version) for value in arguments]
+    (3 * sum(losses_of(backend, *arguments))).backward()
+    for value, (content, version) in zip(arguments, before, strict=True):
+        assert value._version == version and torch.equal(value.detach(), content)
+
+
+def test_editing_the_logits_before_backward_is_refused(backend, generator):
+    logits, targets = drawn(backend, generator)
+    inner = logits * 1
+    total = sum(losses_of(backend, inner, targets))
+    with torch.no_grad():
+        inner.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward()
+
+
+def test_results_do_not_alias_inputs(backend, generator):
+    logits, targets = drawn(backend, generator)
+    losses = losses_of(backend, logits, targets)
+    (gradient,) = torch.autograd.grad(sum(losses), logits)
+    addresses = {value.untyped_storage().data_ptr() for value in (*losses, gradient, logits, targets)}
+    assert len(addresses) == 5
+
+
+def test_double_backward_is_refused_clearly(backend, generator):
+    logits, targets = drawn(backend, generator)
+    losses = losses_of(backend, logits, targets)
+    (gradient,) = torch.autograd.grad(sum(losses), logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        gradient.square().sum().backward()
+
+
+def test_targets_and_quality_get_no_gradient(backend, generator):
+    logits, labels, quality = drawn(backend, generator, form="index")
+    quality.requires_grad_()
+    sum(losses_of(backend, logits, labels, quality)).backward()
+    assert quality.grad is None and logits.grad.any()
+    logits, targets = drawn(backend, generator)
+    targets.requires_grad_()
+    sum(losses_of(backend, logits, targets)).backward()
+    assert targets.grad is None and logits.grad.any()
+    assert not any(loss.requires_grad for loss in losses_of(backend, logits.detach(), targets))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_losses_without_gradients(backend, generator, mode):
+    arguments = drawn(backend, generator, form="index")
+    expected = numbers(losses_of(backend, *arguments))
+    with mode():
+        losses = losses_of(backend, *arguments)
+        assert not any(loss.requires_grad for loss in losses)
+        inside = losses_of(backend, arguments[0] * 1, *arguments[1:])
+    for values in (losses, inside, losses_of(backend, arguments[0].detach(), *arguments[1:])):
+        assert numbers(values) == expected
+        assert not any(value.requires_grad for value in values)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_changes_nothing(backend, generator, dtype):
+    """A cast would hand the operator a float32 copy of 16-bit logits, or 16-bit copies of float32 ones."""
+    for logits_dtype in (torch.float32, dtype, torch.float64):
+        arguments = drawn(backend, generator, dtype=logits_dtype)
+        expected = losses_of(backend, *arguments)
+        (gradient,) = torch.autograd.grad(sum(expected), arguments[0])
+        with torch.autocast(backend.device, dtype):
+            got = losses_of(backend, *arguments)
+        assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(got, expected, strict=True))
+        (under_autocast,) = torch.autograd.grad(sum(got), arguments[0])
+        assert under_autocast.dtype == logits_dtype and torch.equal(under_autocast, gradient)
+
+
+def test_after_a_layer_under_autocast(backend, generator):
+    layer = torch.nn.Linear(8, 5).to(backend.device)
+    features = torch.randn((30, 8), generator=generator).to(backend.device)
+    labels = torch.randint(0, 6, (30,), generator=generator).to(backend.device)
+    with torch.autocast(backend.device, torch.bfloat16):
+        logits = layer(features)
+        losses = losses_of(backend, logits, labels)
+    assert logits.dtype == torch.bfloat16 and all(loss.dtype == torch.float32 for loss in losses)
+    sum(losses).backward()
+    assert layer.weight.grad.dtype == torch.float32 and layer.weight.grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_gradient_scaler(backend, generator, dtype):
+    """A scale of 2^16 is exact, keeps tiny 16-bit gradients, and a NaN logit makes the scaler skip the step."""
+    arguments = drawn(backend, generator, dtype=dtype)
+    plain = evaluate(backend, *arguments).gradient
+    scaled = evaluate(backend, *arguments, upstream=(65536.0, 65536.0)).gradient
+    kept = plain.abs() > 2**-10
+    if dtype != torch.float16:
+        assert torch.equal(scaled, plain * 65536)
+    else:
+        assert kept.any() and torch.equal(scaled[kept], plain[kept] * 65536)
+    assert int((scaled != 0).sum()) >= int((plain != 0).sum())
+    broken = arguments[0].detach().clone()
+    broken[(arguments[1] == 0).nonzero()[0]] = torch.nan
+    weight = torch.nn.Parameter(torch.ones((), device=backend.device))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    scaler = torch.amp.GradScaler(backend.device, init_scale=65536.0)
+    scaler.scale(sum(losses_of(backend, broken * weight, arguments[1]))).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert weight.item() == 1 and scaler.get_scale() == 32768
+
+
+@pytest.mark.parametrize("form", ["dense", "index"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.slow_interpreter
+def test_memory_held_for_backward(backend, generator, form, dtype):
+    """The logits themselves, a bit per element, a few numbers per positive; no copy of the logits, no targets."""
+    positives, elements = 300, 400_000
+    rows = elements // (1 if form == "dense" else 4)
+    arguments = drawn(backend, generator, form=form, positives=positives, negatives=rows, dtype=dtype)
+    storages = {}
+
+    def pack(value):
+        storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+        losses = losses_of(backend, *arguments, max_positives=positives)
+    logits = arguments[0]
+    assert storages.pop(logits.untyped_storage().data_ptr()) == logits.numel() * logits.element_size()
+    assert losses[0].requires_grad
+    assert sum(storages.values()) <= logits.numel() / 8 + 600 * positives + 2**20
+
+
+def test_backward_runs_on_the_backend_of_forward(backend, generator):
+    """Backward may run on another thread and after `use_backend` has ended."""
+    arguments = drawn(backend, generator)
+    total = sum(losses_of(backend, *arguments))
+    names = []
+
+    class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    def run():
+        with Recorder():
+            total.backward()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert [name for name in names if "rsloss" in name] == [f"rsloss_kernels.ranking_backward.{backend.name}"]
+    expected = evaluate(backend, arguments[0], arguments[1]).gradient
+    assert torch.equal(arguments[0].grad.cpu(), expected)
+
+
+def test_calls_from_many_threads(backend, generator):
+    inputs = [RankingSample("threads", 10 + i, 300).draw(generator) for i in range(4)]
+    expected = [evaluate(backend, *one.arguments) for one in inputs]
+    results = {}
+    with use_backend(backend.name):
+
+        def run(number):
+            for _ in range(3):
+                leaf = inputs[number].logits.clone().to(backend.device).requires_grad_()
+                losses = rank_sort_loss(leaf, inputs[number].targets.to(backend.device))
+                sum(losses).backward()
+                results.setdefault(number, []).append((losses, leaf.grad))
+
+        threads = [threading.Thread(target=run, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for number, wanted in enumerate(expected):
+        assert len(results[number]) == 3
+        for losses, gradient in results[number]:
+            assert numbers(losses) == numbers(wanted.losses)
+            assert torch.equal(gradient.cpu(), wanted.gradient)
+
+
+# --- the module ---
+
+
+def test_module_is_the_function_with_a_weight(backend, generator):
+    arguments = drawn(backend, generator, form="index", background="first", dtype=torch.float64)
+    module = RankSortLoss(delta=0.25, background="first", loss_weight=4.0)
+    with use_backend(backend.name):
+        got = module(*arguments)
+        expected = rank_sort_loss(*arguments, delta=0.25, background="first")
+    assert numbers(got) == [4 * value for value in numbers(expected)]
+    (gradient,) = torch.autograd.grad(sum(got), arguments[0])
+    (wanted,) = torch.autograd.grad(sum(expected), arguments[0])
+    assert torch.equal(gradient, 4 * wanted)
+    assert type(got) is rsloss_kernels.RankSortLosses and got._fields == ("ranking", "sorting")
+
+
+def test_module_has_no_state_and_says_what_it_is():
+    module = RankSortLoss(delta=0.25, background="first", loss_weight=2.0)
+    assert not module.state_dict() and not list(module.parameters()) and not list(module.buffers())
+    assert repr(module) == "RankSortLoss(delta=0.25, background='first', loss_weight=2.0)"
+    assert repr(pickle.loads(pickle.dumps(module))) == repr(copy.deepcopy(module)) == repr(module)
+    assert RankSortLoss().delta == 0.5 and RankSortLoss().background == "last"
+
+
+def test_module_passes_every_keyword_on(backend, generator):
+    arguments = drawn(backend, generator)
+    module = RankSortLoss(delta=1.0, upstream_parity=True)
+    with use_backend(backend.name):
+        ranking, sorting = module(*arguments)
+    (gradient,) = torch.autograd.grad([ranking, sorting], arguments[0], [torch.tensor(2.0).to(ranking), torch.tensor(5.0).to(sorting)])
+    expected = evaluate(backend, *arguments, delta=1.0, upstream=(2.0, 5.0), upstream_parity=True)
+    assert torch.equal(gradient.cpu(), expected.gradient)
+    with pytest.raises(ValueError, match="max_positives must be"), use_backend(backend.name):
+        RankSortLoss(max_positives=0)(*arguments)

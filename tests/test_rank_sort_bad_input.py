@@ -1,0 +1,291 @@
+"""Rank & Sort refuses bad input by name, changes nothing, and its operators cannot be made to read or write out of bounds."""
+import re
+
+import pytest
+import rsloss_kernels
+import torch
+from harness import Pipeline, evaluate
+from rsloss_kernels import _library
+from samples import RankingSample
+
+INT_MAX = 2**31 - 1
+
+
+def good(form: str = "index") -> dict:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn((6, 4), generator=generator)
+    if form == "dense":
+        return {"logits": logits, "targets": (torch.rand((6, 4), generator=generator) - 0.7).clamp(min=0)}
+    return {"logits": logits, "targets": torch.tensor([0, 4, 2, 4, -1, 4]), "quality": torch.rand(6, generator=generator)}
+
+
+# (form, argument, value from the good arguments, exception, what was wanted, what was got)
+FAULTS = {
+    "logits_list": ("dense", "logits", lambda a: a["logits"].tolist(), TypeError, "a Tensor", "list"),
+    "logits_int64": ("dense", "logits", lambda a: a["logits"].long(), TypeError, "float16", "torch.int64"),
+    "logits_bool": ("dense", "logits", lambda a: a["logits"] > 0, TypeError, "float16", "torch.bool"),
+    "logits_complex": ("dense", "logits", lambda a: a["logits"].to(torch.complex64), TypeError, "float16", "torch.complex64"),
+    "targets_none": ("dense", "targets", lambda a: None, TypeError, "a Tensor", "NoneType"),
+    "targets_shape": ("dense", "targets", lambda a: a["targets"][:, :3], ValueError, r"\[6, 4\]", r"\[6, 3\]"),
+    "targets_numel": ("dense", "targets", lambda a: a["targets"].flatten(), ValueError, r"\[6, 4\]", r"\[24\]"),
+    "targets_complex": ("dense", "targets", lambda a: a["targets"].to(torch.complex64), TypeError, "real", "torch.complex64"),
+    "targets_meta": ("dense", "targets", lambda a: a["targets"].to("meta"), ValueError, "device", "meta"),
+    "labels_length": ("index", "targets", lambda a: a["targets"][:5], ValueError, r"\[6, 4\]", r"\[5\]"),
+    "labels_float": ("index", "targets", lambda a: a["targets"].float(), ValueError, "None with dense targets|shape", "Tensor|6"),
+    "labels_meta": ("index", "targets", lambda a: a["targets"].to("meta"), ValueError, "device", "meta"),
+    "quality_not_a_tensor": ("index", "quality", lambda a: 0.5, TypeError, "a Tensor", "float"),
+    "quality_int64": ("index", "quality", lambda a: a["quality"].long(), TypeError, "floating", "torch.int64"),
+    "quality_shape": ("index", "quality", lambda a: a["quality"][:5], ValueError, r"\[6\]", r"\[5\]"),
+    "quality_2d": ("index", "quality", lambda a: a["quality"][:, None], ValueError, r"\[6\]", r"\[6, 1\]"),
+    "quality_meta": ("index", "quality", lambda a: a["quality"].to("meta"), ValueError, "device", "meta"),
+    "quality_with_dense": ("dense", "quality", lambda a: a["targets"], ValueError, "None", "Tensor"),
+    "delta_negative": ("index", "delta", lambda a: -0.5, ValueError, "0 or within", "-0.5"),
+    "delta_nan": ("index", "delta", lambda a: float("nan"), ValueError, "0 or within", "nan"),
+    "delta_inf": ("index", "delta", lambda a: float("inf"), ValueError, "0 or within", "inf"),
+    "delta_too_small": ("index", "delta", lambda a: 1e-31, ValueError, "0 or within", "1e-31"),
+    "delta_tensor": ("index", "delta", lambda a: torch.tensor(0.5), TypeError, "float", "Tensor"),
+    "delta_string": ("index", "delta", lambda a: "0.5", TypeError, "float", "str"),
+    "delta_none": ("index", "delta", lambda a: None, TypeError, "float", "NoneType"),
+    "background_unknown": ("index", "background", lambda a: "middle", ValueError, "'last', 'first'", "middle"),
+    "max_positives_zero": ("index", "max_positives", lambda a: 0, ValueError, "at least 1", "0"),
+    "max_positives_negative": ("index", "max_positives", lambda a: -3, ValueError, "at least 1", "-3"),
+    "max_positives_float": ("index", "max_positives", lambda a: 2.0, ValueError, "int", "2.0"),
+    "max_positives_bool": ("index", "max_positives", lambda a: True, ValueError, "int", "True"),
+}
+
+
+def snapshot(arguments: dict) -> list:
+    return [(value.clone(), value._version) for value in arguments.values() if isinstance(value, torch.Tensor)]
+
+
+def assert_unchanged(arguments: dict, before: list) -> None:
+    for value, (copy, version) in zip(filter(torch.is_tensor, arguments.values()), before, strict=True):
+        assert value._version == version
+        assert value.is_meta or torch.equal(value, copy)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_bad_argument_is_refused_by_name(backend, fault):
+    form, argument, make, exception, wanted, got = FAULTS[fault]
+    arguments = good(form)
+    arguments[argument] = make(arguments)
+    arguments = {name: v.to(backend.device) if torch.is_tensor(v) and not v.is_meta else v for name, v in arguments.items()}
+    before = snapshot(arguments)
+    with rsloss_kernels.use_backend(backend.name), pytest.raises(exception) as raised:
+        rsloss_kernels.rank_sort_loss(**arguments)
+    message = str(raised.value)
+    named = argument if fault != "labels_float" else "targets|quality"
+    assert re.search(rf"^rank_sort_loss: ({named}) must .*({wanted}).*, got .*({got})", message), message
+    assert_unchanged(arguments, before)
+
+
+@pytest.mark.parametrize("form", ["dense", "index"])
+def test_good_arguments_are_not_changed(backend, form):
+    arguments = {name: value.to(backend.device) for name, value in good(form).items()}
+    arguments["logits"].requires_grad_()
+    before = snapshot(arguments)
+    with rsloss_kernels.use_backend(backend.name):
+        sum(rsloss_kernels.rank_sort_loss(**arguments)).backward()
+    assert_unchanged(arguments, before)
+
+
+DEBUG_FAULTS = {
+    "label_above_classes": ("index", {"targets": torch.tensor([0, 4, 5, 4, -1, 4])}, ValueError, "targets must .* up to 4, got 5"),
+    "label_above_first": (
+        "index", {"targets": torch.tensor([0, 4, 5, 4, -1, 4]), "background": "first"}, ValueError, "targets must .* up to 4, got 5"
+    ),
+    "quality_above_1": ("index", {"quality": torch.full((6,), 1.5)}, ValueError, r"quality must .*\[0, 1\], got \[1.5, 1.5\]"),
+    "quality_negative": ("index", {"quality": torch.full((6,), -0.25)}, ValueError, r"quality must .*\[0, 1\], got \[-0.25"),
+    "quality_nan": ("index", {"quality": torch.full((6,), float("nan"))}, ValueError, r"quality must .*\[0, 1\], got \[nan"),
+    "smoothed_targets": ("dense", {"targets": torch.full((6, 4), 0.01)}, ValueError, "targets must .* at most half .*, got 24 of 24"),
+    "dense_above_1": ("dense", {"targets": torch.eye(6, 4) * 3}, ValueError, "targets must .* at most 1, got 3"),
+}
+
+
+@pytest.mark.parametrize("fault", DEBUG_FAULTS)
+def test_debug_checks_refuse_values(backend, monkeypatch, fault):
+    form, changed, exception, message = DEBUG_FAULTS[fault]
+    arguments = good(form) | changed
+    arguments = {name: value.to(backend.device) if torch.is_tensor(value) else value for name, value in arguments.items()}
+    with rsloss_kernels.use_backend(backend.name):
+        assert all(value.isfinite() or fault == "quality_nan" for value in rsloss_kernels.rank_sort_loss(**arguments))
+        monkeypatch.setenv("RSLOSS_DEBUG_CHECKS", "1")
+        with pytest.raises(exception, match=f"^rank_sort_loss: {message}"):
+            rsloss_kernels.rank_sort_loss(**arguments)
+
+
+@pytest.mark.parametrize("form", ["dense", "index"])
+def test_debug_checks_accept_good_input(backend, monkeypatch, generator, form):
+    inputs = RankingSample("debug", 20, 100, form=form, ignored=5).draw(generator)
+    expected = evaluate(backend, *inputs.arguments)
+    monkeypatch.setenv("RSLOSS_DEBUG_CHECKS", "1")
+    assert evaluate(backend, *inputs.arguments) == expected
+
+
+# --- the operators themselves ---
+
+OPERATOR_ARGUMENTS = {
+    "ranking_collect": ["logits", "targets", "quality", "segments", "num_segments", "max_positives", "background_first"],
+    "ranking_bin": ["logits", "negatives", "positives", "counts", "segments", "num_segments", "delta"],
+    "rank_sort_finalize": [
+        "logits", "negatives", "ranked", "counts", "bins", "segments", "num_segments", "delta", "gradient_scale", "upstream_parity",
+    ],  # fmt: skip
+    "ranking_backward": [
+        "logits", "negatives", "gradients", "lines", "counts", "segments", "num_segments", "grad_first", "grad_second",
+    ],  # fmt: skip
+}
+
+
+def operator_arguments(backend, form: str = "index") -> dict:
+    """Good arguments of every operator: two feature maps of 70 rows and 9 rows, 12 positives."""
+    inputs = RankingSample("operators", 12, 62, 5, form=form).draw(torch.Generator().manual_seed(0))
+    split = [list(value.to(backend.device).split([70, inputs.targets.shape[0] - 70])) for value in inputs.arguments]
+    pipeline = Pipeline(backend, *split)
+    positives, negatives, counts = pipeline.collect()
+    ranked, bins = pipeline.call("ranking_bin", pipeline.logits, negatives, positives, counts, None, 1, 0.5)
+    ranking, _, gradients, lines = pipeline.call(
+        "rank_sort_finalize", pipeline.logits, negatives, ranked, counts, bins, None, 1, 0.5, 1.0, False
+    )
+    return {
+        "logits": pipeline.logits, "targets": pipeline.targets, "quality": pipeline.quality, "positives": positives,
+        "negatives": negatives, "counts": counts, "ranked": ranked, "bins": bins, "gradients": gradients, "lines": lines,
+        "segments": None, "num_segments": 1, "max_positives": 12, "background_first": False, "delta": 0.5, "gradient_scale": 1.0,
+        "upstream_parity": False, "grad_first": torch.ones_like(ranking), "grad_second": torch.ones_like(ranking),
+    }  # fmt: skip
+
+
+def call_operator(backend, operator: str, arguments: dict):
+    return _library.operator(operator, backend.name)(*[arguments[name] for name in OPERATOR_ARGUMENTS[operator]])
+
+
+COLLECT, BIN, FINALIZE, BACKWARD = OPERATOR_ARGUMENTS
+ALL = tuple(OPERATOR_ARGUMENTS)
+TABLE_FAULTS = {
+    "flat": lambda t: t.flatten(),
+    "one_row_less": lambda t: t[:-1],
+    "one_row_more": lambda t: torch.cat([t, t[:1]]),
+    "transposed": lambda t: t.t(),
+    "float32": lambda t: t.to(torch.float32),
+    "int32": lambda t: t.to(torch.int32),
+    "meta": lambda t: t.to("meta"),
+    "empty": lambda t: t.new_empty(0),
+}
+VECTOR_FAULTS = {
+    "shorter": lambda t: t[:-1],
+    "longer": lambda t: torch.cat([t, t[:1]]),
+    "empty": lambda t: t[:0],
+    "2d": lambda t: t[None],
+    "float64": lambda t: t.double(),
+    "int32": lambda t: t.to(torch.int32),
+    "meta": lambda t: t.to("meta"),
+}
+
+
+def operator_faults() -> dict[str, tuple[str, str, object]]:
+    """name -> (operator, argument, function from the good value to a bad one)"""
+    faults = {}
+
+    def add(operators, argument, fault, change):
+        for operator in operators if isinstance(operators, tuple) else (operators,):
+            faults[f"{operator}-{argument}-{fault}"] = (operator, argument, change)
+
+    add(ALL, "logits", "none_at_all", lambda levels: [])
+    add(ALL, "logits", "int64", lambda levels: [level.long() for level in levels])
+    add(ALL, "logits", "mixed_dtypes", lambda levels: [levels[0], levels[1].double()])
+    add(ALL, "logits", "mixed_devices", lambda levels: [levels[0], levels[1].to("meta")])
+    add((COLLECT, BIN, BACKWARD, FINALIZE), "logits", "one_level_less", lambda levels: levels[:1])
+    add((BIN, BACKWARD, FINALIZE), "logits", "longer_than_mask", lambda levels: [*levels, levels[0]])
+    for argument in ("targets", "quality"):
+        add(COLLECT, argument, "one_level_less", lambda levels: levels[:1])
+        add(COLLECT, argument, "one_level_more", lambda levels: [*levels, levels[0]])
+        add(COLLECT, argument, "fewer_rows", lambda levels: [levels[0][:-1], levels[1]])
+        add(COLLECT, argument, "more_rows", lambda levels: [torch.cat([levels[0], levels[0]]), levels[1]])
+        add(COLLECT, argument, "swapped", lambda levels: levels[::-1])
+        add(COLLECT, argument, "complex", lambda levels: [level.to(torch.complex64) for level in levels])
+        add(COLLECT, argument, "meta", lambda levels: [level.to("meta") for level in levels])
+    add(COLLECT, "targets", "int16", lambda levels: [level.to(torch.int16) for level in levels])
+    add(COLLECT, "quality", "int64", lambda levels: [level.long() for level in levels])
+    add(COLLECT, "max_positives", "negative", lambda value: -1)
+    for operator, argument in ((BIN, "positives"), (FINALIZE, "ranked"), (FINALIZE, "bins"), (BACKWARD, "gradients"), (BACKWARD, "lines")):
+        for fault, change in TABLE_FAULTS.items():
+            add(operator, argument, fault, change)
+    add(FINALIZE, "bins", "one_column_less", lambda t: t[:, :-1].contiguous())
+    add(FINALIZE, "bins", "one_column_more", lambda t: torch.cat([t, t[:, :1]], 1))
+    add(FINALIZE, "ranked", "one_column_more", lambda t: torch.cat([t, t[:, :1]], 1))
+    add(BACKWARD, "lines", "one_column_less", lambda t: t[:, :-1].contiguous())
+    add(BACKWARD, "gradients", "one_column_more", lambda t: torch.cat([t, t[:, :1]], 1))
+    for argument in ("negatives", "counts"):
+        for fault, change in VECTOR_FAULTS.items():
+            add((BIN, FINALIZE, BACKWARD), argument, fault, change)
+    for argument in ("grad_first", "grad_second"):
+        add(BACKWARD, argument, "vector", lambda t: t.expand(3))
+        add(BACKWARD, argument, "meta", lambda t: t.to("meta"))
+        add(BACKWARD, argument, "int64", lambda t: t.long())
+    for fault, delta in (("negative", -0.5), ("nan", float("nan")), ("inf", float("inf"))):
+        add((BIN, FINALIZE), "delta", fault, lambda _, delta=delta: delta)
+    return faults
+
+
+OPERATOR_FAULTS = operator_faults()
+
+
+@pytest.mark.parametrize("fault", OPERATOR_FAULTS)
+def test_operator_refuses_bad_argument(backend, fault):
+    operator, argument, change = OPERATOR_FAULTS[fault]
+    arguments = operator_arguments(backend)
+    call_operator(backend, operator, arguments)
+    arguments[argument] = change(arguments[argument])
+    with pytest.raises((RuntimeError, ValueError, TypeError, IndexError, NotImplementedError)) as raised:
+        call_operator(backend, operator, arguments)
+    if backend.is_compiled and "meta" not in fault and "devices" not in fault:
+        assert operator in str(raised.value) and "got" in str(raised.value) or "dtype" in str(raised.value), raised.value
+
+
+@pytest.mark.parametrize("fault", ["fewer_columns", "more_rows", "int32", "levels"])
+def test_collect_refuses_bad_dense_targets(backend, fault):
+    arguments = operator_arguments(backend, form="dense") | {"quality": []}
+    call_operator(backend, COLLECT, arguments)
+    first, second = arguments["targets"]
+    arguments["targets"] = {
+        "fewer_columns": [first[:-1], second],
+        "more_rows": [torch.cat([first, first]), second],
+        "int32": [first.int(), second.int()],
+        "levels": [first],
+    }[fault]
+    with pytest.raises((RuntimeError, ValueError, TypeError)):
+        call_operator(backend, COLLECT, arguments)
+
+
+@pytest.mark.parametrize("index", [-5, 10**6, INT_MAX, float("nan"), float("inf"), -1e300])
+def test_backward_never_writes_outside_the_gradient(backend, index):
+    """Flat indices come from a tensor that anyone can hand in."""
+    if backend.name == "reference":
+        pytest.skip("plain PyTorch cannot write out of bounds; its indexing raises")
+    arguments = operator_arguments(backend)
+    arguments["gradients"] = arguments["gradients"].clone()
+    arguments["gradients"][0, 3] = index
+    expected = call_operator(backend, BACKWARD, operator_arguments(backend))
+    got = call_operator(backend, BACKWARD, arguments)
+    differing = sum(int((a != b).sum()) for a, b in zip(got, expected, strict=True))
+    assert differing <= 1
+
+
+@pytest.mark.parametrize("positives", ["nan", "unsorted", "huge_index", "inf"])
+def test_operators_survive_tables_with_garbage(backend, positives):
+    """Contents of a table may be wrong (a peer's memory, a bit flip): results may then be anything, accesses must stay inside."""
+    arguments = operator_arguments(backend)
+    for name in ("positives", "ranked", "gradients", "lines"):
+        table = arguments[name].clone()
+        table[:] = {
+            "nan": torch.full_like(table, float("nan")),
+            "unsorted": table.flip(1),
+            "huge_index": table.where(torch.arange(len(table), device=table.device)[:, None] != 3, 1e18),
+            "inf": torch.full_like(table, float("inf")),
+        }[positives]
+        arguments[name] = table
+    arguments["counts"] = torch.full_like(arguments["counts"], INT_MAX)
+    operators = ALL[1:] if backend.is_compiled or backend.name == "triton" else ALL[1:2]
+    for operator in operators:
+        results = call_operator(backend, operator, arguments)
+        assert len(results) == {BIN: 2, FINALIZE: 4, BACKWARD: 2}[operator]
+    assert all(level.isnan().all() for level in call_operator(backend, BACKWARD, arguments)), "counts say overflow"
