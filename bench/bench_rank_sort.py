@@ -1,0 +1,245 @@
+"""Rank & Sort loss against the field: time or memory over a grid of problems, or the rows that must hold (`--must-show`).
+
+    python bench/bench_rank_sort.py --quick
+    python bench/bench_rank_sort.py --must-show
+    python bench/bench_rank_sort.py --mode forward --positives 1000 --negatives 1e5 1e6 --dtype bfloat16
+"""
+import argparse
+import datetime
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import torch
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))
+
+from bench import harness, rank_sort_targets, results  # noqa: E402
+from bench import rank_sort_providers as field  # noqa: E402
+from bench.logits import DISTRIBUTIONS, FORMS, Case, make_inputs  # noqa: E402
+
+LOSS = "rank_sort"
+COPY = "copy floor"
+# (distribution, P, N, form)
+GRID = [
+    *[("trained", 1000, negatives, "dense") for negatives in (10**4, 10**5, 10**6, 10**7)],
+    *[("trained", positives, 10**6, "dense") for positives in (50, 200, 5000, 20000)],
+    ("trained", 200, 10**5, "dense"),
+    ("init", 1000, 10**6, "dense"),
+    ("separated", 1000, 10**6, "dense"),
+    ("trained", 1000, 10**6, "index"),
+]
+QUICK = [("trained", 50, 10**4, "dense"), ("trained", 200, 10**5, "dense"), ("trained", 1000, 10**6, "dense")]
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="three problems, at most a minute")
+    size.add_argument("--must-show", action="store_true", help="the rows that must hold, with pass or fail; exit status 1 if any fails")
+    parser.add_argument("--metric", choices=("speed", "memory", "both"), default="both")
+    parser.add_argument("--mode", choices=(*field.MODES, "all"), default="full")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32", "float64"), default="float32")
+    parser.add_argument("--distribution", choices=tuple(DISTRIBUTIONS), help="own grid: with --positives and --negatives")
+    parser.add_argument("--form", choices=FORMS, default="dense", help="form of the targets in an own grid")
+    parser.add_argument("--positives", nargs="+", type=lambda text: int(float(text)), help="own grid")
+    parser.add_argument("--negatives", nargs="+", type=lambda text: int(float(text)), help="own grid")
+    parser.add_argument("--providers", nargs="+", metavar="TEXT", help="only those whose name contains one of these")
+    parser.add_argument("--captured", action="store_true", help="CUDA: time replays of a captured graph (device time alone)")
+    parser.add_argument("--cache", choices=("cold", "warm"), default="cold", help="CUDA: whether L2 is overwritten before each call")
+    parser.add_argument("--budget", type=float, help="seconds per provider and problem; default 0.6, quick 0.3, must-show 1.5")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=pathlib.Path, help="folder of the results; nothing is written without it")
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    if arguments.budget is None:
+        arguments.budget = 0.3 if arguments.quick else 1.5 if arguments.must_show else 0.6
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this machine has no CUDA device")
+    if arguments.captured and (arguments.device != "cuda" or arguments.mode == "all"):
+        parser.error("--captured needs --device cuda and one mode")
+    return arguments
+
+
+def make_case(arguments: argparse.Namespace, distribution: str, positives: int, negatives: int, form: str = "dense") -> Case:
+    # On a GPU the number of positives is unknown to the host: a user gives a capacity with room to spare, here 2 to 4 times P.
+    capacity = 1 << (2 * positives - 1).bit_length() if arguments.device == "cuda" else None
+    return Case(distribution, positives, negatives, form, arguments.dtype, arguments.device, arguments.seed, capacity)
+
+
+def grid(arguments: argparse.Namespace) -> list[Case]:
+    if arguments.positives or arguments.negatives or arguments.distribution:
+        distribution = arguments.distribution or "trained"
+        pairs = [(p, n) for p in arguments.positives or [1000] for n in arguments.negatives or [10**6]]
+        return [make_case(arguments, distribution, p, n, arguments.form) for p, n in pairs]
+    return [make_case(arguments, *entry) for entry in (QUICK if arguments.quick else GRID)]
+
+
+def chosen_providers(arguments: argparse.Namespace) -> list[field.Provider]:
+    everyone = field.providers(arguments.device)
+    if not arguments.providers:
+        return everyone
+    return [provider for provider in everyone if any(text in provider.name for text in arguments.providers)]
+
+
+def measure_speed(arguments: argparse.Namespace, case: Case, mode: str, capture: bool) -> tuple[list[dict], dict]:
+    """The records of one problem, and its timings by provider."""
+    inputs = make_inputs(case)
+    moved = inputs.minimal_bytes()
+    skipped, workloads = {}, [harness.copy_floor(moved, case.device)]
+    chosen = chosen_providers(arguments)
+    for provider in chosen:
+        reason = provider.why_not(case) or ("it cannot be captured" if capture and not provider.can_capture else None)
+        if reason:
+            skipped[provider.name] = reason
+        else:
+            workloads.append(field.workload(provider, inputs, mode))
+    timings = harness.measure(workloads, case.device, arguments.budget, capture=capture, cold=arguments.cache == "cold")
+    records = []
+    for name in [COPY, *(provider.name for provider in chosen)]:
+        timing = timings.get(name)
+        record = case_fields(case, inputs.logits.numel(), name, skipped.get(name) or (timing and timing.failure))
+        record |= {"mode": mode, "timing": "captured" if capture else "call", "moved_bytes": moved}
+        record |= figures(timing, timings, inputs.logits.numel(), moved)
+        records.append(record)
+    return records, timings
+
+
+def case_fields(case: Case, elements: int, provider: str, skipped: str | None) -> dict:
+    fields = {key: value for key, value in case.as_dict().items() if key != "seed"}
+    return fields | {"elements": elements, "provider": provider, "skipped": skipped}
+
+
+def figures(timing: harness.Timing | None, timings: dict, elements: int, moved: int) -> dict:
+    if timing is None or not timing.samples:
+        names = ("median_ms", "q1_ms", "q3_ms", "ns_per_element", "gb_per_s", "ratio_to_floor", "ratio_to_focal")
+        return dict.fromkeys(names) | {"repetitions": 0}
+    first, median, third = timing.quartiles
+    return {
+        "median_ms": rounded(median * 1e3),
+        "q1_ms": rounded(first * 1e3),
+        "q3_ms": rounded(third * 1e3),
+        "repetitions": len(timing.samples),
+        "ns_per_element": rounded(median * 1e9 / elements),
+        "gb_per_s": rounded(moved / median / 1e9),
+        "ratio_to_floor": rounded(timing.ratio_to(timings[COPY])),
+        "ratio_to_focal": rounded(timing.ratio_to(timings[field.FOCAL]) if field.FOCAL in timings else None),
+    }
+
+
+def rounded(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.4g}")
+
+
+def measure_memory(arguments: argparse.Namespace, case: Case) -> list[dict]:
+    """Peak memory of forward + backward beyond the inputs. On a CPU every entry has a process of its own."""
+    records = []
+    elements = make_inputs(case).logits.numel()
+    for provider in chosen_providers(arguments):
+        skipped, extra = provider.why_not(case), None
+        if not skipped:
+            try:
+                extra = memory_here(case, provider.name) if case.device == "cuda" else memory_apart(arguments, case, provider.name)
+            except (RuntimeError, subprocess.SubprocessError) as error:
+                skipped = f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
+        per_element = None if extra is None else rounded(extra / elements)
+        record = case_fields(case, elements, provider.name, skipped)
+        records.append(record | {"extra_bytes": extra, "bytes_per_element": per_element})
+    return records
+
+
+def memory_here(case: Case, name: str) -> int | None:
+    provider = next(provider for provider in field.providers(case.device) if provider.name == name)
+    # Whatever is set up once, libraries and compiled code, belongs to no call.
+    for size in (2000, 3000):
+        small = Case(case.distribution, 20, size, case.form, case.dtype, case.device, case.seed, case.max_positives)
+        field.workload(provider, make_inputs(small), "full").call()
+    work = field.workload(provider, make_inputs(case), "full")
+    # Compilation may happen once more at the real size; ours must show everything that a first call of this size takes.
+    if provider.is_compiled:
+        work.call()
+    return harness.peak_extra_bytes(work.call, case.device)
+
+
+def memory_apart(arguments: argparse.Namespace, case: Case, name: str) -> int | None:
+    command = [sys.executable, str(pathlib.Path(__file__).resolve()), "--memory-of", json.dumps([case.as_dict(), name])]
+    command += ["--threads", str(arguments.threads), "--device", case.device]
+    environment = os.environ | harness.MEMORY_ENVIRONMENT
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    if done.returncode != 0:
+        raise RuntimeError(done.stderr or f"exit status {done.returncode}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def settings(arguments: argparse.Namespace) -> dict:
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "threads": torch.get_num_threads(),
+        "seed": arguments.seed,
+        "budget_s": arguments.budget,
+        "cache": arguments.cache if arguments.device == "cuda" else "as the calls before leave it",
+    }
+
+
+def show(records: list[dict], title: str) -> None:
+    print(f"\n{title}", flush=True)
+    for record in records:
+        if record["skipped"]:
+            print(f"  {record['provider']:<28} left out: {record['skipped']}")
+        elif "extra_bytes" in record:
+            size = "unknown" if record["extra_bytes"] is None else f"{record['extra_bytes'] / 2**20:10.2f} MiB"
+            print(f"  {record['provider']:<28} {size}, {record['bytes_per_element']} bytes per element")
+        else:
+            ratios = f"{record['ratio_to_floor']:8.4g} x floor"
+            if record["ratio_to_focal"] is not None:
+                ratios += f" {record['ratio_to_focal']:8.4g} x focal"
+            print(
+                f"  {record['provider']:<28} {record['median_ms']:10.4g} ms ({record['q1_ms']:.4g} to {record['q3_ms']:.4g}, "
+                f"{record['repetitions']}x) {record['ns_per_element']:8.4g} ns/element {record['gb_per_s']:8.4g} GB/s {ratios}"
+            )
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse(argv)
+    torch.set_num_threads(arguments.threads)
+    if arguments.memory_of:
+        case, name = json.loads(arguments.memory_of)
+        print(json.dumps(memory_here(Case(**case), name)))
+        return 0
+    machine = harness.machine(arguments.device)
+    print(f"{machine['gpu'] or machine['cpu']}, {machine['cores']} cores, {arguments.threads} threads, torch {machine['torch']}, "
+          f"backends: {', '.join(field.our_backends(arguments.device))}")
+    sections, broken = {}, False
+    if arguments.must_show:
+        records = rank_sort_targets.check(arguments)
+        sections["targets"] = {"settings": settings(arguments), "records": records}
+        broken = not all(record["passed"] for record in records)
+    else:
+        modes = field.MODES if arguments.mode == "all" else (arguments.mode,)
+        speed, memory = [], []
+        for case in grid(arguments):
+            for mode in modes if arguments.metric != "memory" else ():
+                records, _ = measure_speed(arguments, case, mode, arguments.captured)
+                show(records, f"{case.title}, {mode}{', captured' if arguments.captured else ''}")
+                speed += records
+            if arguments.metric != "speed":
+                records = measure_memory(arguments, case)
+                show(records, f"{case.title}, peak memory of forward + backward beyond the inputs")
+                memory += records
+        for name, records in (("speed", speed), ("memory", memory)):
+            if records:
+                sections[name] = {"settings": settings(arguments), "records": records}
+        limits = {provider.name: provider.why_not for provider in field.providers(arguments.device) if provider.is_ours}
+        broken = any(record["skipped"] for record in speed + memory if record["provider"] in limits and not arguments.captured)
+    if arguments.out:
+        print(f"\nwrote {results.update(arguments.out, LOSS, machine, sections)}")
+    return int(broken)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,260 @@
+"""Times workloads side by side, and measures the memory that a call needs beyond its inputs.
+
+All workloads of a case run in one process, one call each per round, the order reversed every other round: whatever slows the machine
+down slows both sides. A ratio is the median over the rounds in which both ran. CPU calls are timed by the clock; CUDA calls by events
+around an idle device, so that host overheads count; captured CUDA calls by events around the replay, device time alone.
+"""
+import contextlib
+import ctypes
+import gc
+import os
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+WARM_UP_SECONDS = 0.2
+MAX_WARM_UPS = 5
+L2_FLUSH_BYTES = 256 << 20
+
+
+@dataclass
+class Workload:
+    """`call` is timed; `prepare`, if any, runs untimed before each call."""
+
+    name: str
+    call: Callable[[], object]
+    prepare: Callable[[], object] | None = None
+
+
+@dataclass
+class Timing:
+    """Seconds of one workload, one sample per round, or the reason why there is none."""
+
+    samples: list[float] = field(default_factory=list)
+    failure: str | None = None
+
+    @property
+    def quartiles(self) -> tuple[float, float, float]:
+        if len(self.samples) == 1:
+            return (self.samples[0],) * 3
+        return tuple(statistics.quantiles(self.samples, n=4, method="inclusive"))
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
+
+    def ratio_to(self, other: "Timing") -> float | None:
+        """Median of the ratios of the rounds in which both ran; None if either failed."""
+        rounds = min(len(self.samples), len(other.samples))
+        if rounds == 0:
+            return None
+        return statistics.median(mine / theirs for mine, theirs in zip(self.samples[:rounds], other.samples[:rounds], strict=True))
+
+
+class _CpuClock:
+    def sample(self, workload: Workload) -> float:
+        if workload.prepare is not None:
+            workload.prepare()
+        start = time.perf_counter()
+        kept = workload.call()
+        seconds = time.perf_counter() - start
+        del kept
+        return seconds
+
+
+class _CudaClock:
+    """Events on the current stream. `cold`: the L2 cache is overwritten before every call."""
+
+    def __init__(self, captured: bool, cold: bool):
+        self.captured = captured
+        self.flush = torch.empty(L2_FLUSH_BYTES // 4, dtype=torch.int32, device="cuda") if cold else None
+        self.start, self.stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def sample(self, workload: Workload) -> float:
+        if workload.prepare is not None:
+            workload.prepare()
+        if self.flush is not None:
+            self.flush.zero_()
+        if not self.captured:
+            torch.cuda.synchronize()
+        self.start.record()
+        kept = workload.call()
+        self.stop.record()
+        torch.cuda.synchronize()
+        del kept
+        return self.start.elapsed_time(self.stop) / 1e3
+
+
+def captured(workload: Workload) -> Workload:
+    """The workload as the replay of a CUDA graph; raises where it cannot be captured."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            if workload.prepare is not None:
+                workload.prepare()
+            workload.call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    if workload.prepare is not None:
+        workload.prepare()
+    with torch.cuda.graph(graph):
+        outputs = workload.call()
+
+    def replay():
+        graph.replay()
+        return outputs
+
+    return Workload(workload.name, replay)
+
+
+def measure(
+    workloads: list[Workload],
+    device: str,
+    budget: float,
+    max_repetitions: int = 300,
+    capture: bool = False,
+    cold: bool = True,
+) -> dict[str, Timing]:
+    """Times every workload for about `budget` seconds, at most `max_repetitions` calls, in alternating rounds.
+
+    A workload whose first call takes the whole budget has that call as its only sample. One that raises has its reason in `failure`.
+    """
+    clock = _CudaClock(capture, cold) if device == "cuda" else _CpuClock()
+    timings = {workload.name: Timing() for workload in workloads}
+    active = []
+    with _no_garbage_collection():
+        for workload in workloads:
+            try:
+                ready = captured(workload) if capture else workload
+                first = _warm_up(clock, ready)
+            except Exception as error:  # a peer that cannot run here must not end the comparison of the others
+                timings[workload.name].failure = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+                continue
+            if first >= budget:
+                timings[workload.name].samples.append(first)
+            else:
+                active.append(ready)
+        spent = dict.fromkeys(timings, 0.0)
+        for number in range(max_repetitions):
+            for workload in active if number % 2 == 0 else reversed(active):
+                seconds = clock.sample(workload)
+                timings[workload.name].samples.append(seconds)
+                spent[workload.name] += seconds
+            active = [workload for workload in active if spent[workload.name] < budget]
+    return timings
+
+
+def _warm_up(clock, workload: Workload) -> float:
+    """Calls until the time is used up. Returns the seconds of the fastest call."""
+    seconds, begin = [], time.perf_counter()
+    while len(seconds) < 2 or (len(seconds) < MAX_WARM_UPS and time.perf_counter() - begin < WARM_UP_SECONDS):
+        seconds.append(clock.sample(workload))
+        if len(seconds) == 1 and seconds[0] > 20:
+            break
+    return min(seconds)
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def copy_floor(moved_bytes: int, device: str) -> Workload:
+    """A plain copy that reads and writes `moved_bytes` in all: what the memory allows at best."""
+    source = torch.zeros(max(moved_bytes // 2, 1), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return Workload("copy floor", lambda: target.copy_(source))
+
+
+def peak_extra_bytes(call: Callable[[], object], device: str) -> int | None:
+    """Growth of the peak memory during `call` over what was held before it; None where the system cannot tell.
+
+    On a CPU this is the growth of the resident set, so run it in a process of its own that has made one small call before, and under
+    MEMORY_ENVIRONMENT, which hands freed memory back at once.
+    """
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        kept = call()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - before
+        del kept
+        return peak
+    if not os.path.exists("/proc/self/status"):
+        return None
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # sets the peak back to what is resident now
+    before = _status_bytes("VmRSS")
+    kept = call()
+    peak = _status_bytes("VmHWM") - before
+    del kept
+    return max(peak, 0)
+
+
+MEMORY_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
+def _status_bytes(key: str) -> int:
+    with open("/proc/self/status") as file:
+        return int(re.search(rf"^{key}:\s+(\d+) kB", file.read(), re.MULTILINE).group(1)) * 1024
+
+
+def machine(device: str) -> dict:
+    """What a reader needs to know to repeat a figure."""
+    gpu = torch.cuda.get_device_properties(0) if device == "cuda" else None
+    return {
+        "slug": machine_slug(device),
+        "cpu": _cpu_name(),
+        "cores": _cores(),
+        "gpu": gpu.name if gpu else None,
+        "compute_capability": f"{gpu.major}.{gpu.minor}" if gpu else None,
+        "cuda": torch.version.cuda,
+        "torch": torch.__version__,
+        "triton": _triton_version(),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def machine_slug(device: str) -> str:
+    """A short name for the results folder, such as `epyc-2-cores` or `nvidia-h200`."""
+    if device == "cuda":
+        words = torch.cuda.get_device_name(0)
+    else:
+        words = re.sub(r"\((R|TM)\)|\b(AMD|Intel|CPU|Processor|\d+-Core)\b|@.*", " ", _cpu_name()) + f" {_cores()} cores"
+    return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+        found = re.search(r"^model name\s*:\s*(.+)$", file.read(), re.MULTILINE)
+        if found:
+            return found.group(1)
+    return platform.processor() or platform.machine()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def _triton_version() -> str | None:
+    with contextlib.suppress(ImportError):
+        import triton
+
+        return triton.__version__
+    return None

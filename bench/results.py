@@ -1,0 +1,99 @@
+"""The file that a benchmark writes, `results/<machine>/<loss>.json`: one fixed schema, checked when written and when read.
+
+A document holds the machine and up to three sections, `speed`, `memory` and `targets`, each with its own settings and records. A run
+replaces the sections that it measured; sections of another machine or other versions are dropped, never mixed.
+"""
+import json
+import pathlib
+
+SCHEMA = 1
+NUMBER = (int, float)
+OPTIONAL_NUMBER = (int, float, type(None))
+OPTIONAL_TEXT = (str, type(None))
+CASE_FIELDS = {
+    "distribution": str,
+    "positives": int,
+    "negatives": int,
+    "elements": int,
+    "form": str,
+    "dtype": str,
+    "device": str,
+    "max_positives": (int, type(None)),
+    "provider": str,
+    "skipped": OPTIONAL_TEXT,
+}
+FIELDS = {
+    "speed": CASE_FIELDS
+    | {
+        "mode": str,
+        "timing": str,
+        "median_ms": OPTIONAL_NUMBER,
+        "q1_ms": OPTIONAL_NUMBER,
+        "q3_ms": OPTIONAL_NUMBER,
+        "repetitions": int,
+        "ns_per_element": OPTIONAL_NUMBER,
+        "moved_bytes": int,
+        "gb_per_s": OPTIONAL_NUMBER,
+        "ratio_to_floor": OPTIONAL_NUMBER,
+        "ratio_to_focal": OPTIONAL_NUMBER,
+    },
+    "memory": CASE_FIELDS | {"extra_bytes": OPTIONAL_NUMBER, "bytes_per_element": OPTIONAL_NUMBER},
+    "targets": {"target": str, "limit": NUMBER, "unit": str, "got": OPTIONAL_NUMBER, "passed": bool, "note": OPTIONAL_TEXT},
+}
+SETTING_FIELDS = {"date": str, "threads": int, "seed": int, "budget_s": NUMBER, "cache": str}
+MACHINE_FIELDS = ("slug", "cpu", "cores", "gpu", "compute_capability", "cuda", "torch", "triton", "python", "system")
+
+
+def validate(document: dict) -> None:
+    """Raises `ValueError` naming the place and the field that is missing, unknown or of a wrong type."""
+    _check_keys("document", document, {"schema": int, "loss": str, "machine": dict, "sections": dict})
+    if document["schema"] != SCHEMA:
+        raise ValueError(f"results: schema must be {SCHEMA}, got {document['schema']}")
+    _check_keys("machine", document["machine"], dict.fromkeys(MACHINE_FIELDS, (str, int, type(None))))
+    for name, section in document["sections"].items():
+        if name not in FIELDS:
+            raise ValueError(f"results: section must be one of {', '.join(FIELDS)}, got {name!r}")
+        _check_keys(name, section, {"settings": dict, "records": list})
+        _check_keys(f"{name}.settings", section["settings"], SETTING_FIELDS)
+        for number, record in enumerate(section["records"]):
+            _check_keys(f"{name}.records[{number}]", record, FIELDS[name])
+
+
+def _check_keys(place: str, value: dict, fields: dict) -> None:
+    if value.keys() != fields.keys():
+        raise ValueError(f"results: {place} must have the keys {sorted(fields)}, got {sorted(value)}")
+    for key, wanted in fields.items():
+        if not isinstance(value[key], wanted):
+            raise ValueError(f"results: {place}.{key} must be {wanted}, got {value[key]!r}")
+
+
+def path_of(folder: pathlib.Path, loss: str) -> pathlib.Path:
+    return pathlib.Path(folder) / f"{loss}.json"
+
+
+def read(path: pathlib.Path) -> dict:
+    document = json.loads(pathlib.Path(path).read_text())
+    validate(document)
+    return document
+
+
+def update(folder: pathlib.Path, loss: str, machine: dict, sections: dict) -> pathlib.Path:
+    """Writes `sections` ({name: {"settings", "records"}}) into the file of `loss`, keeping others of the very same machine."""
+    path = path_of(folder, loss)
+    document = {"schema": SCHEMA, "loss": loss, "machine": machine, "sections": {}}
+    if path.exists():
+        previous = read(path)
+        if previous["machine"] == machine:
+            document["sections"] = previous["sections"]
+    document["sections"] = {**document["sections"], **sections}
+    validate(document)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # One record per line, so that a change of one figure is one line of a diff.
+    text = json.dumps({**document, "sections": {}}, indent=1)
+    blocks = []
+    for name, section in document["sections"].items():
+        records = ",\n    ".join(json.dumps(record) for record in section["records"])
+        blocks.append(f'  "{name}": {{\n   "settings": {json.dumps(section["settings"])},\n   "records": [\n    {records}\n   ]\n  }}')
+    path.write_text(text.replace('"sections": {}', '"sections": {\n' + ",\n".join(blocks) + "\n }") + "\n")
+    read(path)
+    return path
