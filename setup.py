@@ -33,8 +33,6 @@ def native_parts(rules) -> dict:
         say(f"nothing is compiled: {reason}. The package works without; {rules.HOW_TO_COMPILE}")
         return {}
 
-    from torch.utils.cpp_extension import BuildExtension
-
     say(f"CPU library: {rules.compiler()} {' '.join(rules.cxx_flags())}")
     stems = [rules.LIBRARIES["cpp"]]
     if no_cuda is None:
@@ -45,7 +43,7 @@ def native_parts(rules) -> dict:
     if no_cuda is None:
         say(f"CUDA library: nvcc {' '.join(rules.nvcc_flags())}, architectures {os.environ['TORCH_CUDA_ARCH_LIST']}")
     extensions.append(rules.report_extension(ROOT / "csrc", ROOT))
-    return {"ext_modules": extensions, "cmdclass": {"build_ext": BuildExtension.with_options(no_python_abi_suffix=False)}}
+    return {"ext_modules": extensions, "cmdclass": {"build_ext": rules.build_ext_command()}}
 
 
 # The sources travel in the package as rsloss_kernels/csrc, so that an installed one can compile itself.

@@ -60,9 +60,10 @@ def headers(root: pathlib.Path) -> list[pathlib.Path]:
 
 
 def cxx_flags() -> list[str]:
-    # Python's own flags, which come first, hold -g.
+    # Python's own flags, which come first, hold -g and -Wall. GCC 12 warns falsely about its own AVX-512 intrinsics, and about
+    # vectors returned by functions that are all inlined.
     optimisation = ["-O0", "-g"] if is_on("DEBUG") else ["-O3", "-g0"]
-    return [*optimisation, "-std=c++17", "-Wall", *STABLE_ABI]
+    return [*optimisation, "-std=c++17", "-Wno-maybe-uninitialized", "-Wno-psabi", *STABLE_ABI]
 
 
 def nvcc_flags() -> list[str]:
@@ -155,6 +156,22 @@ def report_extension(root: pathlib.Path, relative_to: pathlib.Path | None = None
     )
 
 
+def build_ext_command() -> type:
+    """torch's build_ext, with names for the libraries that hold no Python: `_ops_cpu.so` serves every version of it."""
+    from torch.utils.cpp_extension import BuildExtension
+
+    class BuildLibraries(BuildExtension):
+        def __init__(self, *arguments, **keywords):
+            super().__init__(*arguments, **{**keywords, "no_python_abi_suffix": False})
+
+        def get_ext_filename(self, ext_name):
+            if ext_name.split(".")[-1] in LIBRARIES.values():
+                return os.path.join(*ext_name.split(".")) + ".so"
+            return super().get_ext_filename(ext_name)
+
+    return BuildLibraries
+
+
 def fingerprint(stem: str) -> str:
     """A name for what compiling `stem` here would give: torch, Python-independent flags, and the content of every source."""
     import torch
@@ -174,17 +191,15 @@ def fingerprint(stem: str) -> str:
 def compile_into(stem: str, folder: pathlib.Path) -> None:
     """Compiles one library into `folder` by the same steps as an installation does."""
     from setuptools import Distribution
-    from torch.utils.cpp_extension import BuildExtension
 
     # pip puts ninja beside the interpreter, which need not be on the path.
     os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), str(pathlib.Path(sys.executable).parent)])
     distribution = Distribution({"name": "rsloss_kernels", "ext_modules": [extension(stem, source_root())]})
-    command = BuildExtension(distribution, no_python_abi_suffix=False)
+    command = build_ext_command()(distribution)
     command.build_lib, command.build_temp = str(folder), str(folder / "objects")
     command.ensure_finalized()
     command.run()
-    for library in (folder / "rsloss_kernels").glob(f"{stem}*.so"):
-        library.rename(folder / library.name)
+    (folder / "rsloss_kernels" / f"{stem}.so").rename(folder / f"{stem}.so")
     shutil.rmtree(folder / "objects", ignore_errors=True)
     (folder / "rsloss_kernels").rmdir()
 

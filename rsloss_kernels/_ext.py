@@ -33,8 +33,8 @@ def load() -> None:
     """
     for backend, stem in _build.LIBRARIES.items():
         _causes.pop(backend, None)
-        installed = sorted(_PACKAGE.glob(f"{stem}*.so"))
-        cause = _try(backend, installed[0]) if installed else "it was not compiled"
+        installed = _PACKAGE / f"{stem}.so"
+        cause = _try(backend, installed) if installed.exists() else "it was not compiled"
         if cause is not None:
             cause = _from_cache(backend, cause)
         if cause is not None:

@@ -27,8 +27,8 @@ def cache() -> pathlib.Path:
 def cached(backend: str) -> pathlib.Path | None:
     """The library of `backend` compiled earlier from these very sources and flags, or None."""
     stem = _build.LIBRARIES[backend]
-    found = sorted((cache() / _build.fingerprint(stem)).glob(f"{stem}*.so"))
-    return found[0] if found else None
+    library = cache() / _build.fingerprint(stem) / f"{stem}.so"
+    return library if library.exists() else None
 
 
 def why_not(backend: str) -> str | None:
