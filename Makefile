@@ -1,13 +1,14 @@
 # make env     .venv with tested versions, and the package compiled in place; repeated only when something changed
-# make test    env, then the whole test suite             make demo    env, then trains a small detector
-# make bench   env, then the benchmarks                   make lint    ruff                     make clean
+# make test    env, then the test suite          make test-triton   env, then the suite's Triton part under the interpreter
+# make demo    env, then trains a small detector make bench         env, then the benchmarks
+# make lint    env, then ruff                    make clean         removes what these made
 #
 # PYTHON=python3.12 picks the interpreter. TORCH= (empty) takes the torch that the interpreter or .venv has already, with whatever
 # versions of the rest fit it. Other switches: README.md.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
-.PHONY: env test demo bench lint clean
+.PHONY: env test test-triton demo bench lint clean
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -45,11 +46,15 @@ env:
 test: env
 	@$(PY) -m pytest tests $(PYTEST_FLAGS)
 
+# Triton decides at import whether it interprets or compiles, so this needs a run of its own.
+test-triton: env
+	@TRITON_INTERPRET=1 RSLOSS_TEST_BACKENDS=triton $(PY) -m pytest tests -k triton-cpu $(PYTEST_FLAGS)
+
 demo: env
 	@$(PY) python/train_detector.py $(DEMO_FLAGS)
 
 bench: env
-	@$(PY) -m bench.run $(BENCH_FLAGS)
+	@$(PY) bench/run.py $(BENCH_FLAGS)
 
 lint: env
 	@$(PY) -m pip install -q -r requirements/lint.txt

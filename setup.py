@@ -1,4 +1,4 @@
-"""Compiles the libraries where torch and a compiler are at hand; else installs the pure-Python package and says how to compile."""
+"""Compiles the libraries where torch and a compiler are at hand; else installs the pure-Python package, and says how."""
 import importlib.util
 import os
 import pathlib

@@ -1,7 +1,7 @@
 """Loads the compiled libraries, and remembers why one is missing.
 
-They were installed with the package, or compiled later into the user's cache (`_jit.py`). RSLOSS_JIT=1 compiles what is missing,
-RSLOSS_JIT=0 leaves the cache alone.
+They were installed with the package, or compiled later into the user's cache (`_jit.py`). RSLOSS_JIT=1 compiles what is
+missing, RSLOSS_JIT=0 leaves the cache alone.
 """
 import os
 import pathlib

@@ -1,7 +1,7 @@
 """Compiles the libraries of an installed package into the user's cache, on first use.
 
-A library goes to `<cache>/<library>-torch<version>-<hash of sources and flags>/`, is built in a folder of its own and moved there in
-one step, so that no process ever sees half a library; a file lock keeps many processes from doing the same work at once.
+A library goes to `<cache>/<library>-torch<version>-<hash of sources and flags>/`, is built in a folder of its own and moved
+there in one step, so that no process ever sees half a library; a file lock keeps many processes from doing the same work at once.
 The cache is TORCH_EXTENSIONS_DIR/rsloss_kernels, else XDG_CACHE_HOME/rsloss_kernels, else ~/.cache/rsloss_kernels.
 """
 import contextlib

@@ -1,4 +1,4 @@
-"""`python -m rsloss_kernels.collect_env` prints what a bug report needs: versions, devices, backends, how it was built, switches."""
+"""`python -m rsloss_kernels.collect_env` prints what a bug report needs: versions, devices, backends, build, switches."""
 import importlib.util
 import os
 import platform

@@ -1,7 +1,7 @@
 """`python -m rsloss_kernels.selfcheck` runs every operator on every usable backend and dtype against the float64 reference.
 
-Small random cases, a few seconds in all, one line per check; the exit code is 0 if all hold. `--backends cpp,cuda` fails where one
-of these cannot run at all. The bounds are those of the test suite.
+Small random cases, a few seconds in all, one line per check; the exit code is 0 if all hold. `--backends cpp,cuda` fails
+where one of these cannot run at all. The bounds are those of the test suite.
 """
 import argparse
 import itertools
@@ -63,7 +63,7 @@ def evaluate(case: Case, backend: str, device: str, dtype: torch.dtype) -> Outco
 
 
 def errors(got: Outcome, truth: Outcome) -> tuple[float, float]:
-    """Largest error of a loss, relative to its value, and of a gradient entry, relative to the largest entry; inf where not finite."""
+    """Largest error of a loss, relative to its value, and of a gradient entry, relative to the largest; inf if not finite."""
     finite = all(map(_is_finite, got.losses)) and bool(got.gradient.isfinite().all())
     if not finite:
         return float("inf"), float("inf")

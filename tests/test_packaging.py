@@ -12,7 +12,10 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # What other tests of the same run may have set must not decide these.
-SWITCHES = ("RSLOSS_BACKEND", "RSLOSS_JIT", "RSLOSS_NO_EXT", "RSLOSS_FORCE_CUDA", "TRITON_INTERPRET", "DEBUG", "CXX", "CC", "PYTHONPATH")
+SWITCHES = (
+    *("RSLOSS_BACKEND", "RSLOSS_JIT", "RSLOSS_NO_EXT", "RSLOSS_FORCE_CUDA", "RSLOSS_DEBUG_CHECKS", "TRITON_INTERPRET"),
+    *("DEBUG", "CXX", "CC", "PYTHONPATH"),
+)
 LOSS = (
     "import torch, rsloss_kernels as r; x = torch.randn(20, 4, requires_grad=True); "
     "losses = r.rank_sort_loss(x, torch.arange(20) % 5); sum(losses).backward(); "
@@ -27,9 +30,8 @@ def environment(**changes: str) -> dict[str, str]:
 
 def run(*arguments: str, cwd: pathlib.Path, **changes: str) -> subprocess.CompletedProcess:
     """Runs Python; the environment has no switch but `changes`."""
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=cwd, env=environment(**changes), stdin=subprocess.DEVNULL, capture_output=True, text=True
-    )
+    settings = {"cwd": cwd, "env": environment(**changes), "stdin": subprocess.DEVNULL}
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, **settings)
 
 
 def report_line(report: str, backend: str) -> str:
@@ -70,7 +72,8 @@ def installed(pure_wheel, tmp_path_factory) -> pathlib.Path:
 
 
 def sources() -> set[str]:
-    return {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cuh", ".cpp", ".cu")}
+    found = (path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cuh", ".cpp", ".cu"))
+    return {path.relative_to(ROOT).as_posix() for path in found}
 
 
 def test_pure_wheel_carries_the_sources(pure_wheel):
@@ -133,12 +136,8 @@ def test_backend_switch_forces_and_rejects_unknown_names(installed):
 
 def test_compiles_itself_once_for_many_processes(installed, tmp_path):
     changes = {"RSLOSS_JIT": "1", "RSLOSS_BACKEND": "cpp", "TORCH_EXTENSIONS_DIR": str(tmp_path)}
-    many = [
-        subprocess.Popen(
-            [sys.executable, "-c", LOSS], cwd=installed, env=environment(**changes), stderr=subprocess.PIPE, stdout=subprocess.PIPE
-        )
-        for _ in range(2)
-    ]
+    settings = {"cwd": installed, "env": environment(**changes), "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    many = [subprocess.Popen([sys.executable, "-c", LOSS], **settings) for _ in range(2)]
     messages = [process.communicate()[1].decode() for process in many]
     assert [process.returncode for process in many] == [0, 0], messages
     assert sum("compiling _ops_cpu" in message for message in messages) == 1
@@ -153,7 +152,11 @@ def test_compiles_itself_once_for_many_processes(installed, tmp_path):
     assert stale.returncode != 0 and "was not compiled" in stale.stderr
 
 
-@pytest.mark.parametrize("compiler, why", [("/bin/false", "failed with exit code"), ("/no/such/compiler", "there is no C\\+\\+ compiler")])
+@pytest.mark.parametrize(
+    "compiler, why",
+    [("/bin/false", "failed with exit code"), ("/no/such/compiler", r"there is no C\+\+ compiler")],
+    ids=["fails", "missing"],
+)
 def test_failed_compilation_names_both_causes(installed, tmp_path, compiler, why):
     done = run("-c", LOSS, cwd=installed, RSLOSS_JIT="1", CXX=compiler, TORCH_EXTENSIONS_DIR=str(tmp_path))
     assert done.returncode != 0
