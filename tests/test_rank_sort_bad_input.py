@@ -237,8 +237,8 @@ def test_operator_refuses_bad_argument(backend, fault):
     arguments[argument] = change(arguments[argument])
     with pytest.raises((RuntimeError, ValueError, TypeError, IndexError, NotImplementedError)) as raised:
         call_operator(backend, operator, arguments)
-    if backend.is_compiled and "meta" not in fault and "devices" not in fault:
-        assert operator in str(raised.value) and "got" in str(raised.value) or "dtype" in str(raised.value), raised.value
+    message = str(raised.value)
+    assert re.search(rf"{operator}: .*({argument}|logits) must", message), message
 
 
 @pytest.mark.parametrize("fault", ["fewer_columns", "more_rows", "int32", "levels"])

@@ -1,0 +1,207 @@
+"""Every operator of the library on every backend under PyTorch's own checks: opcheck, torch.compile, torch.export, fake tensors.
+
+The operators are discovered and their arguments recorded while the public functions run on the samples, so that a new loss is
+covered as soon as samples.py knows it.
+"""
+import copy
+import dataclasses
+import pickle
+
+import harness
+import oracles
+import pytest
+import rsloss_kernels
+import torch
+from harness import Backend, assert_gates
+from rsloss_kernels import _library
+from samples import LOSSES
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+OPERATORS = harness.operator_names()
+SAMPLES = [pytest.param(loss, sample, id=f"{loss}-{sample.name}") for loss in LOSSES for sample in LOSSES[loss].samples]
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps the arguments of every operator of the library that runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls: list[tuple[torch._ops.OpOverload, tuple]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == _library.NAMESPACE:
+            # Tables copied, so that later in-place work cannot change them; logits without a graph.
+            self.calls.append((function, pytree.tree_map_only(torch.Tensor, lambda t: t.detach().clone(), args)))
+        return function(*args, **(kwargs or {}))
+
+
+def record(backend: Backend, loss: str, sample, generator) -> list[tuple[torch._ops.OpOverload, tuple]]:
+    inputs = sample.draw(generator)
+    logits, *others = (value.to(backend.device) for value in inputs.arguments)
+    logits.requires_grad_()
+    with Recorder() as recorder, rsloss_kernels.use_backend(backend.name):
+        losses = LOSSES[loss].function(logits, *others, **inputs.options)
+        sum(losses).backward()
+    return recorder.calls
+
+
+def differentiable(function: torch._ops.OpOverload, args: tuple) -> tuple:
+    """The logits require grad where the operator has a gradient; a gradient pass has none (it refuses double backward)."""
+    if function.__name__.split(".")[0].endswith("_finalize"):
+        return ([level.requires_grad_() for level in args[0]], *args[1:])
+    return args
+
+
+def test_every_operator_is_reached_by_a_sample(backend, generator):
+    claimed = {name for loss in LOSSES.values() for name in loss.operators}
+    assert claimed == set(OPERATORS)
+    for name, loss in LOSSES.items():
+        calls = record(backend, name, loss.samples[0], generator)
+        assert {str(function) for function, _ in calls} == {f"rsloss_kernels.{op}.{backend.name}" for op in loss.operators}
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_every_operator_has_all_backends_with_one_schema(operator):
+    schemas = {str(_library.operator(operator, name)._schema).split("(", 1)[1] for name in _library.BACKENDS}
+    assert len(schemas) == 1
+    schema = _library.operator(operator, "cpp")._schema
+    assert not schema.is_mutable
+    assert all(result.alias_info is None for result in schema.returns)
+
+
+@pytest.mark.slow_interpreter
+@pytest.mark.parametrize("loss, sample", SAMPLES)
+def test_opcheck(backend, generator, loss, sample):
+    for function, args in record(backend, loss, sample, generator):
+        results = torch.library.opcheck(function, differentiable(function, args))
+        assert set(results.values()) == {"SUCCESS"} and len(results) == 4, f"{function}: {results}"
+
+
+# --- torch.compile ---
+
+
+def loss_and_gradient(function, logits, others, options):
+    leaf = logits.detach().requires_grad_()
+    losses = function(leaf, *others, **options)
+    (gradient,) = torch.autograd.grad(sum(losses), leaf)
+    return harness.Evaluation(tuple(value.detach().cpu() for value in losses), gradient.cpu())
+
+
+def assert_true(backend, got, inputs):
+    elements = oracles.read(inputs.logits, inputs.targets, inputs.quality, inputs.options.get("background", "last"))
+    truth = oracles.rank_sort(elements, inputs.options["delta"])
+    assert_gates(backend, got, truth.losses, truth.gradient())
+
+
+COMPILED_SAMPLES = [
+    param for param in SAMPLES if param.values[1].name in ("dense_float32", "dense_bfloat16_targets_float32", "index_float32")
+]
+
+
+@pytest.mark.slow_interpreter
+@pytest.mark.parametrize("loss, sample", COMPILED_SAMPLES)
+def test_compile_once_for_all_shapes(backend, generator, loss, sample):
+    """One graph, whatever the number of rows and of positives, forward and backward."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(LOSSES[loss].function, backend=counter, fullgraph=True, dynamic=True)
+    with rsloss_kernels.use_backend(backend.name):
+        for positives, negatives in ((9, 120), (30, 64), (2, 333), (17, 1000)):
+            inputs = dataclasses.replace(sample, positives=positives, negatives=negatives).draw(generator)
+            logits, *others = (value.to(backend.device) for value in inputs.arguments)
+            got = loss_and_gradient(compiled, logits, others, inputs.options)
+            assert_true(backend, got, inputs)
+            assert got == loss_and_gradient(LOSSES[loss].function, logits, others, inputs.options)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.slow_interpreter
+@pytest.mark.parametrize("loss, sample", COMPILED_SAMPLES[:1])
+def test_compile_a_model_with_its_loss(backend, generator, loss, sample):
+    """Through the default compiler, with layers before and arithmetic after the loss."""
+    torch._dynamo.reset()
+    layer = torch.nn.Linear(6, 5).to(backend.device)
+    module = LOSSES[loss].module()
+
+    def step(features, labels):
+        return sum(module(layer(features).relu(), labels)) * 2
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True)
+    with rsloss_kernels.use_backend(backend.name):
+        for rows in (40, 55, 90):
+            features = torch.randn((rows, 6), generator=generator).to(backend.device)
+            labels = torch.randint(-1, 6, (rows,), generator=generator).to(backend.device)
+            gradients = []
+            for function in (step, compiled):
+                layer.weight.grad = None
+                total = function(features, labels)
+                total.backward()
+                gradients.append((total.detach(), layer.weight.grad))
+            torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-7)
+            assert gradients[0][1].any()
+
+
+@pytest.mark.slow_interpreter
+@pytest.mark.parametrize("loss, sample", COMPILED_SAMPLES)
+def test_export(backend, generator, loss, sample):
+    inputs = sample.draw(generator)
+    arguments = tuple(value.to(backend.device) for value in inputs.arguments)
+
+    class Model(torch.nn.Module):
+        def forward(self, *arguments):
+            return tuple(LOSSES[loss].function(*arguments, **inputs.options))
+
+    rows = torch.export.Dim("rows", min=2)
+    with rsloss_kernels.use_backend(backend.name):
+        program = torch.export.export(Model(), arguments, dynamic_shapes={"arguments": tuple({0: rows} for _ in arguments)})
+        other = dataclasses.replace(sample, positives=4, negatives=77).draw(generator)
+        moved = tuple(value.to(backend.device) for value in other.arguments)
+        got = program.module()(*moved)
+        expected = LOSSES[loss].function(*moved, **other.options)
+    used = {str(node.target) for node in program.graph.nodes if "rsloss_kernels" in str(node.target)}
+    assert used and all(name.endswith(f".{backend.name}") for name in used)
+    assert [value.item() for value in got] == [value.item() for value in expected]
+
+
+# --- fake and meta tensors ---
+
+
+def on_fake_gpu(value: torch.Tensor) -> torch.Tensor:
+    return torch.empty(value.shape, dtype=value.dtype, device="cuda")
+
+
+@pytest.mark.parametrize("loss, sample", SAMPLES)
+def test_fake_gpu_tensors_take_the_shapes_of_real_ones(generator, monkeypatch, loss, sample):
+    """The logic of shapes, dtypes and devices on a GPU, without one: function by function and operator by operator."""
+    inputs = sample.draw(generator)
+    calls = record(Backend("reference", "cpu"), loss, sample, generator)
+    for name in ("cuda", "triton", "reference"):
+        # Fake tensors need no kernel, so the choice of one that is missing here must not be refused.
+        monkeypatch.setattr(rsloss_kernels._backends, "resolve", lambda operator, device, name=name: name)
+        with FakeTensorMode():
+            for value in LOSSES[loss].function(*map(on_fake_gpu, inputs.arguments), **inputs.options):
+                assert value.shape == () and value.device.type == "cuda"
+                assert value.dtype == (torch.float64 if sample.dtype == torch.float64 else torch.float32)
+        for function, args in calls:
+            operator = _library.operator(function.__name__.split(".")[0], name)
+            with FakeTensorMode():
+                fake = pytree.tree_leaves(operator(*pytree.tree_map_only(torch.Tensor, on_fake_gpu, args)))
+            real = pytree.tree_leaves(function(*args))
+            for got, wanted in zip(fake, real, strict=True):
+                assert got.device.type == "cuda" and got.dtype == wanted.dtype and got.dim() == wanted.dim()
+                sizes = zip(got.shape, wanted.shape, strict=True)
+                assert all(a == b for a, b in sizes if isinstance(a, int)), f"{operator}: {got.shape} for {wanted.shape}"
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_module_survives_deepcopy_and_pickle(backend, generator, loss):
+    inputs = LOSSES[loss].samples[0].draw(generator)
+    arguments = [value.to(backend.device) for value in inputs.arguments]
+    module = LOSSES[loss].module()
+    with rsloss_kernels.use_backend(backend.name):
+        expected = [value.item() for value in module(*arguments)]
+        for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), module.to("cpu").half().float()):
+            assert [value.item() for value in twin(*arguments)] == expected
