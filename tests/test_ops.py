@@ -17,6 +17,7 @@ from rsloss_kernels import _library
 from samples import LOSSES
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -187,7 +188,7 @@ def test_fake_gpu_tensors_take_the_shapes_of_real_ones(generator, monkeypatch, l
                 assert value.dtype == (torch.float64 if sample.dtype == torch.float64 else torch.float32)
         for function, args in calls:
             operator = _library.operator(function.__name__.split(".")[0], name)
-            with FakeTensorMode():
+            with FakeTensorMode(shape_env=ShapeEnv()):
                 fake = pytree.tree_leaves(operator(*pytree.tree_map_only(torch.Tensor, on_fake_gpu, args)))
             real = pytree.tree_leaves(function(*args))
             for got, wanted in zip(fake, real, strict=True):
