@@ -8,6 +8,8 @@ import importlib.util
 import os
 from collections.abc import Iterator
 
+import torch
+
 from rsloss_kernels import _ext, _library
 
 _PREFERENCE = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
@@ -35,8 +37,9 @@ def usable(operator: str, device_type: str) -> list[str]:
     return [backend for backend in _library.BACKENDS if why_not(operator, backend, device_type) is None]
 
 
+@torch.compiler.assume_constant_result
 def why_not(operator: str, backend: str, device_type: str) -> str | None:
-    """None if `backend` can run `operator` on `device_type`, else the reason in words."""
+    """None if `backend` can run `operator` on `device_type`, else the reason in words. Compiled code guards on `_forced` alone."""
     key = (operator, backend, device_type)
     if key not in _reasons:
         _reasons[key] = _find_reason(operator, backend, device_type)
