@@ -1,6 +1,6 @@
 """Rank & Sort's finalize as Triton kernels: every sum over positives and over bins by comparing pairs, float64 inside.
 
-Five launches: breakpoints; the terms of every positive; gradients of the positives; the two losses; the lines of the negatives. A sum over
+Six launches: breakpoints (two); the terms of every positive; gradients of the positives; the two losses; the lines of the negatives. A sum over
 pairs takes about P^2 steps, needs no float prefix sums (so it has a fixed order, no far origin and no cancellation), and ends at the
 number of positives, which stays on the device. Formulas: README.md beside this file; layouts: ../ranking/README.md.
 """
@@ -184,7 +184,7 @@ def gradients_kernel(
 
 @triton.jit(do_not_specialize=PLAIN_INTEGERS)
 def losses_kernel(
-    sizes_ptr, terms_ptr, counts_ptr, bins_ptr, ranking_ptr, sorting_ptr, capacity, DOUBLE: tl.constexpr, RUN: tl.constexpr
+    sizes_ptr, terms_ptr, counts_ptr, bins_ptr, ranking_ptr, sorting_ptr, capacity, RUN: tl.constexpr
 ):
     valid = tl.load(sizes_ptr)
     ranking_error = tl.zeros([RUN], tl.float64)
@@ -220,7 +220,7 @@ def lines_kernel(
     RUN: tl.constexpr,
 ):
     valid = tl.load(sizes_ptr)
-    top = tl.load(sizes_ptr + 1) // 2
+    top = tl.load(sizes_ptr + 1)
     per_width = inverse_width(delta_bits, IS_STEP)
     first = tl.program_id(0) * TILE
     slot = first + tl.arange(0, TILE)
@@ -283,5 +283,5 @@ def rank_sort_finalize(
             lines_kernel[triton.cdiv(2 * capacity, tile),](
                 ranked, slots, sizes, terms, lines, capacity, delta_bits, scale_bits, **options
             )
-        losses_kernel[1,](sizes, terms, counts, bins, ranking, sorting, capacity, DOUBLE=double, RUN=run)
+        losses_kernel[1,](sizes, terms, counts, bins, ranking, sorting, capacity, RUN=run)
     return ranking, sorting, gradients, lines

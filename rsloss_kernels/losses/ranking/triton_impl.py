@@ -2,7 +2,7 @@
 
 Collect: a pass over the targets writes the bit mask and the counts of every block; their prefix sum gives each block its slots, and a
 second pass over the blocks that hold positives writes the records in flat order. Bin: ranks by comparing all pairs of positives,
-breakpoints and their slots by binary search, then one pass over the logits with integer atomics into copies of the bins. Backward:
+slots of the breakpoints by binary search, then one pass over the logits with integer atomics into copies of the bins. Backward:
 one pass over the logits, then one over the positives. Loops over positives end at their number, which stays on the device: no launch
 depends on the data. Sums of floats have a fixed order. Layouts and derivation: README.md beside this file.
 """
@@ -288,17 +288,15 @@ def rank_kernel(positives_ptr, counts_ptr, ranked_ptr, capacity, TILE: tl.conste
 
 
 @triton.jit(do_not_specialize=PLAIN_INTEGERS)
-def breakpoints_kernel(
+def windows_kernel(
     ranked_ptr,
-    edges_ptr,  # [2 capacity] all breakpoints ascending, padded with +inf
-    slots_ptr,  # int32 [2, capacity] where the lo and the hi of every rank stand in `edges`
-    sizes_ptr,  # int32 [2] valid positives, and the largest power of two up to twice that
+    bounds_ptr,  # [2, capacity] lo and hi of every valid rank
+    sizes_ptr,  # int32 [2] valid positives, and the largest power of two up to their number (at least 1)
     capacity,
     delta_bits,
     DOUBLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    delta = float_of(delta_bits)
     # NaN logits stand last.
     valid = tl.program_id(0) * 0
     end = valid + capacity
@@ -312,24 +310,39 @@ def breakpoints_kernel(
         top = 2 * top
     if tl.program_id(0) == 0:
         tl.store(sizes_ptr, valid)
-        tl.store(sizes_ptr + 1, 2 * top)
+        tl.store(sizes_ptr + 1, top)
+    rank = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    centre = tl.load(ranked_ptr + rank, mask=rank < valid, other=0.0)
+    delta = float_of(delta_bits)
+    tl.store(bounds_ptr + rank, round_up_sum(centre, -delta, DOUBLE), mask=rank < valid)
+    tl.store(bounds_ptr + capacity + rank, round_up_sum(centre, delta, DOUBLE), mask=rank < valid)
 
+
+@triton.jit(do_not_specialize=PLAIN_INTEGERS)
+def breakpoints_kernel(
+    bounds_ptr,
+    sizes_ptr,
+    edges_ptr,  # [2 capacity] all breakpoints ascending, padded with +inf
+    slots_ptr,  # int32 [2, capacity] where the lo and the hi of every rank stand in `edges`
+    capacity,
+    BLOCK: tl.constexpr,
+):
+    valid = tl.load(sizes_ptr)
     rank = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     is_valid = rank < valid
-    centre = tl.load(ranked_ptr + rank, mask=is_valid, other=0.0)
-    lo = round_up_sum(centre, -delta, DOUBLE)
-    hi = round_up_sum(centre, delta, DOUBLE)
+    lo = tl.load(bounds_ptr + rank, mask=is_valid, other=float("inf"))
+    hi = tl.load(bounds_ptr + capacity + rank, mask=is_valid, other=float("inf"))
     before_lo = tl.zeros([BLOCK], tl.int32)
     before_hi = tl.zeros([BLOCK], tl.int32)
-    step = top
+    step = tl.load(sizes_ptr + 1)
     while step > 0:
         probe = before_lo + step
         inside = is_valid & (probe <= valid)
-        other_hi = round_up_sum(tl.load(ranked_ptr + probe - 1, mask=inside, other=0.0), delta, DOUBLE)
+        other_hi = tl.load(bounds_ptr + capacity + probe - 1, mask=inside, other=0.0)
         before_lo = tl.where(inside & (other_hi < lo), probe, before_lo)
         probe = before_hi + step
         inside = is_valid & (probe <= valid)
-        other_lo = round_up_sum(tl.load(ranked_ptr + probe - 1, mask=inside, other=0.0), -delta, DOUBLE)
+        other_lo = tl.load(bounds_ptr + probe - 1, mask=inside, other=0.0)
         before_hi = tl.where(inside & (other_lo <= hi), probe, before_hi)
         step = step // 2
     lo_slot = rank + tl.where(is_valid, before_lo, rank)
@@ -337,19 +350,21 @@ def breakpoints_kernel(
     fits = rank < capacity
     tl.store(slots_ptr + rank, lo_slot, mask=fits)
     tl.store(slots_ptr + capacity + rank, hi_slot, mask=fits)
-    tl.store(edges_ptr + lo_slot, tl.where(is_valid, lo, float("inf")), mask=fits)
-    tl.store(edges_ptr + hi_slot, tl.where(is_valid, hi, float("inf")), mask=fits)
+    tl.store(edges_ptr + lo_slot, lo, mask=fits)
+    tl.store(edges_ptr + hi_slot, hi, mask=fits)
 
 
 def write_breakpoints(ranked: Tensor, edges: Tensor, delta: float, double: bool) -> tuple[Tensor, Tensor]:
     """Fills `edges` [2 cap]; returns the slots of the breakpoints, int32 [2, cap], and the sizes that the kernels load."""
     capacity = ranked.shape[1]
+    bounds = ranked.new_empty((2, capacity))
     slots = torch.empty((2, capacity), dtype=torch.int32, device=ranked.device)
     sizes = torch.empty(2, dtype=torch.int32, device=ranked.device)
     block = table_block(capacity, ranked.device)
     # One program at least, for the sizes.
     grid = (max(1, triton.cdiv(capacity, block)),)
-    breakpoints_kernel[grid](ranked, edges, slots, sizes, capacity, float_bits(delta), DOUBLE=double, BLOCK=block)
+    windows_kernel[grid](ranked, bounds, sizes, capacity, float_bits(delta), DOUBLE=double, BLOCK=block)
+    breakpoints_kernel[grid](bounds, sizes, edges, slots, capacity, BLOCK=block)
     return slots, sizes
 
 
@@ -391,7 +406,7 @@ def bin_kernel(
     lowest = tl.load(edges_ptr, mask=used > 0, other=float("nan"))
     wanted = is_negative & (value >= lowest)
     index = count_not_above(
-        edges_ptr, value, used, tl.load(sizes_ptr + 1), wanted, tl.zeros([BLOCK // 8, 8], tl.int32)
+        edges_ptr, value, used, 2 * tl.load(sizes_ptr + 1), wanted, tl.zeros([BLOCK // 8, 8], tl.int32)
     )
     tl.atomic_add(counts_ptr + index, tl.full([BLOCK // 8, 8], 1, tl.int64), mask=wanted, sem="relaxed")
     if not IS_STEP:

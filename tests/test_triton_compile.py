@@ -1,0 +1,189 @@
+"""Compiles every Triton kernel ahead of time for real GPUs, without one: no spills, shared memory within the limit.
+
+The kernels are compiled in one process of its own, because Triton decides at import whether it interprets or compiles. Run as a program, this
+file is that process: it prints one JSON record per kernel, argument types and target.
+"""
+import importlib
+import itertools
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+# Compute capability: shared memory of one block in bytes.
+TARGETS = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+FLOATS = ("fp16", "bf16", "fp32", "fp64")
+ANY_FLAG = (False, True)
+# Integer arguments by name; the others are 32 bits wide, as the launcher passes small numbers.
+WIDE_INTEGERS = {"delta_bits", "unit_bits", "scale_bits", "most_bits"}
+
+
+def _double(*types: str) -> bool:
+    return "fp64" in types
+
+
+def _choices(**values):
+    return [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
+
+
+def _ranking_variants(impl) -> dict[str, list[dict]]:
+    """For every kernel its variants: pointer types (None: the argument is None), wider integers and constants."""
+    stream = {"BLOCK": impl.STREAM_BLOCK["cuda"]}
+    table = {"BLOCK": impl.TABLE_BLOCK["cuda"]}
+    pairs = dict(zip(("TILE", "RUN"), impl.PAIR_TILE["cuda"], strict=True))
+    mask, record = [], []
+    for target, first in itertools.product((*FLOATS, "i32", "i64"), ANY_FLAG):
+        form = {"IS_DENSE": target in FLOATS, "BACKGROUND_FIRST": first, "DOUBLE": _double(target)}
+        mask.append({"targets_ptr": target, "negatives_ptr": "u8", "block_counts_ptr": "i32", **form, **stream})
+        if target in FLOATS:
+            sources = [(logit, None) for logit in FLOATS]
+        else:
+            sources = [("fp32", None), ("fp64", "fp32"), *((logit, logit) for logit in FLOATS)]
+        for logit, quality in sources:
+            pointers = {"logits_ptr": logit, "targets_ptr": target, "quality_ptr": quality, "found_ptr": "i64"}
+            form["DOUBLE"] = _double(logit, target, quality or "")
+            record.append({**pointers, "positives_ptr": "fp64", **form, **stream})
+    mask.append({**mask[0], "size": "i64"})
+    records = {"positives_ptr": "fp64", "counts_ptr": "i64", "ranked_ptr": "fp64"}
+    marks = {"sizes_ptr": "i32", "slots_ptr": "i32", "bounds_ptr": "fp64"}
+    streamed = []
+    for logit, size in itertools.product(FLOATS, ("i32", "i64")):
+        double = _double(logit)
+        edges = {"edges_ptr": "fp64" if double else "fp32"}
+        streamed.append({"logits_ptr": logit, "negatives_ptr": "u8", **edges, "size": size, "DOUBLE": double, **stream})
+    copies = {"sizes_ptr": "i32", "copies_ptr": "i64", "MAX_COPIES": impl.MAX_COPIES}
+    upstream = _choices(grad_first_ptr=(None, "fp32", "fp64"), grad_second_ptr=(None, "fp32", "fp64"))
+    return {
+        "mask_kernel": mask,
+        "record_kernel": record,
+        "rank_kernel": [{**records, **pairs}],
+        "windows_kernel": [
+            {"ranked_ptr": "fp64", **marks, "DOUBLE": double, **table} for double in ANY_FLAG
+        ],
+        "breakpoints_kernel": [{**marks, "edges_ptr": edge, **table} for edge in ("fp32", "fp64")],
+        "bin_kernel": [{**base, **copies, "IS_STEP": is_step} for base in streamed for is_step in ANY_FLAG],
+        "sum_copies_kernel": [{**copies, "bins_ptr": "i64", **table}],
+        "negative_gradient_kernel": [
+            {**base, "lines_ptr": "fp64", "counts_ptr": "i64", "grad_first_ptr": grad, "results_ptr": base["logits_ptr"]}
+            for base in streamed
+            for grad in (None, "fp64" if base["DOUBLE"] else "fp32")
+        ],
+        "positive_gradient_kernel": [
+            {"gradients_ptr": "fp64", "counts_ptr": "i64", **grads, "results_ptr": result, "DOUBLE": _double(result), **table}
+            for result in FLOATS
+            for grads in upstream
+        ],
+    }
+
+
+def _rank_sort_variants(ranking_impl) -> dict[str, list[dict]]:
+    pairs = dict(zip(("TILE", "RUN"), ranking_impl.PAIR_TILE["cuda"], strict=True))
+    tables = {
+        **{name: "fp64" for name in ("ranked_ptr", "edges_ptr", "terms_ptr", "gradients_ptr", "lines_ptr")},
+        **{"bins_ptr": "i64", "slots_ptr": "i32", "sizes_ptr": "i32"},
+    }
+    steps = [{**tables, **pairs, "IS_STEP": is_step} for is_step in ANY_FLAG]
+    losses = [
+        {**tables, "counts_ptr": "i64", "ranking_ptr": loss, "sorting_ptr": loss, "RUN": pairs["RUN"]}
+        for loss in ("fp32", "fp64")
+    ]
+    return {"terms_kernel": steps, "gradients_kernel": steps, "lines_kernel": steps, "losses_kernel": losses}
+
+
+def _variants() -> dict[str, list[dict]]:
+    ranking = importlib.import_module("rsloss_kernels.losses.ranking.triton_impl")
+    return {**_ranking_variants(ranking), **_rank_sort_variants(ranking)}
+
+
+def _find_kernels() -> dict:
+    """Every jit function of every `triton_impl.py` that no other one calls: those that are launched."""
+    from triton.runtime.jit import JITFunction
+
+    functions = {}
+    for path in sorted((ROOT / "rsloss_kernels" / "losses").glob("*/triton_impl.py")):
+        module = importlib.import_module(f"rsloss_kernels.losses.{path.parent.name}.triton_impl")
+        functions.update({name: value for name, value in vars(module).items() if isinstance(value, JITFunction)})
+    called = {
+        name
+        for caller, function in functions.items()
+        for name in re.findall(r"\b(\w+)\(", function.src)
+        if name in functions and name != caller
+    }
+    return {name: function for name, function in functions.items() if name not in called}
+
+
+def _compile(kernel, variant: dict, capability: int) -> dict:
+    """Compiles for one target; registers, stack and local memory in bytes as the assembler reports them."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, constants, attributes = {}, {}, {}
+    for position, name in enumerate(kernel.arg_names):
+        if name.endswith("_ptr") and variant[name] is not None:
+            signature[name] = f"*{variant[name]}"
+            attributes[(position,)] = [["tt.divisibility", 16]]
+        elif name.endswith("_ptr") or name.isupper():
+            signature[name], constants[name] = "constexpr", variant[name]
+        else:
+            signature[name] = "i64" if name in WIDE_INTEGERS else variant.get(name, "i32")
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    tool = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        report = subprocess.run([str(tool), "-res-usage", file.name], capture_output=True, text=True, check=True)
+    usage = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", report.stdout + report.stderr)}
+    return {**usage, "shared": compiled.metadata.shared}
+
+
+def main() -> None:
+    kernels, variants = _find_kernels(), _variants()
+    print(json.dumps({"kernels": sorted(kernels), "listed": sorted(variants)}))
+    for name in kernels.keys() & variants.keys():
+        for variant, capability in itertools.product(variants[name], TARGETS):
+            record = {"kernel": name, "variant": variant, "capability": capability}
+            try:
+                record.update(_compile(kernels[name], variant, capability))
+            except Exception as error:
+                record["error"] = f"{type(error).__name__}: {str(error)[-2000:]}"
+            print(json.dumps(record), flush=True)
+
+
+if __name__ == "__main__":
+    main()
+else:
+    import pytest
+
+    @pytest.fixture(scope="module")
+    def compiled(tmp_path_factory) -> tuple[dict, list[dict]]:
+        """What there is, and a record of every compilation."""
+        environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+        environment.update(
+            TRITON_CACHE_DIR=str(tmp_path_factory.mktemp("triton_cache")), PYTHONPATH=str(ROOT), TRITON_DEFAULT_FP_FUSION="1"
+        )
+        result = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment)
+        assert result.returncode == 0, result.stderr[-4000:]
+        there, *records = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+        return there, records
+
+    def test_every_kernel_is_listed(compiled):
+        there, _ = compiled
+        assert there["kernels"] == there["listed"]
+
+    @pytest.mark.parametrize("capability", TARGETS)
+    def test_kernels_compile_without_spills(compiled, capability):
+        there, records = compiled
+        mine = [record for record in records if record["capability"] == capability]
+        assert {record["kernel"] for record in mine} == set(there["kernels"])
+        failed = [record for record in mine if "error" in record]
+        assert not failed, failed[0]
+        spilled = [record for record in mine if record["STACK"] > 0 or record["LOCAL"] > 0]
+        assert not spilled, spilled
+        too_large = [record for record in mine if record["shared"] > TARGETS[capability]]
+        assert not too_large, too_large
