@@ -6,6 +6,7 @@
 """
 import argparse
 import datetime
+import itertools
 import json
 import os
 import pathlib
@@ -23,6 +24,7 @@ from bench.logits import DISTRIBUTIONS, FORMS, Case, make_inputs  # noqa: E402
 
 LOSS = "rank_sort"
 COPY = "copy floor"
+CANNOT_CAPTURE = "it cannot be captured"
 # (distribution, P, N, form)
 GRID = [
     *[("trained", 1000, negatives, "dense") for negatives in (10**4, 10**5, 10**6, 10**7)],
@@ -49,7 +51,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--positives", nargs="+", type=lambda text: int(float(text)), help="own grid")
     parser.add_argument("--negatives", nargs="+", type=lambda text: int(float(text)), help="own grid")
     parser.add_argument("--providers", nargs="+", metavar="TEXT", help="only those whose name contains one of these")
-    parser.add_argument("--captured", action="store_true", help="CUDA: time replays of a captured graph (device time alone)")
+    parser.add_argument(
+        "--timing",
+        choices=("call", "captured", "both"),
+        default="call",
+        help="CUDA: whole calls from an idle device, or replays of a captured graph (device time alone)",
+    )
     parser.add_argument("--cache", choices=("cold", "warm"), default="cold", help="CUDA: whether L2 is overwritten before each call")
     parser.add_argument("--budget", type=float, help="seconds per provider and problem; default 0.6, quick 0.3, must-show 1.5")
     parser.add_argument("--threads", type=int, default=2)
@@ -61,9 +68,27 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         arguments.budget = 0.3 if arguments.quick else 1.5 if arguments.must_show else 0.6
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this machine has no CUDA device")
-    if arguments.captured and (arguments.device != "cuda" or arguments.mode == "all"):
-        parser.error("--captured needs --device cuda and one mode")
+    if arguments.timing != "call" and arguments.device != "cuda":
+        parser.error("--timing captured needs --device cuda")
     return arguments
+
+
+def run_grid(arguments: argparse.Namespace) -> dict[str, list[dict]]:
+    """Measures and prints every problem of the grid; the records by section."""
+    modes = field.MODES if arguments.mode == "all" else (arguments.mode,)
+    captures = {"call": [False], "captured": [True], "both": [False, True]}[arguments.timing]
+    wanted = {"speed": ["speed"], "memory": ["memory"], "both": ["speed", "memory"]}[arguments.metric]
+    sections = {name: [] for name in wanted}
+    for case in grid(arguments):
+        for mode, capture in itertools.product(modes, captures) if "speed" in wanted else ():
+            records, _ = measure_speed(arguments, case, mode, capture)
+            show(records, f"{case.title}, {mode}{', captured' if capture else ''}")
+            sections["speed"] += records
+        if "memory" in wanted:
+            records = measure_memory(arguments, case)
+            show(records, f"{case.title}, peak memory of forward + backward beyond the inputs")
+            sections["memory"] += records
+    return sections
 
 
 def make_case(arguments: argparse.Namespace, distribution: str, positives: int, negatives: int, form: str = "dense") -> Case:
@@ -94,7 +119,7 @@ def measure_speed(arguments: argparse.Namespace, case: Case, mode: str, capture:
     skipped, workloads = {}, [harness.copy_floor(moved, case.device)]
     chosen = chosen_providers(arguments)
     for provider in chosen:
-        reason = provider.why_not(case) or ("it cannot be captured" if capture and not provider.can_capture else None)
+        reason = provider.why_not(case) or (CANNOT_CAPTURE if capture and not provider.can_capture else None)
         if reason:
             skipped[provider.name] = reason
         else:
@@ -214,29 +239,16 @@ def main(argv: list[str] | None = None) -> int:
     machine = harness.machine(arguments.device)
     print(f"{machine['gpu'] or machine['cpu']}, {machine['cores']} cores, {arguments.threads} threads, torch {machine['torch']}, "
           f"backends: {', '.join(field.our_backends(arguments.device))}")
-    sections, broken = {}, False
     if arguments.must_show:
-        records = rank_sort_targets.check(arguments)
-        sections["targets"] = {"settings": settings(arguments), "records": records}
-        broken = not all(record["passed"] for record in records)
+        sections = {"targets": rank_sort_targets.check(arguments)}
+        broken = not all(record["passed"] for record in sections["targets"])
     else:
-        modes = field.MODES if arguments.mode == "all" else (arguments.mode,)
-        speed, memory = [], []
-        for case in grid(arguments):
-            for mode in modes if arguments.metric != "memory" else ():
-                records, _ = measure_speed(arguments, case, mode, arguments.captured)
-                show(records, f"{case.title}, {mode}{', captured' if arguments.captured else ''}")
-                speed += records
-            if arguments.metric != "speed":
-                records = measure_memory(arguments, case)
-                show(records, f"{case.title}, peak memory of forward + backward beyond the inputs")
-                memory += records
-        for name, records in (("speed", speed), ("memory", memory)):
-            if records:
-                sections[name] = {"settings": settings(arguments), "records": records}
-        limits = {provider.name: provider.why_not for provider in field.providers(arguments.device) if provider.is_ours}
-        broken = any(record["skipped"] for record in speed + memory if record["provider"] in limits and not arguments.captured)
+        sections = run_grid(arguments)
+        ours = [provider.name for provider in field.providers(arguments.device) if provider.is_ours]
+        mine = [record for records in sections.values() for record in records if record["provider"] in ours]
+        broken = any(record["skipped"] not in (None, CANNOT_CAPTURE) for record in mine)
     if arguments.out:
+        sections = {name: {"settings": settings(arguments), "records": records} for name, records in sections.items()}
         print(f"\nwrote {results.update(arguments.out, LOSS, machine, sections)}")
     return int(broken)
 

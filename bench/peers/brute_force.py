@@ -4,7 +4,8 @@ from torch import Tensor
 
 from bench.peers.identity_update import sums_over_positives
 
-PIECE = 1 << 15
+# Elements at a time: what stays in a core's cache, or fills a GPU.
+PIECE = {"cpu": 1 << 15, "cuda": 1 << 22}
 EPS = 1e-10
 
 
@@ -20,14 +21,14 @@ def brute_force_rank_sort(logits: Tensor, targets: Tensor, delta: float) -> tupl
     # H(s_k - s_i) = clamp(s_k / (2 delta) + (1/2 - s_i / (2 delta)), 0, 1)
     scaled, shift = negatives / (2 * delta), 0.5 - positives / (2 * delta)
     false_positives = torch.zeros_like(positives)
-    for piece in scaled.split(PIECE):
+    for piece in scaled.split(PIECE[flat.device.type]):
         for i, offset in enumerate(shift.tolist()):
             false_positives[i] += (piece + offset).clamp_(0, 1).sum()
     ranking_error = false_positives / (rank + false_positives)
     is_ranked_below = false_positives > EPS
     coefficient = torch.where(is_ranked_below, ranking_error / false_positives, 0.0).tolist()
     of_negatives = torch.zeros_like(negatives)
-    for piece, result in zip(scaled.split(PIECE), of_negatives.split(PIECE), strict=True):
+    for piece, result in zip(scaled.split(PIECE[flat.device.type]), of_negatives.split(PIECE[flat.device.type]), strict=True):
         for offset, value in zip(shift.tolist(), coefficient, strict=True):
             result.add_((piece + offset).clamp_(0, 1), alpha=value)
 
@@ -39,7 +40,7 @@ def brute_force_rank_sort(logits: Tensor, targets: Tensor, delta: float) -> tupl
 
 def _over_positives(positives: Tensor, quality: Tensor, delta: float) -> tuple[Tensor, Tensor, Tensor]:
     ranks, errors, gradient = [], [], torch.zeros_like(positives)
-    rows_at_once = max(1, 8 * PIECE // positives.numel())
+    rows_at_once = max(1, 8 * PIECE[positives.device.type] // positives.numel())
     for start in range(0, positives.numel(), rows_at_once):
         rows = slice(start, start + rows_at_once)
         rank, error, given, landed = sums_over_positives(positives, quality, delta, EPS, False, rows)

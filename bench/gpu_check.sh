@@ -1,0 +1,139 @@
+#!/usr/bin/env bash
+# Builds, tests and measures everything on a machine with a CUDA GPU, without a network, in less than nine minutes.
+#
+#   bash bench/gpu_check.sh [output folder]
+#
+# Every stage has a share of the time; what one leaves over the next may use. A stage that fails is reported, the later ones still run,
+# and the exit status is 1. Results go to the folder given, else to $OUT, else to bench/results/<gpu>. Logs of all stages go there too.
+set -u -o pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+export PYTHONUNBUFFERED=1 RSLOSS_TEST_EXAMPLES="${RSLOSS_TEST_EXAMPLES:-15}"
+python="${PYTHON:-python3}"
+begin=$SECONDS
+shares=0
+failures=0
+summary=""
+
+slug="$("$python" -c 'from bench.harness import machine_slug; print(machine_slug("cuda"))' 2>/dev/null || echo no-gpu)"
+out="${1:-${OUT:-bench/results/$slug}}"
+mkdir -p "$out"
+log="$out/gpu_check.log"
+: > "$log"
+
+# stage NAME SHARE_IN_SECONDS COMMAND...: runs the command within its share plus what earlier stages left over.
+stage() {
+  local name="$1" share="$2"
+  shift 2
+  shares=$((shares + share))
+  local limit=$((shares - (SECONDS - begin)))
+  [ "$limit" -lt 5 ] && limit=5
+  local from=$SECONDS status=0
+  printf '\n=== %s (limit %d s)\n' "$name" "$limit" | tee -a "$log"
+  timeout --kill-after=5 "$limit" "$@" > "$out/stage.log" 2>&1 || status=$?
+  cat "$out/stage.log" >> "$log"
+  tail -n "${LINES_SHOWN:-12}" "$out/stage.log"
+  rm -f "$out/stage.log"
+  local verdict=pass
+  [ "$status" -ne 0 ] && verdict="FAIL (exit status $status)" && failures=$((failures + 1))
+  [ "$status" -eq 124 ] || [ "$status" -eq 137 ] && verdict="FAIL (out of time)"
+  summary+="$(printf '%-34s %4d s  %s' "$name" "$((SECONDS - from))" "$verdict")"$'\n'
+}
+
+# leave_out NAME REASON: a stage that cannot run here is a failure too; nothing that was promised is passed over in silence.
+leave_out() {
+  failures=$((failures + 1))
+  summary+="$(printf '%-34s %4d s  %s' "$1" 0 "FAIL ($2)")"$'\n'
+}
+
+environment() {
+  nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv || return 1
+  "$python" -c 'import sys, torch, triton; print(sys.version); print("torch", torch.__version__, "triton", triton.__version__)
+assert torch.cuda.is_available(), "torch sees no CUDA device"
+print(torch.cuda.get_device_name(0), torch.cuda.get_device_capability(0))'
+}
+
+build() {
+  # One architecture only, the one that is here.
+  TORCH_CUDA_ARCH_LIST="$("$python" -c 'import torch; print("{}.{}".format(*torch.cuda.get_device_capability(0)))')" || return 1
+  export TORCH_CUDA_ARCH_LIST RSLOSS_FORCE_CUDA=1
+  MAX_JOBS="$(nproc)"
+  export MAX_JOBS
+  if ! "$python" -m pip install --no-build-isolation --no-deps --no-index --verbose -e .; then
+    # An environment that cannot be installed into: libraries beside the sources, the package from here.
+    "$python" setup.py build_ext --inplace || return 1
+  fi
+  "$python" -c 'import rsloss_kernels; print(rsloss_kernels.__file__); print(rsloss_kernels.backend_report())
+from rsloss_kernels import _backends
+for backend in ("cuda", "triton"):
+    reason = _backends.why_not("rank_sort_finalize", backend, "cuda")
+    assert reason is None, f"{backend}: {reason}"'
+}
+
+# tests BACKENDS: the suite; in parallel processes where pytest-xdist is there. Tests of the packaging build wheels and of the GPU
+# kernels compile for other machines; neither needs this one.
+tests() {
+  local workers=() without=()
+  "$python" -c 'import xdist' 2>/dev/null && workers=(-n "$(($(nproc) < 8 ? $(nproc) : 8))" --dist load)
+  for file in tests/test_packaging.py tests/test_cuda_compile.py tests/test_triton_compile.py tests/test_train_detector.py; do
+    [ -e "$file" ] && without+=(--ignore="$file")
+  done
+  RSLOSS_TEST_BACKENDS="$1" "$python" -m pytest -q -p no:cacheprovider --durations=5 "${workers[@]}" "${without[@]}" tests
+}
+
+sanitizer() {
+  # Without the caching allocator every tensor is an allocation of its own, so that reads past its end are seen.
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$compute_sanitizer" --tool "$1" --error-exitcode 9 --print-limit 20 \
+    "$python" bench/gpu_capture.py --sweep --backends cuda
+}
+
+benchmark() {
+  "$python" bench/run.py rank_sort --device cuda --metric both --timing both --budget 0.15 --out "$out"
+}
+
+must_show() {
+  "$python" bench/run.py rank_sort --device cuda --must-show --budget 0.5 --out "$out"
+}
+
+plots() {
+  "$python" bench/plot.py "$out/rank_sort.json"
+}
+
+# `timeout` runs programs, not functions: every stage is a fresh bash that knows them.
+export python out
+export -f environment build tests sanitizer benchmark must_show plots
+inside() { stage "$1" "$2" bash -c "$3"; }
+
+compute_sanitizer="$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null || true)"
+export compute_sanitizer
+
+inside "environment" 15 environment
+inside "build" 130 build
+inside "capture, replay, no host sync" 45 '"$python" bench/gpu_capture.py'
+inside "tests, cuda and triton required" 120 'tests cuda,triton'
+if [ -n "$compute_sanitizer" ]; then
+  inside "compute-sanitizer memcheck" 45 'sanitizer memcheck'
+  inside "compute-sanitizer racecheck" 45 'sanitizer racecheck'
+else
+  leave_out "compute-sanitizer" "not installed"
+fi
+inside "benchmark" 70 benchmark
+LINES_SHOWN=60 inside "rows that must hold" 50 must_show
+inside "plots" 15 plots
+
+printf '\n=== results in %s after %d s\n' "$out" "$((SECONDS - begin))" | tee -a "$log"
+"$python" - "$out/rank_sort.json" <<'PYTHON' 2>&1 | tee -a "$log"
+import json, sys
+try:
+    sections = json.load(open(sys.argv[1]))["sections"]
+except OSError as error:
+    sys.exit(f"no results: {error}")
+for record in sections.get("speed", {"records": []})["records"]:
+    if record["median_ms"] is not None and record["provider"].startswith(("rank_sort", "focal, torch")):
+        print(f"{record['distribution']:<10} P={record['positives']:<6} N={record['negatives']:<9} {record['form']:<6}"
+              f"{record['provider']:<28} {record['median_ms'] * 1e3:10.1f} us {record['ratio_to_floor']:7.2f} x floor")
+for record in sections.get("targets", {"records": []})["records"]:
+    print("pass" if record["passed"] else "FAIL", record["target"], record["got"], record["unit"], "limit", record["limit"])
+PYTHON
+printf '\n%s' "$summary" | tee -a "$log"
+printf '%d stage(s) failed\n' "$failures" | tee -a "$log"
+exit "$((failures > 0))"

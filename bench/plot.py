@@ -1,0 +1,103 @@
+"""Draws the speed section of a results file: time against N and time against P, one line per provider.
+
+    python bench/plot.py bench/results/<machine>/rank_sort.json
+
+Writes <loss>_time_against_n.png and <loss>_time_against_p.png beside the file.
+"""
+import argparse
+import pathlib
+import sys
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))
+
+from bench import results  # noqa: E402
+
+# Ours in strong blues with filled markers, the field in warm tones, focal in greens, the floor in grey: told apart without colour by
+# marker and dash as well.
+STYLES = {
+    "rank_sort_loss [cpp]": ("#0b5fa5", "o", "-"),
+    "rank_sort_loss [cuda]": ("#0b5fa5", "o", "-"),
+    "rank_sort_loss [triton]": ("#2f9fd8", "s", "-"),
+    "rank_sort_loss [reference]": ("#7fb2dd", "D", "-"),
+    "published loop": ("#b3261e", "v", "--"),
+    "bucketed": ("#e0731d", "^", "--"),
+    "vectorised": ("#8e5bb5", "<", "--"),
+    "vectorised, torch.compile": ("#c48bd8", ">", "--"),
+    "focal, eager": ("#1f7a4d", "P", ":"),
+    "focal, torch.compile": ("#6fbf8f", "X", ":"),
+    "copy floor": ("#777777", ".", "-."),
+}
+OTHER = ("#333333", "x", "-")
+AXES = {"n": ("negatives", "N, negatives"), "p": ("positives", "P, positives")}
+
+
+def series(records: list[dict], axis: str) -> tuple[dict, dict]:
+    """The longest run of problems that differ in `axis` alone: what is fixed, and {provider: [(x, record)]}."""
+    key = AXES[axis][0]
+    groups = {}
+    for record in records:
+        fixed = {
+            name: record[name]
+            for name in ("distribution", "positives", "negatives", "form", "dtype", "device", "mode", "timing")
+            if name != key
+        }
+        groups.setdefault(tuple(fixed.items()), []).append(record)
+    fixed, chosen = max(groups.items(), key=lambda item: len({record[key] for record in item[1]}))
+    lines = {}
+    for record in sorted(chosen, key=lambda record: record[key]):
+        if record["median_ms"] is not None:
+            lines.setdefault(record["provider"], []).append((record[key], record))
+    return dict(fixed), lines
+
+
+def draw(document: dict, axis: str, path: pathlib.Path) -> None:
+    fixed, lines = series(document["sections"]["speed"]["records"], axis)
+    figure, plot = plt.subplots(figsize=(9, 5.4), constrained_layout=True)
+    for provider, points in sorted(lines.items(), key=lambda item: -item[1][-1][1]["median_ms"]):
+        colour, marker, dash = STYLES.get(provider, OTHER)
+        x = [value for value, _ in points]
+        middle, low, high = ([record[name] for _, record in points] for name in ("median_ms", "q1_ms", "q3_ms"))
+        width = 2.4 if provider.startswith("rank_sort_loss") else 1.5
+        plot.plot(x, middle, color=colour, marker=marker, linestyle=dash, linewidth=width, markersize=6, label=provider)
+        plot.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+    plot.set(xscale="log", yscale="log", xlabel=AXES[axis][1], ylabel="milliseconds, median and quartiles")
+    other = ("P", "positives") if axis == "n" else ("N", "negatives")
+    machine = document["machine"]
+    threads = document["sections"]["speed"]["settings"]["threads"]
+    where = machine["gpu"] or f"{machine['cpu']}, {threads} threads"
+    passes = {"full": "forward + backward"}.get(fixed["mode"], fixed["mode"])
+    plot.set_title(
+        f"{document['loss'].replace('_', ' ')}, {passes}: {fixed['distribution']} logits, {other[0]} = {fixed[other[1]]:,}, "
+        f"{fixed['dtype']}, {fixed['form']} targets\n{where}, torch {machine['torch']}",
+        fontsize=10,
+        loc="left",
+    )
+    plot.grid(which="major", color="#dddddd", linewidth=0.8)
+    plot.set_axisbelow(True)
+    plot.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right center", frameon=False, fontsize=9)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", type=pathlib.Path)
+    for file in parser.parse_args(argv).files:
+        document = results.read(file)
+        if "speed" not in document["sections"]:
+            parser.error(f"{file} holds no speed section")
+        for axis in AXES:
+            path = file.with_name(f"{document['loss']}_time_against_{axis}.png")
+            draw(document, axis, path)
+            print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
