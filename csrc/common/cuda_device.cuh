@@ -8,6 +8,22 @@ namespace rsloss {
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kWarp = 32;
 
+// Kernels that are not limited by shared memory run in blocks of kThreads; kBlocksPerProcessor of them fill a processor of 2048
+// threads. Their loops stride by the grid, so that any grid is right.
+constexpr int kThreads = 256;
+constexpr int kWarpsPerBlock = kThreads / kWarp;
+constexpr int kBlocksPerProcessor = 8;
+
+// No more blocks than are resident at once: the rest would only wait.
+inline int64_t resident_grid(int64_t blocks, const DeviceLimits& limits) {
+  return std::min<int64_t>(blocks, static_cast<int64_t>(limits.processors) * kBlocksPerProcessor);
+}
+
+__device__ __forceinline__ int64_t grid_thread() { return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; }
+__device__ __forceinline__ int64_t grid_threads() { return static_cast<int64_t>(gridDim.x) * blockDim.x; }
+__device__ __forceinline__ int64_t grid_warp() { return grid_thread() / kWarp; }
+__device__ __forceinline__ int64_t grid_warps() { return grid_threads() / kWarp; }
+
 // The type in which a logit is compared and its gradient computed.
 template <class Element>
 struct ArithmeticOf {
@@ -78,7 +94,7 @@ __device__ __forceinline__ T block_exclusive_scan(T value, T* scratch, T* total)
   return before_warp + before;
 }
 
-// The contiguous share [first, last) of `count` items that belongs to this thread of a block, or to one part of many.
+// First of the contiguous items of `count` that belong to `part` of `parts`.
 __device__ __forceinline__ int64_t share_begin(int64_t count, int64_t part, int64_t parts) { return count * part / parts; }
 
 }  // namespace rsloss

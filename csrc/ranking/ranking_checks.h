@@ -1,0 +1,34 @@
+// Checks of the arguments of `ranking_collect` that depend on the two forms of targets.
+#pragma once
+
+#include "common/checks.h"
+
+namespace rsloss {
+
+inline bool is_label(ScalarType type) { return type == ScalarType::Int || type == ScalarType::Long; }
+
+// Class indices have the shape of the logits without the last dimension, dense targets the whole shape.
+inline void check_collect_targets(const char* op, const Tensors& logits, const Tensors& targets, const Tensors& quality) {
+  STD_TORCH_CHECK(targets.size() == logits.size(), op, ": targets must hold as many tensors as logits, ", logits.size(), ", got ",
+                  targets.size());
+  STD_TORCH_CHECK(quality.empty() || quality.size() == logits.size(), op, ": quality must be empty or hold as many tensors as logits, ",
+                  logits.size(), ", got ", quality.size());
+  for (size_t level = 0; level < logits.size(); ++level) {
+    check_placement(op, "targets", targets[level], logits[0]);
+    const ScalarType type = targets[level].scalar_type();
+    STD_TORCH_CHECK(is_floating(type) || is_label(type), op, ": targets must be int32, int64 or floating");
+    const int64_t dims = logits[level].dim() - (is_label(type) ? 1 : 0);
+    bool matches = targets[level].dim() == dims;
+    for (int64_t d = 0; matches && d < dims; ++d) matches = targets[level].size(d) == logits[level].size(d);
+    STD_TORCH_CHECK(matches, op, ": targets must have the shape of logits, ", shape_of(logits[level]),
+                    is_label(type) ? ", less its last dimension, got " : ", got ", shape_of(targets[level]));
+    if (quality.empty()) continue;
+    check_placement(op, "quality", quality[level], logits[0]);
+    STD_TORCH_CHECK(is_label(type), op, ": quality must be empty with dense targets, got a tensor");
+    STD_TORCH_CHECK(is_floating(quality[level].scalar_type()), op, ": quality must have a floating dtype");
+    STD_TORCH_CHECK(shape_of(quality[level]) == shape_of(targets[level]), op, ": quality must have the shape of targets, ",
+                    shape_of(targets[level]), ", got ", shape_of(quality[level]));
+  }
+}
+
+}  // namespace rsloss

@@ -1,0 +1,147 @@
+// Torch glue of the shared ranking operators on CUDA: checks, allocation, device and stream. The kernels are in ranking_kernels.cu.
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "common/cuda_glue.h"
+#include "ranking/ranking.h"
+#include "ranking/ranking_checks.h"
+#include "ranking/ranking_kernels.cuh"
+
+namespace rsloss {
+namespace {
+
+// A GPU cannot size its outputs by what it finds, so the caller must name a capacity. The emulator runs the public functions on CPU
+// tensors, which name none there; it takes the capacity that they choose on a GPU.
+int64_t capacity_of(const char* op, std::optional<int64_t> max_positives, const Tensors& targets) {
+#ifdef RSL_CUDA_EMULATOR
+  if (!max_positives) {
+    const int64_t count = count_elements(targets);
+    return is_label(targets[0].scalar_type()) ? count : std::min<int64_t>(count, 16384);
+  }
+#endif
+  STD_TORCH_CHECK(max_positives.has_value(), op, ": max_positives must be an int on CUDA, got None");
+  STD_TORCH_CHECK(*max_positives >= 0 && *max_positives < (int64_t{1} << 29), op, ": max_positives must be within [0, 2^29), got ",
+                  *max_positives);
+  return *max_positives;
+}
+
+std::tuple<Tensor, Tensor, Tensor> ranking_collect(Tensors logits, Tensors targets, Tensors quality, std::optional<Tensor> segments,
+                                                   int64_t num_segments, std::optional<int64_t> max_positives,
+                                                   bool background_first) {
+  const char* op = "ranking_collect";
+  check_logits(op, logits);
+  check_collect_targets(op, logits, targets, quality);
+  check_unsegmented(op, segments, num_segments);
+  const int64_t capacity = capacity_of(op, max_positives, targets);
+
+  const CurrentStream stream(logits[0]);
+  Tensor positives = torch::stable::new_empty(logits[0], {kRecordRows, capacity}, ScalarType::Double);
+  Tensor negatives = torch::stable::new_empty(logits[0], {mask_bytes(logits)}, ScalarType::Byte);
+  Tensor counts = torch::stable::new_empty(logits[0], {kCounts}, ScalarType::Long);
+
+  std::vector<CollectLevel> levels;
+  uint64_t* words = output<uint64_t>(negatives);
+  int64_t first_index = 0;
+  for (size_t i = 0; i < logits.size(); ++i) {
+    CollectLevel level = {};
+    level.logits = logits[i].const_data_ptr();
+    level.logits_type = type_of(logits[i]);
+    level.targets = targets[i].const_data_ptr();
+    level.targets_type = type_of(targets[i]);
+    level.quality = quality.empty() ? nullptr : quality[i].const_data_ptr();
+    level.quality_type = quality.empty() ? Type::kFloat : type_of(quality[i]);
+    level.negatives = words;
+    level.elements = logits[i].numel();
+    level.classes = is_label(targets[i].scalar_type()) ? logits[i].size(logits[i].dim() - 1) : 1;
+    level.first_index = first_index;
+    levels.push_back(level);
+    words += mask_words(level.elements);
+    first_index += level.elements;
+  }
+  const int num_levels = static_cast<int>(levels.size());
+  int64_t bytes = 0;
+  check_cuda(op, collect_workspace_bytes(levels.data(), num_levels, &bytes));
+  Tensor workspace = new_workspace(logits[0], bytes);
+  check_cuda(op, launch_ranking_collect(levels.data(), num_levels, background_first, capacity, output<double>(positives),
+                                        output<int64_t>(counts), output<void>(workspace), stream));
+  return {positives, negatives, counts};
+}
+
+std::tuple<Tensor, Tensor> ranking_bin(Tensors logits, Tensor negatives, Tensor positives, Tensor counts,
+                                       std::optional<Tensor> segments, int64_t num_segments, double delta) {
+  const char* op = "ranking_bin";
+  check_logits(op, logits);
+  check_unsegmented(op, segments, num_segments);
+  check_delta(op, delta);
+  check_vector(op, "negatives", negatives, logits[0], ScalarType::Byte, mask_bytes(logits));
+  check_vector(op, "counts", counts, logits[0], ScalarType::Long, kCounts);
+  check_table(op, "positives", positives, logits[0], ScalarType::Double, kRecordRows, -1);
+  const int64_t capacity = positives.size(1);
+
+  const CurrentStream stream(logits[0]);
+  Tensor ranked = torch::stable::empty_like(positives);
+  Tensor bins = torch::stable::new_empty(logits[0], {2, 2 * capacity + 1}, ScalarType::Long);
+  const Type type = type_of(logits[0]);
+  Tensor workspace = new_workspace(logits[0], bin_workspace_bytes(type, capacity));
+
+  std::vector<LogitsLevel> levels;
+  const uint8_t* mask = input<uint8_t>(negatives);
+  for (const Tensor& level : logits) {
+    levels.push_back({level.const_data_ptr(), mask, level.numel()});
+    mask += 8 * mask_words(level.numel());
+  }
+  check_cuda(op, launch_ranking_bin(levels.data(), static_cast<int>(levels.size()), type, input<double>(positives),
+                                    input<int64_t>(counts), capacity, delta, output<double>(ranked), output<int64_t>(bins),
+                                    output<void>(workspace), stream));
+  return {ranked, bins};
+}
+
+const void* upstream(const char* op, const char* name, const std::optional<Tensor>& gradient, const Tensor& logits) {
+  if (!gradient) return nullptr;
+  STD_TORCH_CHECK(same_device(*gradient, logits), op, ": ", name, " must be on the device of logits");
+  STD_TORCH_CHECK(gradient->numel() == 1 && gradient->scalar_type() == loss_type(logits), op, ": ", name,
+                  " must be one number in the dtype of the losses (float64 for float64 logits, else float32), got shape ",
+                  shape_of(*gradient));
+  return gradient->const_data_ptr();
+}
+
+Tensors ranking_backward(Tensors logits, Tensor negatives, Tensor gradients, Tensor lines, Tensor counts,
+                         std::optional<Tensor> segments, int64_t num_segments, std::optional<Tensor> grad_first,
+                         std::optional<Tensor> grad_second) {
+  const char* op = "ranking_backward";
+  check_logits(op, logits);
+  check_unsegmented(op, segments, num_segments);
+  check_vector(op, "negatives", negatives, logits[0], ScalarType::Byte, mask_bytes(logits));
+  check_vector(op, "counts", counts, logits[0], ScalarType::Long, kCounts);
+  check_table(op, "gradients", gradients, logits[0], ScalarType::Double, kGradientRows, -1);
+  const int64_t capacity = gradients.size(1);
+  check_table(op, "lines", lines, logits[0], ScalarType::Double, kLineRows, 2 * capacity);
+  const void* const first = upstream(op, "grad_first", grad_first, logits[0]);
+  const void* const second = upstream(op, "grad_second", grad_second, logits[0]);
+
+  const CurrentStream stream(logits[0]);
+  Tensors results;
+  std::vector<BackwardLevel> levels;
+  const uint8_t* mask = input<uint8_t>(negatives);
+  int64_t first_index = 0;
+  for (const Tensor& level : logits) {
+    results.push_back(torch::stable::empty_like(level));
+    levels.push_back({level.const_data_ptr(), mask, output<void>(results.back()), level.numel(), first_index});
+    mask += 8 * mask_words(level.numel());
+    first_index += level.numel();
+  }
+  check_cuda(op, launch_ranking_backward(levels.data(), static_cast<int>(levels.size()), type_of(logits[0]), input<double>(gradients),
+                                         input<double>(lines), input<int64_t>(counts), capacity, first, second, stream));
+  return results;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(rsloss_kernels, RSL_CUDA_KEY, m) {
+  m.impl("ranking_collect.cuda", TORCH_BOX(&ranking_collect));
+  m.impl("ranking_bin.cuda", TORCH_BOX(&ranking_bin));
+  m.impl("ranking_backward.cuda", TORCH_BOX(&ranking_backward));
+}
+
+}  // namespace rsloss
