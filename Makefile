@@ -20,7 +20,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 env:
 	@site=$(if $(TORCH),,--system-site-packages)
 	if [ ! -x $(PY) ]; then
-	  $(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python 3.10 or newer is needed, got " + sys.version)'
+	  $(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("the tested versions need Python 3.11 or newer, got " + sys.version)'
 	  $(PYTHON) -m venv $$site $(VENV)
 	fi
 	wanted="$(TORCH) $$(cat requirements/*.txt pyproject.toml | sha256sum)"

@@ -206,3 +206,42 @@ def test_selfcheck_fails_for_a_required_backend_that_is_missing(installed):
     done = run("-m", "rsloss_kernels.selfcheck", "--backends", "cpp", cwd=installed)
     assert done.returncode == 1
     assert "FAIL backend cpp is required but cannot run: it was not compiled" in done.stdout
+
+
+CUDA_RULES = """
+import sys, torch
+torch.version.cuda = "13.0"
+torch.cuda._is_compiled, torch.cuda.is_available = lambda: True, lambda: False
+sys.path.insert(0, "rsloss_kernels")
+import _build
+made = _build.extension("_ops_cuda", _build.source_root(), _build.PACKAGE.parent)
+print(_build.why_not_cuda(), made.name, *made.sources, *made.libraries)
+print(made.extra_compile_args["nvcc"])
+import os; print("architectures", os.environ["TORCH_CUDA_ARCH_LIST"])
+"""
+
+
+def test_cuda_library_takes_the_cuda_sources_and_the_architectures_of_nvcc(tree, tmp_path):
+    # As on a machine whose torch has CUDA, with an nvcc that knows two of the default architectures.
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho compute_75 compute_80 compute_90\n")
+    nvcc.chmod(0o755)
+    done = run("-c", CUDA_RULES, cwd=tree, CUDA_HOME=str(tmp_path), TORCH_CUDA_ARCH_LIST="")
+    assert done.returncode == 0, done.stderr
+    words = done.stdout.split()
+    assert words[:2] == ["None", "rsloss_kernels._ops_cuda"]
+    wanted = {name for name in sources() if name.endswith((".cu", "_cuda.cpp"))}
+    assert wanted and wanted <= set(words) and not [word for word in words if word.endswith("_cpu.cpp")]
+    assert "-DUSE_CUDA" in done.stdout and "torch_cuda" in words
+    assert "architectures 8.0;9.0+PTX" in done.stdout
+    done = run("-c", CUDA_RULES, cwd=tree, CUDA_HOME=str(tmp_path), TORCH_CUDA_ARCH_LIST="9.0")
+    assert "architectures 9.0\n" in done.stdout
+
+
+def test_debug_switch_changes_the_flags(tree):
+    script = "import sys; sys.path.insert(0, 'rsloss_kernels'); import _build; print(*_build.cxx_flags(), *_build.nvcc_flags())"
+    plain, debug = (run("-c", script, cwd=tree, **changes).stdout.split() for changes in ({}, {"DEBUG": "1"}))
+    assert "-O3" in plain and "-O0" not in plain
+    assert "-O0" in debug and "-g" in debug and "-O3" not in debug
+    assert not {"-ffast-math", "-march=native", "--use_fast_math"} & {*plain, *debug}
