@@ -1,6 +1,6 @@
 // The shared ranking operators on the CPU: collect the positives, bin the negatives, write the gradient.
-// Two streaming passes over the logits, threaded; per thread one table of 32 bytes per breakpoint, combined as integers, so that the
-// result does not depend on the number of threads.
+// Two streaming passes over the logits, threaded; per thread 32 bytes of sums per breakpoint, combined as integers, so that the result does
+// not depend on the number of threads.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -20,7 +20,7 @@
 #include "common/checks.h"
 #include "common/isa.h"
 #include "common/parallel.h"
-#include "ranking/cell_table.h"
+#include "ranking/cell_grid.h"
 #include "ranking/ranking.h"
 #include "ranking/ranking_sweep.h"
 #include "ranking/windows_cpu.h"
@@ -241,71 +241,113 @@ int64_t count_valid(const double* ranked, int64_t capacity) {
   return std::partition_point(ranked, ranked + capacity, [](double logit) { return !std::isnan(logit); }) - ranked;
 }
 
-// The look-up over `count` ascending breakpoints, for `elements` logits. Without breakpoints there is one at the largest finite value,
-// so that the passes need no case of their own: it meets +inf only, whose sums nobody reads and whose line is 0.
+// Without breakpoints the passes still look for NaN: one edge at the largest finite value keeps them free of a case of their own. It
+// meets +inf only, whose sums nobody reads and whose line is 0.
 template <class T>
-struct Lookup;
+std::vector<T> edges_or_highest(const double* edges, int64_t count) {
+  return count > 0 ? distinct_edges<T>(edges, count) : std::vector<T>{std::numeric_limits<T>::max()};
+}
 
-template <>
-struct Lookup<float> {
-  Lookup(const double* edges, int64_t count, int64_t elements)
-      : storage(count ? std::vector<float>(edges, edges + count) : std::vector<float>{std::numeric_limits<float>::max()}, elements) {}
-  const CellTable& table() const { return storage.table(); }
-  CellTableStorage storage;
-};
-
-template <>
-struct Lookup<double> {
-  Lookup(const double* edges, int64_t count, int64_t) {
-    for (int64_t slot = 0; slot < count; ++slot) {
-      if (!distinct.empty() && distinct.back() == edges[slot]) {
-        slots.back() = static_cast<int32_t>(slot);
-      } else {
-        distinct.push_back(edges[slot]);
-        slots.push_back(static_cast<int32_t>(slot));
-      }
-    }
-    if (count == 0) {
-      distinct.push_back(std::numeric_limits<double>::max());
-      slots.push_back(0);
-    }
-    list = {distinct.data(), slots.data(), static_cast<int32_t>(distinct.size())};
+// Calls clean(first cell, one past the last, edges before) and occupied(cell, first edge, one past the last) in ascending order.
+template <class Clean, class Occupied>
+void for_cells(const CellGrid& grid, const std::vector<float>& edges, const Clean& clean, const Occupied& occupied) {
+  int32_t cell = 0, edge = 0;
+  const int32_t count = static_cast<int32_t>(edges.size());
+  while (edge < count) {
+    const int32_t at = cell_of(grid, edges[edge]), begin = edge;
+    if (cell < at) clean(cell, at, edge);
+    while (edge < count && cell_of(grid, edges[edge]) == at) ++edge;
+    occupied(at, begin, edge);
+    cell = at + 1;
   }
-  const EdgeList& table() const { return list; }
-  std::vector<double> distinct;
-  std::vector<int32_t> slots;
-  EdgeList list;
+  if (cell < num_cells(grid)) clean(cell, num_cells(grid), count);
+}
+
+// Everything a binning pass reads, and per task the sums that it writes.
+template <class T>
+struct BinTables {
+  BinTables(const Breakpoints& points, double unit, double most, int64_t elements)
+      : edges(edges_or_highest<T>(points.edges.data(), static_cast<int64_t>(points.edges.size()))),
+        near{unit > 0 ? 1 / unit : 0, most} {
+    if constexpr (std::is_same_v<T, float>) build_cells(unit, elements);
+  }
+
+  void build_cells(double unit, int64_t elements) {
+    constexpr float nan = std::numeric_limits<float>::quiet_NaN();
+    grid = make_grid(edges, elements);
+    cells.resize(num_cells(grid));
+    for_cells(
+        grid, edges,
+        [&](int32_t begin, int32_t end, int32_t before) {
+          std::fill(cells.begin() + begin, cells.begin() + end, BinCell{nan, static_cast<uint32_t>(before)});
+        },
+        [&](int32_t cell, int32_t begin, int32_t end) {
+          const bool is_crowded = end - begin > 1 || (cell == 0 && grid.cuts_low) || (cell + 1 == num_cells(grid) && grid.cuts_high);
+          cells[cell] = is_crowded ? BinCell{nan, kCrowded | static_cast<uint32_t>(begin)}
+                                   : BinCell{edges[begin], static_cast<uint32_t>(begin)};
+        });
+    origin = start_of_cell(grid, 0);
+    // Offsets span the whole grid in as many bits as near offsets span a window; never in finer units than those.
+    const double range = std::exp2(std::ceil(std::log2(num_cells(grid) / static_cast<double>(grid.scale))));
+    const double far_unit = std::max(unit, range / (near.most + 1));
+    far = {unit > 0 ? 1 / far_unit : 0, near.most};
+    far_steps = unit > 0 ? static_cast<int64_t>(std::log2(far_unit / unit)) : 0;
+  }
+
+  BinPass<T> pass(BinSums* sums) const {
+    const int32_t count = static_cast<int32_t>(edges.size());
+    if constexpr (std::is_same_v<T, float>)
+      return {edges.data(), count, grid, cells.data(), origin, far, near, sums, sums + count + 1};
+    else
+      return {edges.data(), count, near, sums + count + 1};
+  }
+
+  // Sums of one task: [2, edges + 1], far offsets before near ones.
+  int64_t num_sums() const { return 2 * (static_cast<int64_t>(edges.size()) + 1); }
+
+  // The sum of the offsets from the left breakpoint of bin `bin` > 0, in near units, of all its elements.
+  int64_t near_sum(const BinSums* sums, int64_t bin) const {
+    const BinSums& distant = sums[bin];
+    const int64_t searched = sums[edges.size() + 1 + bin].sum;
+    if (distant.count == 0) return searched;
+    const int64_t left = fixed_point_offset(static_cast<double>(edges[bin - 1]) - origin, far.scale, far.most);
+    return ((distant.sum - distant.count * left) << far_steps) + searched;
+  }
+
+  std::vector<T> edges;
+  OffsetScale near, far{};
+  CellGrid grid{};
+  std::vector<BinCell> cells;
+  double origin = 0;
+  int64_t far_steps = 0;  // log2 of the far unit over the near one
 };
 
-// Adds the sums measured from breakpoints to the bins: right of a slot they are the bin's own; left of it, they count from the
-// right end of the bin before, whose width in units is known.
-void convert_sums(const BinSums* sums, const std::vector<double>& edges, FixedPointScale fixed, int64_t* counts, int64_t* offsets) {
-  const int64_t slots = static_cast<int64_t>(edges.size());
-  int64_t first = 0;  // first slot among the breakpoints equal to this one
+// Writes counts and near sums to the bins of the slots; sums of bins outside every window stay 0, they may not fit.
+template <class T>
+void write_bins(const BinTables<T>& tables, const BinSums* sums, const Breakpoints& points, int64_t* counts, int64_t* offsets) {
+  const int64_t slots = static_cast<int64_t>(points.edges.size());
+  const int64_t num_bins = tables.num_sums() / 2;
+  int64_t bin = 0, opened = 0;
   for (int64_t slot = 0; slot < slots; ++slot) {
-    if (slot > 0 && edges[slot] != edges[slot - 1]) first = slot;
-    counts[slot + 1] += sums[2 * slot + 1].count;
-    offsets[slot + 1] += sums[2 * slot + 1].sum;
-    const BinSums& left = sums[2 * slot];
-    if (left.count == 0) continue;
-    const int64_t width = first > 0 ? fixed_point_offset(edges[slot] - edges[first - 1], fixed.scale, fixed.most) : 0;
-    counts[first] += left.count;
-    offsets[first] += left.count * width - left.sum;
+    while (opened < slots / 2 && points.lo_slot[opened] <= slot) ++opened;
+    if (slot == 0 || points.edges[slot] != points.edges[slot - 1]) ++bin;
+    if (slot + 1 < slots && points.edges[slot + 1] == points.edges[slot]) continue;
+    counts[slot + 1] = sums[bin].count + sums[num_bins + bin].count;
+    const bool is_covered = 2 * opened > slot + 1;
+    if (is_covered) offsets[slot + 1] = tables.near_sum(sums, bin);
   }
 }
 
 // Streams the negatives of all tensors; returns the number of NaN among them.
 template <class In>
-int64_t stream_negatives(const Tensors& logits, const uint64_t* words, const Breakpoints& points, FixedPointScale fixed,
+int64_t stream_negatives(const Tensors& logits, const uint64_t* words, const Breakpoints& points, double unit, double most,
                          int64_t* counts, int64_t* offsets) {
-  using T = Arithmetic<In>;
-  const int64_t slots = std::max<int64_t>(1, static_cast<int64_t>(points.edges.size()));
   const int64_t elements = count_elements(logits);
-  const Lookup<T> lookup(points.edges.data(), static_cast<int64_t>(points.edges.size()), elements);
-  const T first = lookup.table().edges[0];
+  const BinTables<Arithmetic<In>> tables(points, unit, most, elements);
+  const int64_t num_sums = tables.num_sums();
   // Every further thread costs a table and its clearing.
-  const int64_t tasks = std::min(task_count(mask_words(elements), kWordsPerTask), std::max<int64_t>(2, elements / (4 * slots)));
-  std::vector<BinSums> sums(static_cast<size_t>(tasks * 2 * slots));
+  const int64_t tasks = std::min(task_count(mask_words(elements), kWordsPerTask), std::max<int64_t>(2, elements / (4 * num_sums)));
+  std::vector<BinSums> sums(static_cast<size_t>(tasks * num_sums));
   std::vector<int64_t> nan_counts(tasks, 0);
   for (const Tensor& level : logits) {
     const In* data = static_cast<const In*>(level.const_data_ptr());
@@ -313,19 +355,19 @@ int64_t stream_negatives(const Tensors& logits, const uint64_t* words, const Bre
     run_tasks(tasks, [&](int64_t task) {
       const int64_t begin = task_begin(level_words, tasks, task), end = task_begin(level_words, tasks, task + 1);
       if (begin == end) return;
-      nan_counts[task] += RSL_ISA_CALL(bin_negatives, data + begin * 64, std::min(end * 64, count) - begin * 64, words + begin,
-                                       lookup.table(), first, fixed, sums.data() + task * 2 * slots);
+      const auto pass = tables.pass(sums.data() + task * num_sums);
+      nan_counts[task] += RSL_ISA_CALL(bin_negatives, data + begin * 64, std::min(end * 64, count) - begin * 64, words + begin, pass);
     });
     words += level_words;
   }
   for (int64_t task = 1; task < tasks; ++task) {
     nan_counts[0] += nan_counts[task];
-    for (int64_t i = 0; i < 2 * slots; ++i) {
-      sums[i].count += sums[task * 2 * slots + i].count;
-      sums[i].sum += sums[task * 2 * slots + i].sum;
+    for (int64_t i = 0; i < num_sums; ++i) {
+      sums[i].count += sums[task * num_sums + i].count;
+      sums[i].sum += sums[task * num_sums + i].sum;
     }
   }
-  convert_sums(sums.data(), points.edges, fixed, counts, offsets);
+  write_bins(tables, sums.data(), points, counts, offsets);
   return nan_counts[0];
 }
 
@@ -347,12 +389,11 @@ std::tuple<Tensor, Tensor> ranking_bin(Tensors logits, Tensor negatives, Tensor 
   int64_t* bin_counts = static_cast<int64_t*>(bins.mutable_data_ptr());
   std::memset(bin_counts, 0, static_cast<size_t>(2 * columns) * sizeof(int64_t));
   const int bits = fixed_point_bits(count_elements(logits));
-  const double unit = fixed_point_unit(delta, bits);
-  const FixedPointScale fixed{unit > 0 ? 1 / unit : 0, static_cast<double>((int64_t{1} << bits) - 1)};
+  const double unit = fixed_point_unit(delta, bits), most = static_cast<double>((int64_t{1} << bits) - 1);
   dispatch_floating(logits[0].scalar_type(), [&](auto tag) {
     using In = decltype(tag);
     const Breakpoints points = merge_breakpoints<Arithmetic<In>>(sorted, valid, delta);
-    bin_counts[0] = stream_negatives<In>(logits, words_of(negatives), points, fixed, bin_counts, bin_counts + columns);
+    bin_counts[0] = stream_negatives<In>(logits, words_of(negatives), points, unit, most, bin_counts, bin_counts + columns);
   });
   return {ranked, bins};
 }
@@ -366,20 +407,67 @@ double upstream_value(const char* op, const char* name, const std::optional<Tens
   return element(*grad, 0);
 }
 
-// Lines around every breakpoint, indexed like BinSums, times the upstream gradient.
+// A cell may hold one line in place of several if that is wrong by at most this share of the largest gradient of a positive.
+constexpr double kLineTolerance = 0x1p-26;
+
+// Everything a gradient pass reads. lines: the operator's, [3, columns].
 template <class T>
-std::vector<Line<T>> make_lines(const double* edge, const double* value, const double* slope, int64_t slots, double upstream) {
-  std::vector<Line<T>> lines(static_cast<size_t>(2 * std::max<int64_t>(slots, 1)), Line<T>{0, 0});
-  int64_t first = 0;
-  for (int64_t slot = 0; slot < slots; ++slot) {
-    if (slot > 0 && edge[slot] != edge[slot - 1]) first = slot;
-    lines[2 * slot + 1] = {static_cast<T>(upstream * value[slot]), static_cast<T>(upstream * slope[slot])};
-    if (first == 0) continue;
-    const double before = value[first - 1] + slope[first - 1] * (edge[slot] - edge[first - 1]);
-    lines[2 * slot] = {static_cast<T>(upstream * before), static_cast<T>(upstream * slope[first - 1])};
+struct GradientTables {
+  GradientTables(const double* table, int64_t columns, double upstream, double largest, int64_t elements) {
+    const int64_t slots = std::lower_bound(table, table + columns, std::numeric_limits<double>::infinity()) - table;
+    const double *value = table + columns, *slope = table + 2 * columns;
+    edges = edges_or_highest<T>(table, slots);
+    exact.push_back({0, 0});
+    for (int64_t slot = 0; slot < slots; ++slot)
+      if (slot + 1 == slots || table[slot + 1] != table[slot]) exact.push_back({upstream * value[slot], upstream * slope[slot]});
+    if (slots == 0) exact.push_back({0, 0});
+    for (const Line<double>& line : exact) lines.push_back({static_cast<T>(line.value), static_cast<T>(line.slope)});
+    if constexpr (std::is_same_v<T, float>) build_cells(kLineTolerance * largest, elements);
   }
-  return lines;
-}
+
+  double at(int32_t bin, double s) const { return bin > 0 ? exact[bin].value + exact[bin].slope * (s - edges[bin - 1]) : 0; }
+
+  void build_cells(double tolerance, int64_t elements) {
+    grid = make_grid(edges, elements);
+    cells.resize(num_cells(grid));
+    for_cells(
+        grid, edges,
+        [&](int32_t begin, int32_t end, int32_t before) {
+          RSL_ISA_CALL(fill_line_cells, cells.data() + begin, int64_t{end - begin}, at(before, start_of_cell(grid, begin)),
+                       exact[before].slope / static_cast<double>(grid.scale));
+        },
+        [&](int32_t cell, int32_t begin, int32_t end) {
+          if (!fit_line(cell, begin, end, tolerance)) {
+            cells[cell].value = std::numeric_limits<float>::quiet_NaN();
+            std::memcpy(&cells[cell].slope, &begin, sizeof begin);
+          }
+        });
+  }
+
+  // The chord over the cell, if it is good enough at both sides of every breakpoint inside.
+  bool fit_line(int32_t cell, int32_t begin, int32_t end, double tolerance) {
+    if ((cell == 0 && grid.cuts_low) || (cell + 1 == num_cells(grid) && grid.cuts_high)) return false;
+    const double left = start_of_cell(grid, cell), right = start_of_cell(grid, cell + 1);
+    const double first = at(begin, left), step = at(end, right) - first;
+    for (int32_t edge = begin; edge < end; ++edge) {
+      const double s = edges[edge], chord = first + step * (s - left) / (right - left);
+      const double below = std::fabs(at(edge, s) - chord), above = std::fabs(at(edge + 1, s) - chord);
+      if (!(below <= tolerance && above <= tolerance)) return false;
+    }
+    cells[cell] = {static_cast<float>(first), static_cast<float>(step)};
+    return true;
+  }
+
+  GradientPass<T> pass() const {
+    return {edges.data(), static_cast<int32_t>(edges.size()), lines.data(), std::numeric_limits<T>::max(), grid, cells.data()};
+  }
+
+  std::vector<T> edges;
+  std::vector<Line<double>> exact;  // by bin
+  std::vector<Line<T>> lines;       // the same in T
+  CellGrid grid{};
+  std::vector<CellLine> cells;
+};
 
 template <class In>
 void fill_nan(const Tensor& tensor) {
@@ -388,14 +476,7 @@ void fill_nan(const Tensor& tensor) {
 }
 
 template <class In>
-void stream_gradient(const Tensors& logits, const uint64_t* words, const double* table, int64_t columns, double upstream,
-                     const Tensors& gradients) {
-  using T = Arithmetic<In>;
-  const int64_t slots = std::lower_bound(table, table + columns, std::numeric_limits<double>::infinity()) - table;
-  const int64_t elements = count_elements(logits);
-  const Lookup<T> lookup(table, slots, elements);
-  const T first = lookup.table().edges[0];
-  const std::vector<Line<T>> lines = make_lines<T>(table, table + columns, table + 2 * columns, slots, upstream);
+void stream_gradient(const Tensors& logits, const uint64_t* words, const GradientPass<Arithmetic<In>>& pass, const Tensors& gradients) {
   for (size_t level = 0; level < logits.size(); ++level) {
     const In* data = static_cast<const In*>(logits[level].const_data_ptr());
     In* gradient = static_cast<In*>(gradients[level].mutable_data_ptr());
@@ -403,11 +484,17 @@ void stream_gradient(const Tensors& logits, const uint64_t* words, const double*
     const int64_t tasks = task_count(level_words, kWordsPerTask);
     run_tasks(tasks, [&](int64_t task) {
       const int64_t begin = task_begin(level_words, tasks, task), end = task_begin(level_words, tasks, task + 1);
-      RSL_ISA_CALL(write_gradient, data + begin * 64, std::min(end * 64, count) - begin * 64, words + begin, lookup.table(), first,
-                   std::numeric_limits<T>::max(), lines.data(), gradient + begin * 64);
+      RSL_ISA_CALL(write_gradient, data + begin * 64, std::min(end * 64, count) - begin * 64, words + begin, pass, gradient + begin * 64);
     });
     words += level_words;
   }
+}
+
+double largest_gradient(const double* records, int64_t capacity, double first, double second) {
+  double largest = 0;
+  for (int64_t slot = 0; slot < capacity; ++slot)
+    largest = std::fmax(largest, std::fabs(first * records[kFirst * capacity + slot] + second * records[kSecond * capacity + slot]));
+  return largest;
 }
 
 // Writes the gradients of the positives; records come sorted by logit, so the flat indices are in any order.
@@ -446,8 +533,11 @@ Tensors ranking_backward(Tensors logits, Tensor negatives, Tensor gradients, Ten
       for (const Tensor& result : results) fill_nan<In>(result);
       return;
     }
-    stream_gradient<In>(logits, words_of(negatives), static_cast<const double*>(lines.const_data_ptr()), 2 * capacity, first, results);
-    scatter_positives<In>(static_cast<const double*>(gradients.const_data_ptr()), capacity, first, second, results);
+    const double* records = static_cast<const double*>(gradients.const_data_ptr());
+    const GradientTables<Arithmetic<In>> tables(static_cast<const double*>(lines.const_data_ptr()), 2 * capacity, first,
+                                                largest_gradient(records, capacity, first, second), count_elements(logits));
+    stream_gradient<In>(logits, words_of(negatives), tables.pass(), results);
+    scatter_positives<In>(records, capacity, first, second, results);
   });
   return results;
 }

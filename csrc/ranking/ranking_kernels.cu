@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kThreads)
     if constexpr (kDense) {
       const int lane = threadIdx.x % kWarp;
 #pragma unroll 4
-      for (int other = 0; other < kWarp; ++other) {
+      for (int other = 0; other < kWarp && word - lane + other < words; ++other) {
         const WordBits found = dense_word<Target>(level, word - lane + other);
         if (other == lane) bits = found;
       }

@@ -10,44 +10,20 @@ static inline double widen(double x) { return x; }
 static inline float widen(Half x) { return static_cast<float>(x); }
 static inline float widen(BFloat16 x) { return static_cast<float>(x); }
 
-// ---- one element -------------------------------------------------------------------------------------------------------------
+// ---- one word ----------------------------------------------------------------------------------------------------------------
 
-static inline void bin_one(BinSums* sums, uint32_t index, double distance, FixedPointScale fixed) {
-  sums[index].count += 1;
-  sums[index].sum += fixed_point_offset(distance < 0 ? -distance : distance, fixed.scale, fixed.most);
-}
-
-template <class In, class Table, class T>
-static void bin_word(const In* logits, uint64_t negatives, const Table& table, T first, FixedPointScale fixed, BinSums* sums,
-                     int64_t& nan_count) {
+template <class In, class T>
+static void bin_word(const In* logits, uint64_t negatives, const BinPass<T>& pass, int64_t& nan_count) {
   for (; negatives != 0; negatives &= negatives - 1) {
     const T value = widen(logits[__builtin_ctzll(negatives)]);
-    if (value != value) {
-      ++nan_count;
-    } else if (value >= first) {
-      const auto found = find(table, value);
-      bin_one(sums, found.index, static_cast<double>(value) - static_cast<double>(found.breakpoint), fixed);
-    }
+    if (value != value) ++nan_count;
+    else if (value >= pass.edges[0]) bin_one(pass, value);
   }
 }
 
-// `highest` is the largest finite value: +inf takes the last line, whose slope is 0.
-template <class T, class Table>
-static inline T gradient_of(T value, const Table& table, T first, T highest, const Line<T>* lines) {
-  if (value != value) return value;
-  if (!(value >= first)) return 0;
-  const auto found = find(table, value);
-  const T bounded = value < highest ? value : highest;
-  return lines[found.index].value + lines[found.index].slope * (bounded - found.breakpoint);
-}
-
-template <class In, class Table, class T>
-static void gradient_word(const In* logits, int64_t count, uint64_t negatives, const Table& table, T first, T highest,
-                          const Line<T>* lines, In* gradient) {
-  for (int64_t i = 0; i < count; ++i) {
-    const bool is_negative = negatives >> i & 1;
-    gradient[i] = In(is_negative ? gradient_of<T>(widen(logits[i]), table, first, highest, lines) : T(0));
-  }
+template <class In, class T>
+static void gradient_word(const In* logits, int64_t count, uint64_t negatives, const GradientPass<T>& pass, In* gradient) {
+  for (int64_t i = 0; i < count; ++i) gradient[i] = In(negatives >> i & 1 ? gradient_one(pass, widen(logits[i])) : T(0));
 }
 
 template <class In>
@@ -95,78 +71,75 @@ struct Entries {
   __m512i second;  // high 32 bits
 };
 
-// 16 pairs of 32-bit values by 64-bit gathers: half the loads of two 32-bit gathers.
+// 16 pairs of 32-bit values, two to a register: faster than the gather instructions, which take a load a lane anyway.
 static inline Entries gather_pairs(const void* base, __m512i index) {
-  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-  const __m512i low = _mm512_i32gather_epi64(_mm512_castsi512_si256(index), base, 8);
-  const __m512i high = _mm512_i32gather_epi64(_mm512_extracti64x4_epi64(index, 1), base, 8);
-  return {_mm512_permutex2var_epi32(low, even, high), _mm512_permutex2var_epi32(low, _mm512_or_si512(even, _mm512_set1_epi32(1)), high)};
+  const double* pairs = static_cast<const double*>(base);
+  alignas(64) uint32_t at[kLanes];
+  _mm512_store_si512(at, index);
+  const auto two = [&](int i) { return _mm_castpd_ps(_mm_loadh_pd(_mm_load_sd(pairs + at[i]), pairs + at[i + 1])); };
+  __m128 first[4], second[4];
+  for (int i = 0; i < 4; ++i) {
+    const __m128 low = two(4 * i), high = two(4 * i + 2);
+    first[i] = _mm_shuffle_ps(low, high, _MM_SHUFFLE(2, 0, 2, 0));
+    second[i] = _mm_shuffle_ps(low, high, _MM_SHUFFLE(3, 1, 3, 1));
+  }
+  const auto join = [](const __m128* part) {
+    const __m256 low = _mm256_insertf128_ps(_mm256_castps128_ps256(part[0]), part[1], 1);
+    const __m256 high = _mm256_insertf128_ps(_mm256_castps128_ps256(part[2]), part[3], 1);
+    return _mm512_castps_si512(_mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1));
+  };
+  return {join(first), join(second)};
 }
 
-struct Located {
-  __m512i index;
-  Floats breakpoint;
+static inline Floats positions(const CellGrid& grid, Floats x) {
+  const Floats position = _mm512_fmsub_ps(x, broadcast(grid.scale), broadcast(grid.origin));
+  // The order of the operands sends NaN to cell 0.
+  return _mm512_min_ps(_mm512_max_ps(position, _mm512_setzero_ps()), broadcast(grid.last_cell));
+}
+
+// The cells of 16 values, and their offsets from the grid's origin as pairs {1, offset}.
+struct BinInputs {
+  alignas(64) uint32_t cell[kLanes];
+  alignas(64) __m128i added[kLanes];
 };
 
-static inline Located locate(const CellTable& table, Floats x) {
-  Floats position = _mm512_mul_ps(_mm512_sub_ps(x, broadcast(table.origin)), broadcast(table.scale));
-  // The order of the operands sends NaN to cell 0.
-  position = _mm512_min_ps(_mm512_max_ps(position, _mm512_setzero_ps()), broadcast(table.last_cell));
-  const Entries entries = gather_pairs(table.cells, _mm512_cvttps_epi32(position));
-  Located located{entries.second, _mm512_castsi512_ps(entries.first)};
-  uint32_t crowded = _mm512_movepi32_mask(located.index);
-  const __mmask16 right = _mm512_cmp_ps_mask(x, located.breakpoint, _CMP_GE_OQ);
-  located.index = _mm512_mask_add_epi32(located.index, right, located.index, _mm512_set1_epi32(1));
-  if (crowded) {
-    alignas(64) float value[kLanes], breakpoint[kLanes];
-    alignas(64) uint32_t index[kLanes], cell_entry[kLanes];
-    _mm512_store_ps(value, x);
-    _mm512_store_ps(breakpoint, located.breakpoint);
-    _mm512_store_si512(index, located.index);
-    _mm512_store_si512(cell_entry, entries.second);
-    for (; crowded; crowded &= crowded - 1) {
-      const int lane = __builtin_ctz(crowded);
-      const Found found = search_cell(table, cell_entry[lane], value[lane]);
-      index[lane] = found.index;
-      breakpoint[lane] = found.breakpoint;
-    }
-    located.index = _mm512_load_si512(index);
-    located.breakpoint = _mm512_load_ps(breakpoint);
-  }
-  return located;
-}
-
-static inline void bin_lanes(const float* values, const CellTable& table, FixedPointScale fixed, BinSums* sums) {
+static inline void prepare_bins(const BinPass<float>& pass, const float* values, BinInputs& inputs) {
   const Floats x = load(values);
-  const Located located = locate(table, x);
-  alignas(64) uint32_t index[kLanes];
-  alignas(64) __m128i added[kLanes];
-  _mm512_store_si512(index, located.index);
+  _mm512_store_si512(inputs.cell, _mm512_cvttps_epi32(positions(pass.grid, x)));
   const __m512i one = _mm512_set1_epi64(1);
   for (int half = 0; half < 2; ++half) {
     const __m256 value = half ? _mm512_extractf32x8_ps(x, 1) : _mm512_castps512_ps256(x);
-    const __m256 left = half ? _mm512_extractf32x8_ps(located.breakpoint, 1) : _mm512_castps512_ps256(located.breakpoint);
-    __m512d distance = _mm512_abs_pd(_mm512_sub_pd(_mm512_cvtps_pd(value), _mm512_cvtps_pd(left)));
-    distance = _mm512_mul_pd(distance, _mm512_set1_pd(fixed.scale));
-    distance = _mm512_min_pd(_mm512_max_pd(distance, _mm512_setzero_pd()), _mm512_set1_pd(fixed.most));
-    const __m512i offset = _mm512_cvttpd_epi64(distance);
-    // Pairs {1, offset}; unpacking leaves lanes in the order 0 2 4 6 and 1 3 5 7.
-    _mm512_store_si512(added + 8 * half, _mm512_unpacklo_epi64(one, offset));
-    _mm512_store_si512(added + 8 * half + 4, _mm512_unpackhi_epi64(one, offset));
-  }
-  for (int i = 0; i < kLanes; ++i) {
-    constexpr int lane_of[8] = {0, 2, 4, 6, 1, 3, 5, 7};
-    __m128i* bin = reinterpret_cast<__m128i*>(sums + index[(i & 8) + lane_of[i & 7]]);
-    _mm_store_si128(bin, _mm_add_epi64(_mm_load_si128(bin), added[i]));
+    __m512d offset = _mm512_mul_pd(_mm512_sub_pd(_mm512_cvtps_pd(value), _mm512_set1_pd(pass.origin)), _mm512_set1_pd(pass.far.scale));
+    offset = _mm512_min_pd(_mm512_max_pd(offset, _mm512_setzero_pd()), _mm512_set1_pd(pass.far.most));
+    const __m512i fixed = _mm512_cvttpd_epi64(offset);
+    _mm512_store_si512(inputs.added + 8 * half, _mm512_unpacklo_epi64(one, fixed));
+    _mm512_store_si512(inputs.added + 8 * half + 4, _mm512_unpackhi_epi64(one, fixed));
   }
 }
 
-static inline Floats gradient_lanes(Floats x, const CellTable& table, Floats highest, const Line<float>* lines) {
-  const Located located = locate(table, x);
-  const Entries line = gather_pairs(lines, located.index);
+// Where prepare_bins leaves the pair of a lane.
+static constexpr int kAddedAt[kLanes] = {0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15};
+
+static inline Floats gradient_lanes(const GradientPass<float>& pass, Floats x, uint32_t relevant) {
+  const __m512i cell = _mm512_cvttps_epi32(positions(pass.grid, x));
+  const Entries entries = gather_pairs(pass.cells, cell);
+  const Floats value = _mm512_castsi512_ps(entries.first), slope = _mm512_castsi512_ps(entries.second);
+  const Floats start = _mm512_add_ps(_mm512_cvtepi32_ps(cell), broadcast(pass.grid.origin));
   // min returns its second operand where x is NaN.
-  const Floats offset = _mm512_sub_ps(_mm512_min_ps(highest, x), located.breakpoint);
-  return _mm512_fmadd_ps(_mm512_castsi512_ps(line.second), offset, _mm512_castsi512_ps(line.first));
+  const Floats t = _mm512_fmsub_ps(_mm512_min_ps(broadcast(pass.grid.top), x), broadcast(pass.grid.scale), start);
+  const Floats result = _mm512_fmadd_ps(slope, t, value);
+  uint32_t searched = relevant & is_nan(value);
+  if (!searched) return result;
+  alignas(64) float values[kLanes], results[kLanes];
+  alignas(64) int32_t before[kLanes];
+  _mm512_store_ps(values, x);
+  _mm512_store_ps(results, result);
+  _mm512_store_si512(before, entries.second);
+  for (; searched; searched &= searched - 1) {
+    const int lane = __builtin_ctz(searched);
+    if (values[lane] == values[lane]) results[lane] = searched_gradient(pass, before[lane], values[lane]);
+  }
+  return _mm512_load_ps(results);
 }
 
 #elif RSL_ISA == 256
@@ -220,55 +193,63 @@ static inline Entries gather_pairs(const void* base, __m256i index) {
           _mm256_castpd_si256(_mm256_permute4x64_pd(second, _MM_SHUFFLE(3, 1, 2, 0)))};
 }
 
-struct Located {
-  __m256i index;
-  Floats breakpoint;
+static inline Floats positions(const CellGrid& grid, Floats x) {
+  const Floats position = _mm256_fmsub_ps(x, broadcast(grid.scale), broadcast(grid.origin));
+  // The order of the operands sends NaN to cell 0.
+  return _mm256_min_ps(_mm256_max_ps(position, _mm256_setzero_ps()), broadcast(grid.last_cell));
+}
+
+// The cells of 8 values, and their offsets from the grid's origin as pairs {1, offset}.
+struct BinInputs {
+  alignas(32) uint32_t cell[kLanes];
+  alignas(32) __m128i added[kLanes];
 };
 
-static inline Located locate(const CellTable& table, Floats x) {
-  Floats position = _mm256_mul_ps(_mm256_sub_ps(x, broadcast(table.origin)), broadcast(table.scale));
-  // The order of the operands sends NaN to cell 0.
-  position = _mm256_min_ps(_mm256_max_ps(position, _mm256_setzero_ps()), broadcast(table.last_cell));
-  const Entries entries = gather_pairs(table.cells, _mm256_cvttps_epi32(position));
-  Located located{entries.second, _mm256_castsi256_ps(entries.first)};
-  uint32_t crowded = bits_of(_mm256_castsi256_ps(located.index));
-  const __m256i right = _mm256_castps_si256(_mm256_cmp_ps(x, located.breakpoint, _CMP_GE_OQ));
-  located.index = _mm256_sub_epi32(located.index, right);
-  if (crowded) {
-    alignas(32) float value[kLanes], breakpoint[kLanes];
-    alignas(32) uint32_t index[kLanes], cell_entry[kLanes];
-    _mm256_store_ps(value, x);
-    _mm256_store_ps(breakpoint, located.breakpoint);
-    _mm256_store_si256(reinterpret_cast<__m256i*>(index), located.index);
-    _mm256_store_si256(reinterpret_cast<__m256i*>(cell_entry), entries.second);
-    for (; crowded; crowded &= crowded - 1) {
-      const int lane = __builtin_ctz(crowded);
-      const Found found = search_cell(table, cell_entry[lane], value[lane]);
-      index[lane] = found.index;
-      breakpoint[lane] = found.breakpoint;
-    }
-    located.index = _mm256_load_si256(reinterpret_cast<const __m256i*>(index));
-    located.breakpoint = _mm256_load_ps(breakpoint);
+// AVX2 converts doubles to int32 only: the high and the low part of the offset go separately, both exact.
+static inline __m256i to_int64(__m256d x) {
+  const __m256d high = _mm256_floor_pd(_mm256_mul_pd(x, _mm256_set1_pd(0x1p-22)));
+  const __m256d low = _mm256_fnmadd_pd(high, _mm256_set1_pd(0x1p22), x);
+  const __m256i high_bits = _mm256_cvtepi32_epi64(_mm256_cvttpd_epi32(high));
+  return _mm256_add_epi64(_mm256_slli_epi64(high_bits, 22), _mm256_cvtepi32_epi64(_mm256_cvttpd_epi32(low)));
+}
+
+static inline void prepare_bins(const BinPass<float>& pass, const float* values, BinInputs& inputs) {
+  const Floats x = load(values);
+  _mm256_store_si256(reinterpret_cast<__m256i*>(inputs.cell), _mm256_cvttps_epi32(positions(pass.grid, x)));
+  const __m256i one = _mm256_set1_epi64x(1);
+  for (int half = 0; half < 2; ++half) {
+    const __m128 value = half ? _mm256_extractf128_ps(x, 1) : _mm256_castps256_ps128(x);
+    __m256d offset = _mm256_mul_pd(_mm256_sub_pd(_mm256_cvtps_pd(value), _mm256_set1_pd(pass.origin)), _mm256_set1_pd(pass.far.scale));
+    offset = _mm256_min_pd(_mm256_max_pd(offset, _mm256_setzero_pd()), _mm256_set1_pd(pass.far.most));
+    const __m256i fixed = to_int64(offset);
+    _mm256_store_si256(reinterpret_cast<__m256i*>(inputs.added + 4 * half), _mm256_unpacklo_epi64(one, fixed));
+    _mm256_store_si256(reinterpret_cast<__m256i*>(inputs.added + 4 * half + 2), _mm256_unpackhi_epi64(one, fixed));
   }
-  return located;
 }
 
-static inline void bin_lanes(const float* values, const CellTable& table, FixedPointScale fixed, BinSums* sums) {
-  const Located located = locate(table, load(values));
-  alignas(32) uint32_t index[kLanes];
-  alignas(32) float breakpoint[kLanes];
-  _mm256_store_si256(reinterpret_cast<__m256i*>(index), located.index);
-  _mm256_store_ps(breakpoint, located.breakpoint);
-  for (int lane = 0; lane < kLanes; ++lane)
-    bin_one(sums, index[lane], static_cast<double>(values[lane]) - static_cast<double>(breakpoint[lane]), fixed);
-}
+// Where prepare_bins leaves the pair of a lane.
+static constexpr int kAddedAt[kLanes] = {0, 2, 1, 3, 4, 6, 5, 7};
 
-static inline Floats gradient_lanes(Floats x, const CellTable& table, Floats highest, const Line<float>* lines) {
-  const Located located = locate(table, x);
-  const Entries line = gather_pairs(lines, located.index);
+static inline Floats gradient_lanes(const GradientPass<float>& pass, Floats x, uint32_t relevant) {
+  const __m256i cell = _mm256_cvttps_epi32(positions(pass.grid, x));
+  const Entries entries = gather_pairs(pass.cells, cell);
+  const Floats value = _mm256_castsi256_ps(entries.first), slope = _mm256_castsi256_ps(entries.second);
+  const Floats start = _mm256_add_ps(_mm256_cvtepi32_ps(cell), broadcast(pass.grid.origin));
   // min returns its second operand where x is NaN.
-  const Floats offset = _mm256_sub_ps(_mm256_min_ps(highest, x), located.breakpoint);
-  return _mm256_fmadd_ps(_mm256_castsi256_ps(line.second), offset, _mm256_castsi256_ps(line.first));
+  const Floats t = _mm256_fmsub_ps(_mm256_min_ps(broadcast(pass.grid.top), x), broadcast(pass.grid.scale), start);
+  const Floats result = _mm256_fmadd_ps(slope, t, value);
+  uint32_t searched = relevant & is_nan(value);
+  if (!searched) return result;
+  alignas(32) float values[kLanes], results[kLanes];
+  alignas(32) int32_t before[kLanes];
+  _mm256_store_ps(values, x);
+  _mm256_store_ps(results, result);
+  _mm256_store_si256(reinterpret_cast<__m256i*>(before), entries.second);
+  for (; searched; searched &= searched - 1) {
+    const int lane = __builtin_ctz(searched);
+    if (values[lane] == values[lane]) results[lane] = searched_gradient(pass, before[lane], values[lane]);
+  }
+  return _mm256_load_ps(results);
 }
 
 #endif
@@ -293,14 +274,27 @@ static void scan_full_word(const In* targets, uint64_t& negatives, uint64_t& pos
   }
 }
 
+static inline void bin_lanes(const BinPass<float>& pass, const float* values) {
+  BinInputs inputs;
+  prepare_bins(pass, values, inputs);
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const BinCell& cell = pass.cells[inputs.cell[lane]];
+    if (__builtin_expect(cell.before & kCrowded, 0)) {
+      bin_searched<float>(pass, static_cast<int32_t>(cell.before & ~kCrowded), values[lane]);
+      continue;
+    }
+    __m128i* bin = reinterpret_cast<__m128i*>(pass.sums + cell.before + (values[lane] >= cell.breakpoint ? 1 : 0));
+    _mm_store_si128(bin, _mm_add_epi64(_mm_load_si128(bin), inputs.added[kAddedAt[lane]]));
+  }
+}
+
 // Gathers the relevant values of many words in a buffer that stays in the first-level cache, then bins it with full vectors.
 template <class In>
-static void bin_full_words(const In* logits, const uint64_t* negatives, int64_t words, const CellTable& table, float first,
-                           FixedPointScale fixed, BinSums* sums, int64_t& nan_count) {
+static void bin_full_words(const In* logits, const uint64_t* negatives, int64_t words, const BinPass<float>& pass, int64_t& nan_count) {
   constexpr int kBuffer = 1024;
   alignas(64) float buffer[kBuffer + 64 + kLanes];
   int filled = 0;
-  const Floats lowest = broadcast(first);
+  const Floats lowest = broadcast(pass.edges[0]);
   for (int64_t word = 0; word < words; ++word) {
     const uint64_t mask = negatives[word];
     if (mask != 0) {
@@ -317,28 +311,30 @@ static void bin_full_words(const In* logits, const uint64_t* negatives, int64_t 
     }
     if (filled >= kBuffer || word + 1 == words) {
       int done = 0;
-      for (; done + kLanes <= filled; done += kLanes) bin_lanes(buffer + done, table, fixed, sums);
-      for (; done < filled; ++done) {
-        const Found found = find(table, buffer[done]);
-        bin_one(sums, found.index, static_cast<double>(buffer[done]) - static_cast<double>(found.breakpoint), fixed);
-      }
+      for (; done + kLanes <= filled; done += kLanes) bin_lanes(pass, buffer + done);
+      for (; done < filled; ++done) bin_one(pass, buffer[done]);
       filled = 0;
     }
   }
 }
 
 template <class In>
-static void gradient_full_word(const In* logits, uint64_t negatives, const CellTable& table, Floats first, Floats highest,
-                               const Line<float>* lines, In* gradient) {
+static void gradient_full_word(const In* logits, uint64_t negatives, const GradientPass<float>& pass, In* gradient) {
+  const Floats lowest = broadcast(pass.edges[0]);
   for (int i = 0; i < 64; i += kLanes) {
     const Floats x = load(logits + i);
     const uint32_t wanted = static_cast<uint32_t>(negatives >> i) & static_cast<uint32_t>((uint64_t{1} << kLanes) - 1);
-    const uint32_t relevant = wanted & not_below(x, first);
-    store(gradient + i, relevant ? select(relevant, gradient_lanes(x, table, highest, lines)) : broadcast(0));
+    const uint32_t relevant = wanted & not_below(x, lowest);
+    store(gradient + i, relevant ? select(relevant, gradient_lanes(pass, x, relevant)) : broadcast(0));
   }
 }
 
 #endif
+
+// cells[i] = {value + step * i, step}
+static void fill_line_cells(CellLine* cells, int64_t count, double value, double step) {
+  for (int64_t i = 0; i < count; ++i) cells[i] = {static_cast<float>(value + step * static_cast<double>(i)), static_cast<float>(step)};
+}
 
 // ---- the passes --------------------------------------------------------------------------------------------------------------
 
@@ -362,36 +358,31 @@ static void scan_targets(const In* targets, int64_t count, uint64_t* negatives, 
   }
 }
 
-// logits: [count]. negatives: [words of count], bits beyond count are 0. sums: [2 * slots]. Returns the number of NaN negatives.
-template <class In, class Table, class T>
-static int64_t bin_negatives(const In* logits, int64_t count, const uint64_t* negatives, const Table& table, T first,
-                             FixedPointScale fixed, BinSums* sums) {
+// logits: [count]. negatives: [words of count], bits beyond count are 0. Returns the number of NaN negatives.
+template <class In, class T>
+static int64_t bin_negatives(const In* logits, int64_t count, const uint64_t* negatives, const BinPass<T>& pass) {
   int64_t nan_count = 0, word = 0;
 #if RSL_ISA != 0
   if constexpr (has_vectors<In>()) {
     word = count / 64;
-    bin_full_words(logits, negatives, word, table, first, fixed, sums, nan_count);
+    bin_full_words(logits, negatives, word, pass, nan_count);
   }
 #endif
-  for (; word * 64 < count; ++word)
-    bin_word(logits + word * 64, negatives[word], table, first, fixed, sums, nan_count);
+  for (; word * 64 < count; ++word) bin_word(logits + word * 64, negatives[word], pass, nan_count);
   return nan_count;
 }
 
-// logits, gradient: [count]. negatives: [words of count]. lines: [2 * slots], upstream gradient folded in.
-template <class In, class Table, class T>
-static void write_gradient(const In* logits, int64_t count, const uint64_t* negatives, const Table& table, T first, T highest,
-                           const Line<T>* lines, In* gradient) {
+// logits, gradient: [count]. negatives: [words of count].
+template <class In, class T>
+static void write_gradient(const In* logits, int64_t count, const uint64_t* negatives, const GradientPass<T>& pass, In* gradient) {
   int64_t word = 0;
 #if RSL_ISA != 0
-  if constexpr (has_vectors<In>()) {
-    const Floats lowest = broadcast(first), top = broadcast(highest);
+  if constexpr (has_vectors<In>())
     for (; (word + 1) * 64 <= count; ++word)
-      gradient_full_word(logits + word * 64, negatives[word], table, lowest, top, lines, gradient + word * 64);
-  }
+      gradient_full_word(logits + word * 64, negatives[word], pass, gradient + word * 64);
 #endif
   for (; word * 64 < count; ++word) {
     const int64_t left = count - word * 64;
-    gradient_word(logits + word * 64, left < 64 ? left : 64, negatives[word], table, first, highest, lines, gradient + word * 64);
+    gradient_word(logits + word * 64, left < 64 ? left : 64, negatives[word], pass, gradient + word * 64);
   }
 }
