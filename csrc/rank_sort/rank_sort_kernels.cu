@@ -54,13 +54,15 @@ __global__ void __launch_bounds__(kThreads) rank_sort_pairs_kernel(RankSortTable
   const int64_t valid = valid_positives(t.ranked, t.counts, t.capacity);
   const double* centre = t.ranked + kLogit * t.capacity;
   const double* quality = t.ranked + kQuality * t.capacity;
+  // Outside of the lambda: nvcc 13.0 crashes below sm_100 where one captures all of t.
+  const double delta = t.delta;
   const double scale = t.gradient_scale / static_cast<double>(valid);
   const int lane = threadIdx.x % kWarp;
   for (int64_t i = grid_warp(); i < valid; i += grid_warps()) {
     const double own = centre[i];
     const double own_quality = quality[i];
     // H is 0 further down.
-    const int64_t first = partition_point(i, [=](int64_t j) { return centre[j] >= own - t.delta; });
+    const int64_t first = partition_point(i, [=](int64_t j) { return centre[j] >= own - delta; });
     QualitySums sums = {0, 0, 0, 0};
     for (int64_t j = first + lane; j < valid; j += kWarp) {
       const double h = step_over_width(centre[j] - own, t.inverse_width);
@@ -131,12 +133,13 @@ __global__ void __launch_bounds__(kThreads) rank_sort_tables_kernel(RankSortTabl
   const int64_t used = used_columns(t.counts, t.capacity);
   const double* centre = t.ranked + kLogit * t.capacity;
   const double* quality = t.ranked + kQuality * t.capacity;
+  const double delta = t.delta;
   const int lane = threadIdx.x % kWarp;
   for (int64_t j = grid_warp(); j < valid; j += grid_warps()) {
     const double own = centre[j];
     const double own_quality = quality[j];
     // H is 0 against those further up.
-    const int64_t last = j + partition_point(valid - j, [=](int64_t i) { return centre[j + i] > own + t.delta; });
+    const int64_t last = j + partition_point(valid - j, [=](int64_t i) { return centre[j + i] > own + delta; });
     double pull = 0;
     for (int64_t i = lane; i < last; i += kWarp) {
       if (quality[i] > own_quality) pull += t.weight[i] * step_over_width(own - centre[i], t.inverse_width);
