@@ -78,8 +78,6 @@ def read_targets(
         _checks.check_device(function, "quality", quality, logits)
         _checks.check_shape(function, "quality", quality, targets.shape, "the shape of targets")
         return targets.contiguous(), [quality.detach().contiguous()]
-    if quality is not None:
-        raise ValueError(f"{function}: quality must be None with dense targets (they hold it already), got a Tensor")
     _checks.check_shape(
         function,
         "targets",
@@ -87,6 +85,8 @@ def read_targets(
         logits.shape,
         "the shape of logits (dense), or be integers with that shape less its last dimension (class indices)",
     )
+    if quality is not None:
+        raise ValueError(f"{function}: quality must be None with dense targets (they hold it already), got a Tensor")
     if targets.is_complex():
         raise TypeError(f"{function}: targets must be real, got {targets.dtype}")
     dense = targets if targets.is_floating_point() else targets.to(torch.float32)

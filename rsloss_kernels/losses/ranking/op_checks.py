@@ -1,0 +1,108 @@
+"""Checks of the arguments of the ranking operators, for the backends written in Python. The compiled backends check the same in C++.
+
+The functions named after an operator take its arguments. The public functions hand over good arguments; these keep a direct call through torch.ops from reading or writing out of bounds.
+"""
+import torch
+from torch import Tensor
+
+from rsloss_kernels import _checks
+from rsloss_kernels.losses.ranking.op import GRADIENT_ROWS, LINE_ROWS, RECORD_ROWS, mask_bytes
+
+
+def check_placement(op: str, name: str, value: Tensor, logits: list[Tensor]) -> None:
+    _checks.check_device(op, name, value, logits[0])
+    if not value.is_contiguous():
+        raise ValueError(f"{op}: {name} must be contiguous, got shape {list(value.shape)} with strides {value.stride()}")
+
+
+def check_dtype(op: str, name: str, value: Tensor, *wanted: torch.dtype) -> None:
+    if value.dtype not in wanted:
+        raise TypeError(f"{op}: {name} must be {' or '.join(map(str, wanted))}, got {value.dtype}")
+
+
+def check_levels(op: str, logits: list[Tensor], segments: Tensor | None, num_segments: int) -> None:
+    if not logits:
+        raise ValueError(f"{op}: logits must hold at least one tensor, got none")
+    for level in logits:
+        _checks.check_logits(op, level)
+        check_dtype(op, "logits", level, logits[0].dtype)
+        check_placement(op, "logits", level, logits)
+    if segments is not None or num_segments != 1:
+        raise ValueError(f"{op}: segments must be None and num_segments 1, got num_segments {num_segments}")
+
+
+def check_matches_levels(op: str, name: str, values: list[Tensor], logits: list[Tensor]) -> None:
+    if len(values) != len(logits):
+        raise ValueError(f"{op}: {name} must hold as many tensors as logits, {len(logits)}, got {len(values)}")
+    for value in values:
+        check_placement(op, name, value, logits)
+
+
+def check_table(op: str, name: str, table: Tensor, logits: list[Tensor], dtype: torch.dtype, rows: int, columns: int | None) -> None:
+    check_placement(op, name, table, logits)
+    check_dtype(op, name, table, dtype)
+    if table.dim() != 2 or table.shape[0] != rows or columns not in (None, table.shape[1]):
+        wanted = f"[{rows}, {'any' if columns is None else columns}]"
+        raise ValueError(f"{op}: {name} must have shape {wanted}, got {list(table.shape)}")
+
+
+def check_mask_and_counts(op: str, negatives: Tensor, counts: Tensor, logits: list[Tensor]) -> None:
+    for name, value, dtype, size in (
+        ("negatives", negatives, torch.uint8, mask_bytes(logits)),
+        ("counts", counts, torch.int64, 2),
+    ):
+        check_placement(op, name, value, logits)
+        check_dtype(op, name, value, dtype)
+        _checks.check_shape(op, name, value, (size,), "shape")
+
+
+def ranking_collect(logits, targets, quality, segments, num_segments, max_positives, background_first) -> None:
+    op = "ranking_collect"
+    check_levels(op, logits, segments, num_segments)
+    check_matches_levels(op, "targets", targets, logits)
+    if quality:
+        check_matches_levels(op, "quality", quality, logits)
+    for number, (level, target) in enumerate(zip(logits, targets, strict=True)):
+        check_dtype(op, "targets", target, *_checks.LOGIT_TYPES, torch.int32, torch.int64)
+        is_index_form = not target.is_floating_point()
+        if is_index_form and level.dim() == 0:
+            raise ValueError(f"{op}: logits must have a last dimension of classes for class indices, got shape []")
+        wanted = level.shape[:-1] if is_index_form else level.shape
+        _checks.check_shape(op, "targets", target, wanted, "the shape of logits (class indices: less the last dimension)")
+        if quality:
+            if not is_index_form:
+                raise ValueError(f"{op}: quality must be empty with dense targets, got {len(quality)} tensors")
+            check_dtype(op, "quality", quality[number], *_checks.LOGIT_TYPES)
+            _checks.check_shape(op, "quality", quality[number], target.shape, "the shape of targets")
+    if max_positives is not None and max_positives < 0:
+        raise ValueError(f"{op}: max_positives must be None or at least 0, got {max_positives}")
+
+
+def ranking_bin(logits, negatives, positives, counts, segments, num_segments, delta) -> None:
+    op = "ranking_bin"
+    check_levels(op, logits, segments, num_segments)
+    check_mask_and_counts(op, negatives, counts, logits)
+    check_table(op, "positives", positives, logits, torch.float64, RECORD_ROWS, None)
+    _checks.check_delta(op, delta)
+
+
+def check_finalize(op, logits, negatives, ranked, counts, bins, segments, num_segments, delta) -> None:
+    """What the last operator of every ranking loss takes from the shared ones."""
+    check_levels(op, logits, segments, num_segments)
+    check_mask_and_counts(op, negatives, counts, logits)
+    check_table(op, "ranked", ranked, logits, torch.float64, RECORD_ROWS, None)
+    check_table(op, "bins", bins, logits, torch.int64, 2, 2 * ranked.shape[1] + 1)
+    _checks.check_delta(op, delta)
+
+
+def ranking_backward(logits, negatives, gradients, lines, counts, segments, num_segments, grad_first, grad_second) -> None:
+    op = "ranking_backward"
+    check_levels(op, logits, segments, num_segments)
+    check_mask_and_counts(op, negatives, counts, logits)
+    check_table(op, "gradients", gradients, logits, torch.float64, GRADIENT_ROWS, None)
+    check_table(op, "lines", lines, logits, torch.float64, LINE_ROWS, 2 * gradients.shape[1])
+    for name, grad in (("grad_first", grad_first), ("grad_second", grad_second)):
+        if grad is not None:
+            check_placement(op, name, grad, logits)
+            check_dtype(op, name, grad, *_checks.LOGIT_TYPES)
+            _checks.check_shape(op, name, grad, (), "shape")
