@@ -1,0 +1,137 @@
+"""What train_detector.py does with its options: data, runs, comparison, tables, pictures."""
+import argparse
+import dataclasses
+import statistics
+
+import torch
+
+from digits_detector import ablation, comparison, evaluation, figures, report
+from digits_detector.coco_folder import read_coco_folder
+from digits_detector.data import Canvases, make_canvases
+from digits_detector.losses import LOSSES
+from digits_detector.training import Settings, Trainer
+
+# Canvases on which thresholds are found are part of the training pool.
+THRESHOLD_CANVASES = 300
+SHOWN_CANVASES = 6
+
+
+@dataclasses.dataclass
+class Run:
+    """A finished run and what it is worth on held-out canvases."""
+
+    settings: Settings
+    trainer: Trainer
+    held_out: evaluation.Detections
+    found: evaluation.AveragePrecision
+    ap_at_fixed_threshold: float
+    threshold: float
+    train_f1: float
+
+    def summary(self) -> dict:
+        times = self.trainer.times
+        return {
+            **dataclasses.asdict(self.settings),
+            "lr": self.settings.learning_rate,
+            "ap": self.found.ap,
+            "ap50": self.found.ap50,
+            "ap75": self.found.ap75,
+            "ap_at_score_0.05": self.ap_at_fixed_threshold,
+            "f1_threshold": self.threshold,
+            "f1_on_training_canvases": self.train_f1,
+            "step_ms": statistics.median(step.step_ms for step in times),
+            "loss_ms": statistics.median(step.loss_ms for step in times),
+            "peak_memory_mb": self.trainer.peak_memory_mb,
+            "curves": self.trainer.curves,
+            "precision": self.found.precision,
+        }
+
+
+def load_data(options: argparse.Namespace) -> tuple[Canvases, Canvases]:
+    """(training pool, held-out canvases)."""
+    if options.data is not None:
+        return read_coco_folder(options.data, options.image_size)
+    return make_canvases("train", options.pool), make_canvases("held_out", options.held_out)
+
+
+def run_one(settings: Settings, pool: Canvases, held_out: Canvases, options: argparse.Namespace) -> Run:
+    checkpoint = options.out / "checkpoints" / f"{settings.loss}_seed{settings.seed}.pt"
+    trainer = Trainer(settings, pool, options.device).train(checkpoint, options.checkpoint_every, options.resume)
+    detections = evaluation.detect(trainer.model, held_out, settings.loss, options.device)
+    known = pool.take(slice(0, THRESHOLD_CANVASES))
+    threshold, f1 = evaluation.best_f1(evaluation.detect(trainer.model, known, settings.loss, options.device), known)
+    fixed = evaluation.average_precision(detections.above(evaluation.FIXED_THRESHOLD), held_out)
+    found = evaluation.average_precision(detections, held_out)
+    return Run(settings, trainer, detections, found, fixed.ap, threshold, f1)
+
+
+def run(options: argparse.Namespace) -> dict:
+    """The default job; returns what it writes to results.json."""
+    pool, held_out = load_data(options)
+    print(f"{len(pool)} training and {len(held_out)} held-out canvases, {len(pool.class_names)} classes", flush=True)
+    base = Settings(
+        "rank_sort", options.steps, options.seed, options.lr, min(options.batch_size, len(pool)),
+        not options.no_score_weights, options.box_weight,
+    )  # fmt: skip
+    results = report.surroundings(options.device) | {"runs": []}
+    if options.compare_steps:
+        compared = comparison.compare(
+            base, options.compare_steps, pool, options.device, getattr(torch, options.loop_dtype)
+        )
+        print(describe(compared), flush=True)
+        results["comparison"] = dataclasses.asdict(compared) | {"largest_difference": compared.largest_difference}
+        figures.draw_comparison(compared, options.out / "swap.png")
+
+    runs = []
+    for name in options.loss or LOSSES:
+        for seed in range(options.seed, options.seed + options.seeds):
+            runs.append(run_one(dataclasses.replace(base, loss=name, seed=seed), pool, held_out, options))
+            results["runs"].append(runs[-1].summary())
+            report.write_json(options.out / "results.json", results)
+
+    text = results_table(results["runs"])
+    print(text)
+    for one in runs:
+        print(
+            f"{one.settings.loss} seed {one.settings.seed}: best F1 on training canvases {one.train_f1:.3f} at score "
+            f"{one.threshold:.4f}; at score {evaluation.FIXED_THRESHOLD} held-out AP is {100 * one.ap_at_fixed_threshold:.1f}"
+        )
+    print("Ranking losses fix the order of the scores, not their level: a threshold must be found, none can be assumed.")
+    figures.draw_loss_curves([one.summary() for one in runs], options.out / "loss_curves.png")
+    figures.draw_precision_recall([one.summary() for one in runs], options.out / "precision_recall.png")
+    first = [one for one in runs if one.settings.seed == options.seed]
+    figures.draw_detections(first, held_out.take(slice(0, SHOWN_CANVASES)), options.out / "detections.png")
+    (options.out / "results.md").write_text(results_table(results["runs"], markdown=True) + "\n")
+    report.write_json(options.out / "results.json", results)
+    print(f"pictures, results.json and results.md are in {options.out}")
+    return results
+
+
+def describe(compared: comparison.Comparison) -> str:
+    return (
+        f"published loop ({compared.loop_dtype}) and ours on the same logits, {len(compared.differences)} steps: largest gradient "
+        f"difference {compared.largest_difference:.2e} of the largest entry (limit {comparison.GRADIENT_LIMIT:g})\n"
+        f"  loss and gradient: loop {compared.loop_ms:.1f} ms, ours {compared.our_ms:.1f} ms ({compared.loop_ms / compared.our_ms:.1f}x)\n"
+        f"  whole step:        loop {compared.loop_step_ms:.1f} ms, ours {compared.our_step_ms:.1f} ms "
+        f"({compared.loop_step_ms / compared.our_step_ms:.1f}x)"
+    )
+
+
+def results_table(runs: list[dict], markdown: bool = False) -> str:
+    header = ["loss", "AP", "AP50", "AP75", "AP at score 0.05", "ms per step", "ms in loss", "peak MB"]
+    rows = []
+    for name in dict.fromkeys(one["loss"] for one in runs):
+        same = [one for one in runs if one["loss"] == name]
+        percent = [report.spread([100 * one[key] for one in same]) for key in ("ap", "ap50", "ap75", "ap_at_score_0.05")]
+        times = [report.spread([one[key] for one in same]) for key in ("step_ms", "loss_ms")]
+        rows.append([name, *percent, *times, f"{max(one['peak_memory_mb'] for one in same):.0f}"])
+    return report.table(header, rows, markdown)
+
+
+def run_ablation(options: argparse.Namespace) -> dict:
+    pool, held_out = load_data(options)
+    # The learning rate is chosen on neither the pool nor the held-out canvases.
+    tuning = held_out if options.data is not None else make_canvases("tuning", options.held_out)
+    return ablation.run(options, pool, tuning, held_out)
+
+

@@ -1,0 +1,60 @@
+"""A one-stage, anchor-free detector with two levels of features, strides 8 and 16, and one head for both."""
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+STRIDES = (8, 16)
+
+
+class Predictions(NamedTuple):
+    """A is the number of locations of both levels together."""
+
+    logits: Tensor  # [B, A, C]
+    boxes: Tensor  # [B, A, 4], x1 y1 x2 y2 in pixels
+    centerness: Tensor  # [B, A], logits
+
+
+class Detector(nn.Module):
+    def __init__(self, num_classes: int, width: int = 32):
+        super().__init__()
+        self.stem = nn.Sequential(_block(3, width // 2, 2), _block(width // 2, width, 2))
+        self.stage3 = nn.Sequential(_block(width, 2 * width, 2), _block(2 * width, 2 * width))
+        self.stage4 = nn.Sequential(_block(2 * width, 2 * width, 2), _block(2 * width, 2 * width))
+        self.lateral3 = nn.Conv2d(2 * width, width, 1)
+        self.lateral4 = nn.Conv2d(2 * width, width, 1)
+        self.class_tower = _block(width, width)
+        self.box_tower = _block(width, width)
+        self.classify = nn.Conv2d(width, num_classes, 3, padding=1)
+        self.regress = nn.Conv2d(width, 4, 3, padding=1)
+        self.center = nn.Conv2d(width, 1, 3, padding=1)
+        # A rare class starts out rare: sigmoid(-4) is about 0.02.
+        nn.init.constant_(self.classify.bias, -4.0)
+
+    def forward(self, images: Tensor) -> Predictions:
+        """`images`: uint8 [B, 3, H, W], both sides multiples of 16."""
+        features3 = self.stage3(self.stem(images.float().div(255).sub(0.5)))
+        level4 = self.lateral4(self.stage4(features3))
+        level3 = self.lateral3(features3) + F.interpolate(level4, scale_factor=2.0)
+        levels = []
+        for features, stride in zip((level3, level4), STRIDES, strict=True):
+            for_class, for_box = self.class_tower(features), self.box_tower(features)
+            distances = F.softplus(self.regress(for_box)).flatten(2).transpose(1, 2) * stride  # [B, HW, 4]
+            points = locations(*features.shape[-2:], stride, images.device)
+            boxes = torch.cat([points - distances[..., :2], points + distances[..., 2:]], -1)
+            logits = self.classify(for_class).flatten(2).transpose(1, 2)
+            levels.append((logits, boxes, self.center(for_box).flatten(1)))
+        return Predictions(*(torch.cat(parts, 1) for parts in zip(*levels, strict=True)))
+
+
+def locations(height: int, width: int, stride: int, device) -> Tensor:
+    """Centres of the cells, [H W, 2] as (x, y) in pixels."""
+    y, x = torch.meshgrid(torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij")
+    return (torch.stack([x, y], -1).reshape(-1, 2) + 0.5) * stride
+
+
+def _block(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
+    )
