@@ -12,8 +12,12 @@ import os
 import pathlib
 import subprocess
 import sys
+from collections.abc import Callable
 
-import torch
+# Compiling in this process keeps it apart from the load that others put on the machine.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+import torch  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
@@ -41,7 +45,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="three problems, at most a minute")
-    size.add_argument("--must-show", action="store_true", help="the rows that must hold, with pass or fail; exit status 1 if any fails")
+    size.add_argument("--must-show", action="store_true", help="the rows that must hold; exit status 1 if one fails")
     parser.add_argument("--metric", choices=("speed", "memory", "both"), default="both")
     parser.add_argument("--mode", choices=(*field.MODES, "all"), default="full")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -57,7 +61,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default="call",
         help="CUDA: whole calls from an idle device, or replays of a captured graph (device time alone)",
     )
-    parser.add_argument("--cache", choices=("cold", "warm"), default="cold", help="CUDA: whether L2 is overwritten before each call")
+    parser.add_argument("--cache", choices=("cold", "warm"), default="cold", help="CUDA: cold overwrites L2 before each call")
     parser.add_argument("--budget", type=float, help="seconds per provider and problem; default 0.6, quick 0.3, must-show 1.5")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
@@ -73,8 +77,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def run_grid(arguments: argparse.Namespace) -> dict[str, list[dict]]:
-    """Measures and prints every problem of the grid; the records by section."""
+def run_grid(arguments: argparse.Namespace, save: Callable[[dict], None]) -> dict[str, list[dict]]:
+    """Measures, prints and saves one problem of the grid after the other. Returns the records by section."""
     modes = field.MODES if arguments.mode == "all" else (arguments.mode,)
     captures = {"call": [False], "captured": [True], "both": [False, True]}[arguments.timing]
     wanted = {"speed": ["speed"], "memory": ["memory"], "both": ["speed", "memory"]}[arguments.metric]
@@ -88,6 +92,7 @@ def run_grid(arguments: argparse.Namespace) -> dict[str, list[dict]]:
             records = measure_memory(arguments, case)
             show(records, f"{case.title}, peak memory of forward + backward beyond the inputs")
             sections["memory"] += records
+        save(sections)
     return sections
 
 
@@ -169,7 +174,8 @@ def measure_memory(arguments: argparse.Namespace, case: Case) -> list[dict]:
         skipped, extra = provider.why_not(case), None
         if not skipped:
             try:
-                extra = memory_here(case, provider.name) if case.device == "cuda" else memory_apart(arguments, case, provider.name)
+                is_apart = case.device == "cpu"
+                extra = memory_apart(arguments, case, provider.name) if is_apart else memory_here(case, provider.name)
             except (RuntimeError, subprocess.SubprocessError) as error:
                 skipped = f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
         per_element = None if extra is None else rounded(extra / elements)
@@ -201,12 +207,13 @@ def memory_apart(arguments: argparse.Namespace, case: Case, name: str) -> int | 
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def settings(arguments: argparse.Namespace) -> dict:
+def settings(arguments: argparse.Namespace, foreign_load: float | None) -> dict:
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         "threads": torch.get_num_threads(),
         "seed": arguments.seed,
         "budget_s": arguments.budget,
+        "foreign_load": rounded(foreign_load),
         "cache": arguments.cache if arguments.device == "cuda" else "as the calls before leave it",
     }
 
@@ -237,19 +244,31 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(memory_here(Case(**case), name)))
         return 0
     machine = harness.machine(arguments.device)
-    print(f"{machine['gpu'] or machine['cpu']}, {machine['cores']} cores, {arguments.threads} threads, torch {machine['torch']}, "
-          f"backends: {', '.join(field.our_backends(arguments.device))}")
+    backends = ", ".join(field.our_backends(arguments.device))
+    where = f"{machine['gpu'] or machine['cpu']}, {machine['cores']} cores, {arguments.threads} threads"
+    print(f"{where}, torch {machine['torch']}, backends: {backends}")
+    load = harness.ForeignLoad()
+
+    def save(sections: dict[str, list[dict]]) -> None:
+        if arguments.out:
+            shared = settings(arguments, load.fraction())
+            with_settings = {name: {"settings": shared, "records": records} for name, records in sections.items()}
+            results.update(arguments.out, LOSS, machine, with_settings)
+
     if arguments.must_show:
-        sections = {"targets": rank_sort_targets.check(arguments)}
-        broken = not all(record["passed"] for record in sections["targets"])
+        targets = rank_sort_targets.check(arguments)
+        save({"targets": targets})
+        broken = not all(record["passed"] for record in targets)
     else:
-        sections = run_grid(arguments)
+        sections = run_grid(arguments, save)
         ours = [provider.name for provider in field.providers(arguments.device) if provider.is_ours]
         mine = [record for records in sections.values() for record in records if record["provider"] in ours]
         broken = any(record["skipped"] not in (None, CANNOT_CAPTURE) for record in mine)
+    busy = load.fraction()
+    if busy is not None and busy > harness.QUIET:
+        print(f"\nother processes used {busy:.0%} of the processor: repeat the times when it is quiet")
     if arguments.out:
-        sections = {name: {"settings": settings(arguments), "records": records} for name, records in sections.items()}
-        print(f"\nwrote {results.update(arguments.out, LOSS, machine, sections)}")
+        print(f"\nwrote {results.path_of(arguments.out, LOSS)}")
     return int(broken)
 
 

@@ -4,8 +4,8 @@
     python bench/gpu_capture.py --sweep --backends cuda           many small problems, eager, to run under compute-sanitizer
     python bench/gpu_capture.py --sweep --device cpu --backends reference
 
-A captured replay must equal the eager run bit by bit, for data with other numbers of positives than the captured ones. Eager runs and
-the capture happen under `torch.cuda.set_sync_debug_mode("error")`. Exit status 1 if anything differs.
+A captured replay must equal the eager run bit by bit, for data with other numbers of positives than the captured ones. Eager
+runs and the capture happen under `torch.cuda.set_sync_debug_mode("error")`. Exit status 1 if anything differs.
 """
 import argparse
 import contextlib
@@ -139,8 +139,8 @@ def main(argv: list[str] | None = None) -> int:
     for backend in arguments.backends.split(","):
         checks = [("sweep", lambda: check_sweep(arguments.device))]
         if not arguments.sweep:
-            settings = [("dense", "float32"), ("index", "float32"), ("dense", "bfloat16"), ("index", "float64")]
-            checks = [(f"{form} {dtype}", lambda form=form, dtype=dtype: check_capture(form, dtype)) for form, dtype in settings]
+            pairs = [("dense", "float32"), ("index", "float32"), ("dense", "bfloat16"), ("index", "float64")]
+            checks = [(" ".join(pair), lambda pair=pair: check_capture(*pair)) for pair in pairs]
         for name, check in checks:
             try:
                 with use_backend(backend):

@@ -6,7 +6,7 @@
 # Every stage has a share of the time; what one leaves over the next may use. A stage that fails is reported, the later ones still run,
 # and the exit status is 1. Results go to the folder given, else to $OUT, else to bench/results/<gpu>. Logs of all stages go there too.
 set -u -o pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 export PYTHONUNBUFFERED=1 RSLOSS_TEST_EXAMPLES="${RSLOSS_TEST_EXAMPLES:-15}"
 python="${PYTHON:-python3}"
 begin=$SECONDS
@@ -116,8 +116,8 @@ if [ -n "$compute_sanitizer" ]; then
 else
   leave_out "compute-sanitizer" "not installed"
 fi
-inside "benchmark" 70 benchmark
 LINES_SHOWN=60 inside "rows that must hold" 50 must_show
+inside "benchmark" 70 benchmark
 inside "plots" 15 plots
 
 printf '\n=== results in %s after %d s\n' "$out" "$((SECONDS - begin))" | tee -a "$log"

@@ -1,8 +1,9 @@
 """Times workloads side by side, and measures the memory that a call needs beyond its inputs.
 
-All workloads of a case run in one process, one call each per round, the order reversed every other round: whatever slows the machine
-down slows both sides. A ratio is the median over the rounds in which both ran. CPU calls are timed by the clock; CUDA calls by events
-around an idle device, so that host overheads count; captured CUDA calls by events around the replay, device time alone.
+All workloads of a case run in one process, one call each per round, the order reversed every other round: whatever slows the
+machine down slows both sides. A ratio is the median over the rounds in which both ran. CPU calls are timed by the clock; CUDA
+calls by events around an idle device, so that host overheads count; captured CUDA calls by events around the replay, device
+time alone.
 """
 import contextlib
 import ctypes
@@ -50,10 +51,8 @@ class Timing:
 
     def ratio_to(self, other: "Timing") -> float | None:
         """Median of the ratios of the rounds in which both ran; None if either failed."""
-        rounds = min(len(self.samples), len(other.samples))
-        if rounds == 0:
-            return None
-        return statistics.median(mine / theirs for mine, theirs in zip(self.samples[:rounds], other.samples[:rounds], strict=True))
+        ratios = [mine / theirs for mine, theirs in zip(self.samples, other.samples, strict=False)]
+        return statistics.median(ratios) if ratios else None
 
 
 class _CpuClock:
@@ -101,9 +100,12 @@ def captured(workload: Workload) -> Workload:
             workload.call()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
+    # Backward runs on the stream of its forward, so both must be on the stream that is captured.
     if workload.prepare is not None:
-        workload.prepare()
-    with torch.cuda.graph(graph):
+        with torch.cuda.stream(side):
+            workload.prepare()
+        torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=side):
         outputs = workload.call()
 
     def replay():
@@ -123,7 +125,8 @@ def measure(
 ) -> dict[str, Timing]:
     """Times every workload for about `budget` seconds, at most `max_repetitions` calls, in alternating rounds.
 
-    A workload whose first call takes the whole budget has that call as its only sample. One that raises has its reason in `failure`.
+    A workload whose warm-up call takes the whole budget has that call as its only sample. One that raises has its reason in
+    `failure`.
     """
     clock = _CudaClock(capture, cold) if device == "cuda" else _CpuClock()
     timings = {workload.name: Timing() for workload in workloads}
@@ -134,7 +137,7 @@ def measure(
                 ready = captured(workload) if capture else workload
                 first = _warm_up(clock, ready)
             except Exception as error:  # a peer that cannot run here must not end the comparison of the others
-                timings[workload.name].failure = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+                timings[workload.name].failure = f"{type(error).__name__}: {error}".strip().splitlines()[0]
                 continue
             if first >= budget:
                 timings[workload.name].samples.append(first)
@@ -180,8 +183,8 @@ def copy_floor(moved_bytes: int, device: str) -> Workload:
 def peak_extra_bytes(call: Callable[[], object], device: str) -> int | None:
     """Growth of the peak memory during `call` over what was held before it; None where the system cannot tell.
 
-    On a CPU this is the growth of the resident set, so run it in a process of its own that has made one small call before, and under
-    MEMORY_ENVIRONMENT, which hands freed memory back at once.
+    On a CPU this is the growth of the resident set, so run it in a process of its own that has made one small call before, and
+    under MEMORY_ENVIRONMENT, which hands freed memory back at once.
     """
     if device == "cuda":
         torch.cuda.synchronize()
@@ -212,6 +215,32 @@ MEMORY_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_
 def _status_bytes(key: str) -> int:
     with open("/proc/self/status") as file:
         return int(re.search(rf"^{key}:\s+(\d+) kB", file.read(), re.MULTILINE).group(1)) * 1024
+
+
+# Above this share of the processor used by others, times are not to be trusted: threads wait for each other at barriers.
+QUIET = 0.06
+
+
+class ForeignLoad:
+    """The share of the processor that other processes use from now on; children of this process count as its own."""
+
+    def __init__(self):
+        self.begin = self._seconds()
+
+    def fraction(self) -> float | None:
+        if self.begin is None:
+            return None
+        all_busy, ours, wall = (now - then for now, then in zip(self._seconds(), self.begin, strict=True))
+        return max(all_busy - ours, 0.0) / max(wall * (os.cpu_count() or 1), 1e-9)
+
+    @staticmethod
+    def _seconds() -> tuple[float, float, float] | None:
+        try:
+            with open("/proc/stat") as file:
+                user, nice, system, _, _, irq, soft_irq, *_ = (int(word) for word in file.readline().split()[1:])
+        except (OSError, ValueError):
+            return None
+        return (user + nice + system + irq + soft_irq) / os.sysconf("SC_CLK_TCK"), sum(os.times()[:4]), time.perf_counter()
 
 
 def machine(device: str) -> dict:

@@ -46,7 +46,7 @@ class Case:
 
     @property
     def title(self) -> str:
-        return f"{self.distribution} P={self.positives} N={self.negatives:.0e} {self.form} {self.dtype}".replace("e+0", "e")
+        return f"{self.distribution} P={self.positives} N={self.negatives:.3g} {self.form} {self.dtype}".replace("e+0", "e")
 
     def as_dict(self) -> dict:
         return asdict(self)
@@ -63,7 +63,7 @@ class Inputs:
     dense: Tensor
 
     def minimal_bytes(self) -> int:
-        """What forward and backward cannot avoid to move: logits twice, targets and bit mask once each way, the gradient once."""
+        """What forward and backward must move: the logits twice, the targets once, a bit mask both ways, the gradient."""
         elements, width = self.logits.numel(), self.logits.element_size()
         read_once = self.targets.numel() * self.targets.element_size()
         if self.quality is not None:

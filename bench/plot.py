@@ -17,8 +17,8 @@ sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))
 
 from bench import results  # noqa: E402
 
-# Ours in strong blues with filled markers, the field in warm tones, focal in greens, the floor in grey: told apart without colour by
-# marker and dash as well.
+# Ours in strong blues with filled markers, the field in warm tones, focal in greens, the floor in grey: told apart without
+# colour by marker and dash as well.
 STYLES = {
     "rank_sort_loss [cpp]": ("#0b5fa5", "o", "-"),
     "rank_sort_loss [cuda]": ("#0b5fa5", "o", "-"),

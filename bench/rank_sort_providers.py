@@ -17,6 +17,7 @@ from rsloss_kernels import _backends
 DELTA = 0.5
 OPERATOR = "rank_sort_finalize"
 FOCAL, COMPILED_FOCAL, LOOP = "focal, eager", "focal, torch.compile", "published loop"
+COMPILED = "vectorised, torch.compile"
 MODES = ("forward", "backward", "full")
 Forward = Callable[[Tensor], tuple[Tensor, ...]]
 
@@ -29,7 +30,7 @@ SQUARE = {"cpu": 2.6e7, "cuda": 4.1e8}
 
 @dataclass(frozen=True)
 class Provider:
-    """`bind(inputs)` returns the forward pass as a function of the logits; `why_not(case)` a reason to leave it out, or None."""
+    """`bind(inputs)` returns the forward pass as a function of the logits; `why_not(case)` why it is left out, or None."""
 
     name: str
     bind: Callable[[Inputs], Forward]
@@ -50,14 +51,14 @@ def providers(device: str) -> list[Provider]:
         Provider(LOOP, _dense(published_rank_sort), _limit("P*N", LOOP_PAIRS), can_capture=False),
         Provider("bucketed", _dense(bucketed_rank_sort), _limit("P*P", SQUARE), can_capture=False),
         Provider("vectorised", _dense(vectorised_rank_sort), _both(BROADCAST_PAIRS), can_capture=False),
-        Provider("vectorised, torch.compile", _dense(compiled_rank_sort), _both(FUSED_PAIRS), can_capture=False, is_compiled=True),
+        Provider(COMPILED, _dense(compiled_rank_sort), _both(FUSED_PAIRS), can_capture=False, is_compiled=True),
         Provider(FOCAL, _focal(focal_loss)),
         Provider(COMPILED_FOCAL, _focal(compiled_focal_loss), is_compiled=True),
     ]
 
 
 def our_backends(device: str) -> list[str]:
-    """The usable backends, the automatic choice first. Triton's interpreter on a CPU is no way to run it, so it is not timed."""
+    """The usable backends, the automatic choice first. On a CPU Triton is its interpreter, which is not timed."""
     usable = _backends.usable(OPERATOR, device)
     if device == "cpu":
         usable = [backend for backend in usable if backend != "triton"]
@@ -111,7 +112,7 @@ def _both(pairs: dict[str, float]) -> Callable[[Case], str | None]:
 
 
 def workload(provider: Provider, inputs: Inputs, mode: str) -> Workload:
-    """forward: the losses with their graph; backward: the gradient from a fresh graph; full: both, as a training step pays for them."""
+    """forward: the losses with their graph; backward: the gradient from a fresh graph; full: both, as a training step."""
     forward = provider.bind(inputs)
     leaf = inputs.logits.detach().clone().requires_grad_()
     if mode == "forward":

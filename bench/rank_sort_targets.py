@@ -33,7 +33,8 @@ def check(arguments: argparse.Namespace) -> list[dict]:
             {"target": target, "limit": limit, "unit": unit, "got": bench.rounded(got), "passed": passed, "note": note}
         )
         figure = "none" if got is None else f"{got:.4g}"
-        print(f"{'pass' if passed else 'FAIL'}  {target}: {figure} {unit}, limit {limit:.4g}" + (f"  ({note})" if note else ""), flush=True)
+        remark = f"  ({note})" if note else ""
+        print(f"{'pass' if passed else 'FAIL'}  {target}: {figure} {unit}, limit {limit:.4g}{remark}", flush=True)
 
     if arguments.device == "cuda":
         _cuda_speed(arguments, report)

@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
     elif arguments.check:
         text = arguments.check.read_text()
         if splice(text, inner) != text:
-            print(f"{arguments.check} does not hold the tables of {arguments.results}; python bench/report.py --write brings them")
+            print(f"{arguments.check} does not hold the tables of {arguments.results}; --write brings them")
             return 1
     else:
         print(inner, end="")

@@ -1,7 +1,7 @@
 """The file that a benchmark writes, `results/<machine>/<loss>.json`: one fixed schema, checked when written and when read.
 
-A document holds the machine and up to three sections, `speed`, `memory` and `targets`, each with its own settings and records. A run
-replaces the sections that it measured; sections of another machine or other versions are dropped, never mixed.
+A document holds the machine and up to three sections, `speed`, `memory` and `targets`, each with its own settings and records.
+A run replaces the sections that it measured; sections of another machine or other versions are dropped, never mixed.
 """
 import json
 import pathlib
@@ -40,7 +40,7 @@ FIELDS = {
     "memory": CASE_FIELDS | {"extra_bytes": OPTIONAL_NUMBER, "bytes_per_element": OPTIONAL_NUMBER},
     "targets": {"target": str, "limit": NUMBER, "unit": str, "got": OPTIONAL_NUMBER, "passed": bool, "note": OPTIONAL_TEXT},
 }
-SETTING_FIELDS = {"date": str, "threads": int, "seed": int, "budget_s": NUMBER, "cache": str}
+SETTING_FIELDS = {"date": str, "threads": int, "seed": int, "budget_s": NUMBER, "foreign_load": OPTIONAL_NUMBER, "cache": str}
 MACHINE_FIELDS = ("slug", "cpu", "cores", "gpu", "compute_capability", "cuda", "torch", "triton", "python", "system")
 
 
@@ -93,7 +93,8 @@ def update(folder: pathlib.Path, loss: str, machine: dict, sections: dict) -> pa
     blocks = []
     for name, section in document["sections"].items():
         records = ",\n    ".join(json.dumps(record) for record in section["records"])
-        blocks.append(f'  "{name}": {{\n   "settings": {json.dumps(section["settings"])},\n   "records": [\n    {records}\n   ]\n  }}')
+        head = f'  "{name}": {{\n   "settings": {json.dumps(section["settings"])},\n   "records": [\n    '
+        blocks.append(head + records + "\n   ]\n  }")
     path.write_text(text.replace('"sections": {}', '"sections": {\n' + ",\n".join(blocks) + "\n }") + "\n")
     read(path)
     return path

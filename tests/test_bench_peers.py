@@ -19,7 +19,11 @@ GOLDEN = np.load(pathlib.Path(__file__).parent / "golden" / "ranksort.npz", allo
 CASES = [case for case in json.loads(bytes(GOLDEN["__manifest__"]).decode())["cases"]]
 # Without positives the published code raises.
 CASES = [case for case in CASES if "nopos" not in case["name"] and "empty" not in case["name"]]
-PEERS = {"loop": (published_rank_sort, "rs"), "vectorised": (vectorised_rank_sort, "rs"), "bucketed": (bucketed_rank_sort, "brs")}
+PEERS = {
+    "loop": (published_rank_sort, "rs"),
+    "vectorised": (vectorised_rank_sort, "rs"),
+    "bucketed": (bucketed_rank_sort, "brs"),
+}
 
 
 def golden(case, implementation):
@@ -47,7 +51,7 @@ def test_peer_equals_golden(case, peer):
 @pytest.mark.parametrize("name", ["rs001_prior_d0.5", "rs010_trained_d0.5", "rs087_large_trained"])
 @pytest.mark.parametrize("piece", [40, 1 << 15])
 def test_brute_force_equals_golden(name, piece, monkeypatch):
-    monkeypatch.setattr(brute_force, "PIECE", piece)
+    monkeypatch.setitem(brute_force.PIECE, "cpu", piece)
     case = next(case for case in CASES if case["name"] == name)
     logits, targets, (ranking, sorting, gradient) = golden(case, "rs")
     got = brute_force.brute_force_rank_sort(logits, targets, case["hyper"]["delta"])
@@ -72,7 +76,8 @@ def test_focal_loss_and_gradient_equal_the_closed_form(function):
     targets = (torch.arange(2001) % 3 == 0).double()
     loss = function(logits, targets)
     (gradient,) = torch.autograd.grad(loss, logits)
-    # With z = logit where t = 1 and -logit where t = 0: l = -a (1 - p)^2 log p, p = sigma(z), dl/dz = a (1 - p)^2 (2 p log p - (1 - p)).
+    # z = logit where t = 1, -logit where t = 0; p = sigma(z); l = -a (1 - p)^2 log p,
+    # dl/dz = a (1 - p)^2 (2 p log p - (1 - p)).
     sign = 2 * targets - 1
     z = (sign * logits).detach()
     alpha, p, log_p = 0.75 - 0.5 * targets, z.sigmoid(), torch.nn.functional.logsigmoid(z)

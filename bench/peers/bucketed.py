@@ -1,8 +1,8 @@
 """Bucketed Rank & Sort: negatives between two neighbouring positives are represented by their mean logit.
 
-Yavuz et al., "Bucketed Ranking-based Losses for Efficient Training of Object Detectors", ECCV 2024. Sorts all elements that matter;
-equals Rank & Sort for delta = 0 only (without ties). The sort is stable with positives first, so that a negative with exactly the
-logit of a positive falls into the bucket below it on every machine.
+Yavuz et al., "Bucketed Ranking-based Losses for Efficient Training of Object Detectors", ECCV 2024. Sorts all elements that
+matter; equals Rank & Sort for delta = 0 only (without ties). The sort is stable with positives first, so that a negative with
+exactly the logit of a positive falls into the bucket below it on every machine.
 """
 import torch
 from torch import Tensor

@@ -1,8 +1,8 @@
 """What the Rank & Sort peers share: the step, the sums over positives, and the autograd shell around a core.
 
-A core maps (positives [P], quality [P], negatives [K], delta) to (ranking errors [P], sorting errors [P], gradient of the positives
-[P], gradient of the negatives [K]), not yet divided by P. The shell picks the positives and the negatives that can reach the lowest
-of them, and puts the gradients back.
+A core maps (positives [P], quality [P], negatives [K], delta) to (ranking errors [P], sorting errors [P], gradient of the
+positives [P], gradient of the negatives [K]), not yet divided by P. The shell picks the positives and the negatives that can
+reach the lowest of them, and puts the gradients back.
 """
 from collections.abc import Callable
 
@@ -26,7 +26,7 @@ def sums_over_positives(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The sums over positives of the positives `rows`, through [rows, P] matrices (Eq. 6 to 8).
 
-    Returns rank among positives [rows], sorting error [rows], what each gives off of it [rows], and what lands on every positive [P].
+    Returns rank among positives [rows], sorting error [rows], what each gives off [rows], what lands on every positive [P].
     """
     above = smooth_step(positives[None, :] - positives[rows, None], delta)  # [rows, P], row i holds H(s_j - s_i)
     ideal = above * (quality[None, :] >= quality[rows, None])

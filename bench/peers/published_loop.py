@@ -4,6 +4,7 @@ Oksuz et al., "Rank & Sort Loss for Object Detection and Instance Segmentation",
 that algorithm: sums in the dtype of the logits, only negatives that can reach the lowest positive, each sorting error as current minus
 target. About 25 small tensor operations and two waits for the device per positive: the cost that `rank_sort_loss` removes.
 """
+
 import torch
 from torch import Tensor
 

@@ -1,7 +1,7 @@
 """Rank & Sort as one broadcast: every positive against every negative that matters, through a P×K matrix.
 
-The plain PyTorch that one writes to get rid of the loop. Eagerly the matrix is written to memory; under `torch.compile` its sums are
-fused and it never is, at the price of evaluating it twice.
+The plain PyTorch that one writes to get rid of the loop. Eagerly the matrix is written to memory; under `torch.compile` its
+sums are fused and it never is, at the price of evaluating it twice.
 """
 import functools
 
