@@ -36,18 +36,21 @@ def _ranking_variants(impl) -> dict[str, list[dict]]:
     table = {"BLOCK": impl.TABLE_BLOCK["cuda"]}
     pairs = dict(zip(("TILE", "RUN"), impl.PAIR_TILE["cuda"], strict=True))
     mask, record = [], []
-    for target, first in itertools.product((*FLOATS, "i32", "i64"), ANY_FLAG):
-        form = {"IS_DENSE": target in FLOATS, "BACKGROUND_FIRST": first, "DOUBLE": _double(target)}
-        mask.append({"targets_ptr": target, "negatives_ptr": "u8", "block_counts_ptr": "i32", **form, **stream})
+    for target in (*FLOATS, "i32", "i64"):
+        forms = _choices(IS_DENSE=(target in FLOATS,), BACKGROUND_FIRST=(False,) if target in FLOATS else ANY_FLAG)
+        pointers = {"targets_ptr": target, "negatives_ptr": "u8", "block_counts_ptr": "i32", "DOUBLE": _double(target)}
+        mask += [{**pointers, **form, **stream, "size": size} for form in forms for size in ("i32", "i64")]
         if target in FLOATS:
             sources = [(logit, None) for logit in FLOATS]
         else:
-            sources = [("fp32", None), ("fp64", "fp32"), *((logit, logit) for logit in FLOATS)]
-        for logit, quality in sources:
-            pointers = {"logits_ptr": logit, "targets_ptr": target, "quality_ptr": quality, "found_ptr": "i64"}
-            form["DOUBLE"] = _double(logit, target, quality or "")
-            record.append({**pointers, "positives_ptr": "fp64", **form, **stream})
-    mask.append({**mask[0], "size": "i64"})
+            sources = [("bf16", None), ("fp64", "fp32"), ("fp32", "fp64"), ("fp32", "bf16"), ("fp16", "fp16")]
+        pointers = {"targets_ptr": target, "found_ptr": "i64", "positives_ptr": "fp64"}
+        record += [
+            {**pointers, "logits_ptr": logit, "quality_ptr": quality, "DOUBLE": _double(logit, target, quality or "")}
+            | forms[0]
+            | stream
+            for logit, quality in sources
+        ]
     records = {"positives_ptr": "fp64", "counts_ptr": "i64", "ranked_ptr": "fp64"}
     marks = {"sizes_ptr": "i32", "slots_ptr": "i32", "bounds_ptr": "fp64"}
     streamed = []
@@ -56,14 +59,12 @@ def _ranking_variants(impl) -> dict[str, list[dict]]:
         edges = {"edges_ptr": "fp64" if double else "fp32"}
         streamed.append({"logits_ptr": logit, "negatives_ptr": "u8", **edges, "size": size, "DOUBLE": double, **stream})
     copies = {"sizes_ptr": "i32", "copies_ptr": "i64", "MAX_COPIES": impl.MAX_COPIES}
-    upstream = _choices(grad_first_ptr=(None, "fp32", "fp64"), grad_second_ptr=(None, "fp32", "fp64"))
+    upstream = [{"grad_first_ptr": first, "grad_second_ptr": second} for first, second in (("fp32", "fp64"), ("fp64", None), (None, "fp32"))]
     return {
         "mask_kernel": mask,
         "record_kernel": record,
         "rank_kernel": [{**records, **pairs}],
-        "windows_kernel": [
-            {"ranked_ptr": "fp64", **marks, "DOUBLE": double, **table} for double in ANY_FLAG
-        ],
+        "windows_kernel": [{"ranked_ptr": "fp64", **marks, "DOUBLE": double, **table} for double in ANY_FLAG],
         "breakpoints_kernel": [{**marks, "edges_ptr": edge, **table} for edge in ("fp32", "fp64")],
         "bin_kernel": [{**base, **copies, "IS_STEP": is_step} for base in streamed for is_step in ANY_FLAG],
         "sum_copies_kernel": [{**copies, "bins_ptr": "i64", **table}],
@@ -73,7 +74,7 @@ def _ranking_variants(impl) -> dict[str, list[dict]]:
             for grad in (None, "fp64" if base["DOUBLE"] else "fp32")
         ],
         "positive_gradient_kernel": [
-            {"gradients_ptr": "fp64", "counts_ptr": "i64", **grads, "results_ptr": result, "DOUBLE": _double(result), **table}
+            {"gradients_ptr": "fp64", "counts_ptr": "i64", **grads, "results_ptr": result, **table}
             for result in FLOATS
             for grads in upstream
         ],
@@ -92,6 +93,10 @@ def _rank_sort_variants(ranking_impl) -> dict[str, list[dict]]:
         for loss in ("fp32", "fp64")
     ]
     return {"terms_kernel": steps, "gradients_kernel": steps, "lines_kernel": steps, "losses_kernel": losses}
+
+
+def _num_warps() -> int:
+    return importlib.import_module("rsloss_kernels.losses.ranking.triton_impl").NUM_WARPS
 
 
 def _variants() -> dict[str, list[dict]]:
@@ -132,7 +137,7 @@ def _compile(kernel, variant: dict, capability: int) -> dict:
         else:
             signature[name] = "i64" if name in WIDE_INTEGERS else variant.get(name, "i32")
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": _num_warps()})
     tool = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

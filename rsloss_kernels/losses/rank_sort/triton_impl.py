@@ -11,6 +11,7 @@ import triton.language as tl
 from rsloss_kernels.losses.ranking import reference
 from rsloss_kernels.losses.ranking.op import GRADIENT_ROWS, LINE_ROWS
 from rsloss_kernels.losses.ranking.triton_impl import (
+    NUM_WARPS,
     count_not_above,
     float_bits,
     float_of,
@@ -271,7 +272,7 @@ def rank_sort_finalize(
     tile, run = pair_tile(capacity, device)
     unit, _ = reference.fixed_point_unit(delta, reference.count_elements(logits))
     delta_bits, scale_bits = float_bits(delta), float_bits(gradient_scale)
-    options = {"IS_STEP": delta == 0, "TILE": tile, "RUN": run}
+    options = {"IS_STEP": delta == 0, "TILE": tile, "RUN": run, "num_warps": NUM_WARPS}
     with on_device_of(ranked):
         slots, sizes = write_breakpoints(ranked, lines, delta, double)
         if capacity:
@@ -283,5 +284,5 @@ def rank_sort_finalize(
             lines_kernel[triton.cdiv(2 * capacity, tile),](
                 ranked, slots, sizes, terms, lines, capacity, delta_bits, scale_bits, **options
             )
-        losses_kernel[1,](sizes, terms, counts, bins, ranking, sorting, capacity, RUN=run)
+        losses_kernel[1,](sizes, terms, counts, bins, ranking, sorting, capacity, RUN=run, num_warps=NUM_WARPS)
     return ranking, sorting, gradients, lines

@@ -22,6 +22,7 @@ from rsloss_kernels.losses.ranking.op import RECORD_ROWS, mask_bytes
 STREAM_BLOCK = {"cuda": 2048, "cpu": 1 << 16}
 PAIR_TILE = {"cuda": (8, 128), "cpu": (256, 256)}
 TABLE_BLOCK = {"cuda": 256, "cpu": 1 << 12}
+NUM_WARPS = 8
 
 # Copies of the bins share this many entries of a count and a sum, where the positives are few and so the bins contended.
 SHARED_BINS = 1 << 14
@@ -77,6 +78,20 @@ def arithmetic(value, DOUBLE: tl.constexpr):
         return value.to(tl.float64)
     else:
         return value.to(tl.float32)
+
+
+@triton.jit
+def rounded_to(value, TYPE: tl.constexpr):
+    """float64 values in a floating type, to the nearest. bfloat16 by hand: the interpreter would cut bits off."""
+    if TYPE == tl.bfloat16:
+        bits = value.to(tl.float32).to(tl.int32, bitcast=True)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        nearest = tl.where(value == value, nearest, 0x7FC0)
+        return nearest.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    elif TYPE == tl.float16:
+        return value.to(tl.float32).to(tl.float16)
+    else:
+        return value.to(TYPE)
 
 
 @triton.jit
@@ -223,6 +238,7 @@ def ranking_collect(logits, targets, quality, segments, num_segments, max_positi
                 "BACKGROUND_FIRST": background_first,
                 "DOUBLE": any(source.dtype == torch.float64 for source in sources),
                 "BLOCK": blocks[level],
+                "num_warps": NUM_WARPS,
             }
             classes = 1 if is_dense else level_logits.shape[-1]
             if size > 0:
@@ -363,8 +379,8 @@ def write_breakpoints(ranked: Tensor, edges: Tensor, delta: float, double: bool)
     block = table_block(capacity, ranked.device)
     # One program at least, for the sizes.
     grid = (max(1, triton.cdiv(capacity, block)),)
-    windows_kernel[grid](ranked, bounds, sizes, capacity, float_bits(delta), DOUBLE=double, BLOCK=block)
-    breakpoints_kernel[grid](bounds, sizes, edges, slots, capacity, BLOCK=block)
+    windows_kernel[grid](ranked, bounds, sizes, capacity, float_bits(delta), DOUBLE=double, BLOCK=block, num_warps=NUM_WARPS)
+    breakpoints_kernel[grid](bounds, sizes, edges, slots, capacity, BLOCK=block, num_warps=NUM_WARPS)
     return slots, sizes
 
 
@@ -455,7 +471,7 @@ def ranking_bin(logits, negatives, positives, counts, segments, num_segments, de
     with on_device_of(positives):
         if capacity:
             tile, run = pair_tile(capacity, device)
-            rank_kernel[triton.cdiv(capacity, tile),](positives, counts, ranked, capacity, TILE=tile, RUN=run)
+            rank_kernel[triton.cdiv(capacity, tile),](positives, counts, ranked, capacity, TILE=tile, RUN=run, num_warps=NUM_WARPS)
         _, sizes = write_breakpoints(ranked, edges, delta, double)
         first_byte = 0
         for level in logits:
@@ -463,12 +479,12 @@ def ranking_bin(logits, negatives, positives, counts, segments, num_segments, de
             if size:
                 bin_kernel[triton.cdiv(size, block),](
                     *(level, negatives[first_byte:], edges, sizes, copies, size, entries, scale_bits, most_bits),
-                    **{"DOUBLE": double, "IS_STEP": delta == 0, "MAX_COPIES": MAX_COPIES, "BLOCK": block},
+                    **{"DOUBLE": double, "IS_STEP": delta == 0, "MAX_COPIES": MAX_COPIES, "BLOCK": block, "num_warps": NUM_WARPS},
                 )
             first_byte += (size + 63) // 64 * 8
         block = table_block(2 * capacity + 1, device)
         sum_copies_kernel[triton.cdiv(2 * capacity + 1, block), 2](
-            copies, sizes, bins, capacity, entries, MAX_COPIES=MAX_COPIES, BLOCK=block
+            copies, sizes, bins, capacity, entries, MAX_COPIES=MAX_COPIES, BLOCK=block, num_warps=NUM_WARPS
         )
     return ranked, bins
 
@@ -514,7 +530,7 @@ def negative_gradient_kernel(
     gradient = tl.where(value == value, gradient, float("nan"))
     gradient = tl.where(is_negative, gradient, 0.0)
     gradient = tl.where(tl.load(counts_ptr) > capacity, float("nan"), gradient)
-    tl.store(results_ptr + start + lane, arithmetic(gradient, DOUBLE), mask=inside)
+    tl.store(results_ptr + start + lane, rounded_to(gradient, results_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=PLAIN_INTEGERS)
@@ -527,7 +543,6 @@ def positive_gradient_kernel(
     size,
     capacity,
     offset,
-    DOUBLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     rank = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -542,7 +557,7 @@ def positive_gradient_kernel(
         gradient += tl.load(gradients_ptr + capacity + rank, mask=here, other=0.0) * 0.0
     if grad_second_ptr is not None:
         gradient += tl.load(gradients_ptr + 2 * capacity + rank, mask=here, other=0.0) * upstream_of(grad_second_ptr)
-    tl.store(results_ptr + index, arithmetic(gradient, DOUBLE), mask=here)
+    tl.store(results_ptr + index, rounded_to(gradient, results_ptr.dtype.element_ty), mask=here)
 
 
 def ranking_backward(
@@ -561,13 +576,14 @@ def ranking_backward(
                 negative_gradient_kernel[triton.cdiv(size, block),](
                     *(level, negatives[first_byte:], edges, lines, counts, grad_first, result),
                     *(size, capacity, largest_power_of_two(2 * capacity)),
-                    **{"DOUBLE": double, "BLOCK": block},
+                    **{"DOUBLE": double, "BLOCK": block, "num_warps": NUM_WARPS},
                 )
             if size and capacity:
                 block = table_block(capacity, device)
                 positive_gradient_kernel[triton.cdiv(capacity, block),](
                     *(gradients, counts, grad_first, grad_second, result, size, capacity, offset),
-                    **{"DOUBLE": double, "BLOCK": block},
+                    BLOCK=block,
+                    num_warps=NUM_WARPS,
                 )
             first_byte += (size + 63) // 64 * 8
             offset += size
