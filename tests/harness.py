@@ -37,6 +37,11 @@ class Backend:
         return self.name == "triton" and self.device == "cpu"
 
     @property
+    def is_slow(self) -> bool:
+        """GPU kernels that run on the CPU."""
+        return self.name in ("cuda", "triton") and self.device == "cpu"
+
+    @property
     def is_compiled(self) -> bool:
         return self.name in ("cpp", "cuda")
 

@@ -176,7 +176,9 @@ def test_memory_held_for_backward(backend, generator, form, dtype):
     logits = arguments[0]
     assert storages.pop(logits.untyped_storage().data_ptr()) == logits.numel() * logits.element_size()
     assert losses[0].requires_grad
-    assert sum(storages.values()) <= logits.numel() / 8 + 600 * positives + 2**20
+    # GPU kernels on the CPU have a GPU's default capacity for class indices: the rows.
+    slots = arguments[1].numel() if backend.is_slow and form == "index" else positives
+    assert sum(storages.values()) <= logits.numel() / 8 + 600 * slots + 2**20
 
 
 def test_backward_runs_on_the_backend_of_forward(backend, generator):
