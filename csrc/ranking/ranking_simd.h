@@ -71,11 +71,10 @@ struct Entries {
   __m512i second;  // high 32 bits
 };
 
-// 16 pairs of 32-bit values, two to a register: faster than the gather instructions, which take a load a lane anyway.
-static inline Entries gather_pairs(const void* base, __m512i index) {
+// 16 pairs of 32-bit values, two to a register: faster than the gather instructions, which take a load a lane anyway. The indices come from
+// memory, and must have been written well before: a vector store does not forward to narrower loads at once.
+static inline Entries gather_pairs(const void* base, const int32_t* at) {
   const double* pairs = static_cast<const double*>(base);
-  alignas(64) uint32_t at[kLanes];
-  _mm512_store_si512(at, index);
   const auto two = [&](int i) { return _mm_castpd_ps(_mm_loadh_pd(_mm_load_sd(pairs + at[i]), pairs + at[i + 1])); };
   __m128 first[4], second[4];
   for (int i = 0; i < 4; ++i) {
@@ -97,50 +96,34 @@ static inline Floats positions(const CellGrid& grid, Floats x) {
   return _mm512_min_ps(_mm512_max_ps(position, _mm512_setzero_ps()), broadcast(grid.last_cell));
 }
 
-// The cells of 16 values, and their offsets from the grid's origin as pairs {1, offset}.
-struct BinInputs {
-  alignas(64) uint32_t cell[kLanes];
-  alignas(64) __m128i added[kLanes];
-};
+static inline void store_cells(const CellGrid& grid, Floats x, int32_t* cells) {
+  _mm512_storeu_si512(cells, _mm512_cvttps_epi32(positions(grid, x)));
+}
 
-static inline void prepare_bins(const BinPass<float>& pass, const float* values, BinInputs& inputs) {
-  const Floats x = load(values);
-  _mm512_store_si512(inputs.cell, _mm512_cvttps_epi32(positions(pass.grid, x)));
-  const __m512i one = _mm512_set1_epi64(1);
+static inline void store_offsets(const BinPass<float>& pass, Floats x, int64_t* offsets) {
   for (int half = 0; half < 2; ++half) {
     const __m256 value = half ? _mm512_extractf32x8_ps(x, 1) : _mm512_castps512_ps256(x);
     __m512d offset = _mm512_mul_pd(_mm512_sub_pd(_mm512_cvtps_pd(value), _mm512_set1_pd(pass.origin)), _mm512_set1_pd(pass.far.scale));
     offset = _mm512_min_pd(_mm512_max_pd(offset, _mm512_setzero_pd()), _mm512_set1_pd(pass.far.most));
-    const __m512i fixed = _mm512_cvttpd_epi64(offset);
-    _mm512_store_si512(inputs.added + 8 * half, _mm512_unpacklo_epi64(one, fixed));
-    _mm512_store_si512(inputs.added + 8 * half + 4, _mm512_unpackhi_epi64(one, fixed));
+    _mm512_storeu_si512(offsets + 8 * half, _mm512_cvttpd_epi64(offset));
   }
 }
 
-// Where prepare_bins leaves the pair of a lane.
-static constexpr int kAddedAt[kLanes] = {0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15};
-
-static inline Floats gradient_lanes(const GradientPass<float>& pass, Floats x, uint32_t relevant) {
-  const __m512i cell = _mm512_cvttps_epi32(positions(pass.grid, x));
-  const Entries entries = gather_pairs(pass.cells, cell);
-  const Floats value = _mm512_castsi512_ps(entries.first), slope = _mm512_castsi512_ps(entries.second);
-  const Floats start = _mm512_add_ps(_mm512_cvtepi32_ps(cell), broadcast(pass.grid.origin));
-  // min returns its second operand where x is NaN.
-  const Floats t = _mm512_fmsub_ps(_mm512_min_ps(broadcast(pass.grid.top), x), broadcast(pass.grid.scale), start);
-  const Floats result = _mm512_fmadd_ps(slope, t, value);
-  uint32_t searched = relevant & is_nan(value);
-  if (!searched) return result;
-  alignas(64) float values[kLanes], results[kLanes];
-  alignas(64) int32_t before[kLanes];
-  _mm512_store_ps(values, x);
-  _mm512_store_ps(results, result);
-  _mm512_store_si512(before, entries.second);
-  for (; searched; searched &= searched - 1) {
-    const int lane = __builtin_ctz(searched);
-    if (values[lane] == values[lane]) results[lane] = searched_gradient(pass, before[lane], values[lane]);
-  }
-  return _mm512_load_ps(results);
+// Stores the bins of 16 values, those of crowded cells wrong; returns which these are.
+static inline uint32_t store_bins(const Entries& entries, Floats x, int32_t* bins) {
+  const __mmask16 right = _mm512_cmp_ps_mask(x, _mm512_castsi512_ps(entries.first), _CMP_GE_OQ);
+  _mm512_storeu_si512(bins, _mm512_mask_add_epi32(entries.second, right, entries.second, _mm512_set1_epi32(1)));
+  return _mm512_movepi32_mask(entries.second);
 }
+
+static inline Floats as_floats(__m512i bits) { return _mm512_castsi512_ps(bits); }
+static inline Floats starts_of(const CellGrid& grid, const int32_t* cells) {
+  return _mm512_add_ps(_mm512_cvtepi32_ps(_mm512_loadu_si512(cells)), broadcast(grid.origin));
+}
+static inline Floats multiply_subtract(Floats a, Floats b, Floats c) { return _mm512_fmsub_ps(a, b, c); }
+static inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+// Returns `bound` or the second argument, whichever is smaller; the second one where it is NaN.
+static inline Floats at_most(Floats bound, Floats x) { return _mm512_min_ps(bound, x); }
 
 #elif RSL_ISA == 256
 
@@ -182,15 +165,20 @@ struct Entries {
   __m256i second;
 };
 
-static inline Entries gather_pairs(const void* base, __m256i index) {
-  const long long* pairs = static_cast<const long long*>(base);
-  const __m256 low = _mm256_castsi256_ps(_mm256_i32gather_epi64(pairs, _mm256_castsi256_si128(index), 8));
-  const __m256 high = _mm256_castsi256_ps(_mm256_i32gather_epi64(pairs, _mm256_extracti128_si256(index, 1), 8));
-  // shuffle_ps works within 128-bit halves; the 64-bit permutation restores the order of lanes.
-  const __m256d first = _mm256_castps_pd(_mm256_shuffle_ps(low, high, _MM_SHUFFLE(2, 0, 2, 0)));
-  const __m256d second = _mm256_castps_pd(_mm256_shuffle_ps(low, high, _MM_SHUFFLE(3, 1, 3, 1)));
-  return {_mm256_castpd_si256(_mm256_permute4x64_pd(first, _MM_SHUFFLE(3, 1, 2, 0))),
-          _mm256_castpd_si256(_mm256_permute4x64_pd(second, _MM_SHUFFLE(3, 1, 2, 0)))};
+// 8 pairs of 32-bit values, two to a register: faster than the gather instructions, which take a load a lane anyway.
+static inline Entries gather_pairs(const void* base, const int32_t* at) {
+  const double* pairs = static_cast<const double*>(base);
+  const auto two = [&](int i) { return _mm_castpd_ps(_mm_loadh_pd(_mm_load_sd(pairs + at[i]), pairs + at[i + 1])); };
+  __m128 first[2], second[2];
+  for (int i = 0; i < 2; ++i) {
+    const __m128 low = two(4 * i), high = two(4 * i + 2);
+    first[i] = _mm_shuffle_ps(low, high, _MM_SHUFFLE(2, 0, 2, 0));
+    second[i] = _mm_shuffle_ps(low, high, _MM_SHUFFLE(3, 1, 3, 1));
+  }
+  const auto join = [](const __m128* part) {
+    return _mm256_castps_si256(_mm256_insertf128_ps(_mm256_castps128_ps256(part[0]), part[1], 1));
+  };
+  return {join(first), join(second)};
 }
 
 static inline Floats positions(const CellGrid& grid, Floats x) {
@@ -199,11 +187,9 @@ static inline Floats positions(const CellGrid& grid, Floats x) {
   return _mm256_min_ps(_mm256_max_ps(position, _mm256_setzero_ps()), broadcast(grid.last_cell));
 }
 
-// The cells of 8 values, and their offsets from the grid's origin as pairs {1, offset}.
-struct BinInputs {
-  alignas(32) uint32_t cell[kLanes];
-  alignas(32) __m128i added[kLanes];
-};
+static inline void store_cells(const CellGrid& grid, Floats x, int32_t* cells) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(cells), _mm256_cvttps_epi32(positions(grid, x)));
+}
 
 // AVX2 converts doubles to int32 only: the high and the low part of the offset go separately, both exact.
 static inline __m256i to_int64(__m256d x) {
@@ -213,44 +199,31 @@ static inline __m256i to_int64(__m256d x) {
   return _mm256_add_epi64(_mm256_slli_epi64(high_bits, 22), _mm256_cvtepi32_epi64(_mm256_cvttpd_epi32(low)));
 }
 
-static inline void prepare_bins(const BinPass<float>& pass, const float* values, BinInputs& inputs) {
-  const Floats x = load(values);
-  _mm256_store_si256(reinterpret_cast<__m256i*>(inputs.cell), _mm256_cvttps_epi32(positions(pass.grid, x)));
-  const __m256i one = _mm256_set1_epi64x(1);
+static inline void store_offsets(const BinPass<float>& pass, Floats x, int64_t* offsets) {
   for (int half = 0; half < 2; ++half) {
     const __m128 value = half ? _mm256_extractf128_ps(x, 1) : _mm256_castps256_ps128(x);
     __m256d offset = _mm256_mul_pd(_mm256_sub_pd(_mm256_cvtps_pd(value), _mm256_set1_pd(pass.origin)), _mm256_set1_pd(pass.far.scale));
     offset = _mm256_min_pd(_mm256_max_pd(offset, _mm256_setzero_pd()), _mm256_set1_pd(pass.far.most));
-    const __m256i fixed = to_int64(offset);
-    _mm256_store_si256(reinterpret_cast<__m256i*>(inputs.added + 4 * half), _mm256_unpacklo_epi64(one, fixed));
-    _mm256_store_si256(reinterpret_cast<__m256i*>(inputs.added + 4 * half + 2), _mm256_unpackhi_epi64(one, fixed));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(offsets + 4 * half), to_int64(offset));
   }
 }
 
-// Where prepare_bins leaves the pair of a lane.
-static constexpr int kAddedAt[kLanes] = {0, 2, 1, 3, 4, 6, 5, 7};
-
-static inline Floats gradient_lanes(const GradientPass<float>& pass, Floats x, uint32_t relevant) {
-  const __m256i cell = _mm256_cvttps_epi32(positions(pass.grid, x));
-  const Entries entries = gather_pairs(pass.cells, cell);
-  const Floats value = _mm256_castsi256_ps(entries.first), slope = _mm256_castsi256_ps(entries.second);
-  const Floats start = _mm256_add_ps(_mm256_cvtepi32_ps(cell), broadcast(pass.grid.origin));
-  // min returns its second operand where x is NaN.
-  const Floats t = _mm256_fmsub_ps(_mm256_min_ps(broadcast(pass.grid.top), x), broadcast(pass.grid.scale), start);
-  const Floats result = _mm256_fmadd_ps(slope, t, value);
-  uint32_t searched = relevant & is_nan(value);
-  if (!searched) return result;
-  alignas(32) float values[kLanes], results[kLanes];
-  alignas(32) int32_t before[kLanes];
-  _mm256_store_ps(values, x);
-  _mm256_store_ps(results, result);
-  _mm256_store_si256(reinterpret_cast<__m256i*>(before), entries.second);
-  for (; searched; searched &= searched - 1) {
-    const int lane = __builtin_ctz(searched);
-    if (values[lane] == values[lane]) results[lane] = searched_gradient(pass, before[lane], values[lane]);
-  }
-  return _mm256_load_ps(results);
+// Stores the bins of 8 values, those of crowded cells wrong; returns which these are.
+static inline uint32_t store_bins(const Entries& entries, Floats x, int32_t* bins) {
+  const __m256i right = _mm256_castps_si256(_mm256_cmp_ps(x, _mm256_castsi256_ps(entries.first), _CMP_GE_OQ));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(bins), _mm256_sub_epi32(entries.second, right));
+  return bits_of(_mm256_castsi256_ps(entries.second));
 }
+
+static inline Floats as_floats(__m256i bits) { return _mm256_castsi256_ps(bits); }
+static inline Floats starts_of(const CellGrid& grid, const int32_t* cells) {
+  const __m256i cell = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(cells));
+  return _mm256_add_ps(_mm256_cvtepi32_ps(cell), broadcast(grid.origin));
+}
+static inline Floats multiply_subtract(Floats a, Floats b, Floats c) { return _mm256_fmsub_ps(a, b, c); }
+static inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+// Returns `bound` or the second argument, whichever is smaller; the second one where it is NaN.
+static inline Floats at_most(Floats bound, Floats x) { return _mm256_min_ps(bound, x); }
 
 #endif
 
@@ -274,25 +247,45 @@ static void scan_full_word(const In* targets, uint64_t& negatives, uint64_t& pos
   }
 }
 
-static inline void bin_lanes(const BinPass<float>& pass, const float* values) {
-  BinInputs inputs;
-  prepare_bins(pass, values, inputs);
-  for (int lane = 0; lane < kLanes; ++lane) {
-    const BinCell& cell = pass.cells[inputs.cell[lane]];
-    if (__builtin_expect(cell.before & kCrowded, 0)) {
-      bin_searched<float>(pass, static_cast<int32_t>(cell.before & ~kCrowded), values[lane]);
-      continue;
+constexpr int kBuffer = 1024;
+constexpr uint32_t kAllLanes = static_cast<uint32_t>((uint64_t{1} << kLanes) - 1);
+
+struct BinBuffer {
+  alignas(64) float value[kBuffer + 64 + kLanes];
+  alignas(64) int32_t cell[kBuffer + 64 + kLanes];
+  alignas(64) int32_t bin[kBuffer + 64 + kLanes];
+  alignas(64) int64_t offset[kBuffer + 64 + kLanes];
+};
+
+// Three loops over the whole buffer, so that no load waits for a store just before it: cells and offsets; bins; the scattered additions.
+static inline void bin_buffer(const BinPass<float>& pass, BinBuffer& buffer, int filled) {
+  for (int i = 0; i < filled; i += kLanes) {
+    const Floats x = load(buffer.value + i);
+    store_cells(pass.grid, x, buffer.cell + i);
+    store_offsets(pass, x, buffer.offset + i);
+  }
+  for (int i = 0; i < filled; i += kLanes) {
+    const Entries entries = gather_pairs(pass.cells, buffer.cell + i);
+    uint32_t crowded = store_bins(entries, load(buffer.value + i), buffer.bin + i);
+    for (; __builtin_expect(crowded != 0, 0); crowded &= crowded - 1) {
+      const int lane = i + __builtin_ctz(crowded);
+      if (lane < filled)
+        bin_searched<float>(pass, static_cast<int32_t>(pass.cells[buffer.cell[lane]].before & ~kCrowded), buffer.value[lane]);
+      buffer.bin[lane] = 0;  // nobody reads the sums of bin 0
     }
-    __m128i* bin = reinterpret_cast<__m128i*>(pass.sums + cell.before + (values[lane] >= cell.breakpoint ? 1 : 0));
-    _mm_store_si128(bin, _mm_add_epi64(_mm_load_si128(bin), inputs.added[kAddedAt[lane]]));
+  }
+  for (int i = 0; i < filled; ++i) {
+    BinSums& bin = pass.sums[buffer.bin[i]];
+    bin.count += 1;
+    bin.sum += buffer.offset[i];
   }
 }
 
-// Gathers the relevant values of many words in a buffer that stays in the first-level cache, then bins it with full vectors.
+// Gathers the relevant values of many words in a buffer that stays in the first-level cache.
 template <class In>
 static void bin_full_words(const In* logits, const uint64_t* negatives, int64_t words, const BinPass<float>& pass, int64_t& nan_count) {
-  constexpr int kBuffer = 1024;
-  alignas(64) float buffer[kBuffer + 64 + kLanes];
+  BinBuffer buffer;
+  for (int i = 0; i < kBuffer + 64 + kLanes; i += kLanes) store(buffer.value + i, broadcast(0));
   int filled = 0;
   const Floats lowest = broadcast(pass.edges[0]);
   for (int64_t word = 0; word < words; ++word) {
@@ -300,32 +293,53 @@ static void bin_full_words(const In* logits, const uint64_t* negatives, int64_t 
     if (mask != 0) {
       const In* values = logits + word * 64;
       for (int i = 0; i < 64; i += kLanes) {
-        const uint32_t wanted = static_cast<uint32_t>(mask >> i) & static_cast<uint32_t>((uint64_t{1} << kLanes) - 1);
+        const uint32_t wanted = static_cast<uint32_t>(mask >> i) & kAllLanes;
         const Floats x = load(values + i);
         const uint32_t relevant = wanted & at_least(x, lowest);
         const uint32_t broken = wanted & is_nan(x);
         if (broken) nan_count += __builtin_popcount(broken);
-        compress(buffer + filled, x, relevant);
+        compress(buffer.value + filled, x, relevant);
         filled += __builtin_popcount(relevant);
       }
     }
     if (filled >= kBuffer || word + 1 == words) {
-      int done = 0;
-      for (; done + kLanes <= filled; done += kLanes) bin_lanes(pass, buffer + done);
-      for (; done < filled; ++done) bin_one(pass, buffer[done]);
+      bin_buffer(pass, buffer, filled);
       filled = 0;
     }
   }
 }
 
+static inline Floats gradient_lanes(const GradientPass<float>& pass, Floats x, const int32_t* cells, uint32_t relevant) {
+  const Entries entries = gather_pairs(pass.cells, cells);
+  const Floats value = as_floats(entries.first), slope = as_floats(entries.second);
+  const Floats t = multiply_subtract(at_most(broadcast(pass.grid.top), x), broadcast(pass.grid.scale), starts_of(pass.grid, cells));
+  const Floats result = multiply_add(slope, t, value);
+  uint32_t searched = relevant & is_nan(value);
+  if (!searched) return result;
+  alignas(64) float values[kLanes], results[kLanes];
+  store(values, x);
+  store(results, result);
+  for (; searched; searched &= searched - 1) {
+    const int lane = __builtin_ctz(searched);
+    if (values[lane] == values[lane])
+      results[lane] = searched_gradient(pass, edges_before(pass.cells[cells[lane]]), values[lane]);
+  }
+  return load(results);
+}
+
+// A block of words: the cells of all its logits first, then the lines.
 template <class In>
-static void gradient_full_word(const In* logits, uint64_t negatives, const GradientPass<float>& pass, In* gradient) {
+static void gradient_full_words(const In* logits, const uint64_t* negatives, int64_t words, const GradientPass<float>& pass, In* gradient) {
+  alignas(64) int32_t cells[kBuffer];
   const Floats lowest = broadcast(pass.edges[0]);
-  for (int i = 0; i < 64; i += kLanes) {
-    const Floats x = load(logits + i);
-    const uint32_t wanted = static_cast<uint32_t>(negatives >> i) & static_cast<uint32_t>((uint64_t{1} << kLanes) - 1);
-    const uint32_t relevant = wanted & not_below(x, lowest);
-    store(gradient + i, relevant ? select(relevant, gradient_lanes(pass, x, relevant)) : broadcast(0));
+  for (int64_t first = 0; first < words; first += kBuffer / 64) {
+    const int64_t last = first + kBuffer / 64 < words ? first + kBuffer / 64 : words;
+    for (int64_t i = first * 64; i < last * 64; i += kLanes) store_cells(pass.grid, load(logits + i), cells + i - first * 64);
+    for (int64_t i = first * 64; i < last * 64; i += kLanes) {
+      const Floats x = load(logits + i);
+      const uint32_t relevant = static_cast<uint32_t>(negatives[i / 64] >> i % 64) & kAllLanes & not_below(x, lowest);
+      store(gradient + i, relevant ? select(relevant, gradient_lanes(pass, x, cells + i - first * 64, relevant)) : broadcast(0));
+    }
   }
 }
 
@@ -377,9 +391,10 @@ template <class In, class T>
 static void write_gradient(const In* logits, int64_t count, const uint64_t* negatives, const GradientPass<T>& pass, In* gradient) {
   int64_t word = 0;
 #if RSL_ISA != 0
-  if constexpr (has_vectors<In>())
-    for (; (word + 1) * 64 <= count; ++word)
-      gradient_full_word(logits + word * 64, negatives[word], pass, gradient + word * 64);
+  if constexpr (has_vectors<In>()) {
+    word = count / 64;
+    gradient_full_words(logits, negatives, word, pass, gradient);
+  }
 #endif
   for (; word * 64 < count; ++word) {
     const int64_t left = count - word * 64;
