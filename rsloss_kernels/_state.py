@@ -1,4 +1,5 @@
 """The base of losses that keep state in buffers: full precision under `.half()`, and checkpoints of another loss still load."""
+
 import warnings
 
 import torch
@@ -8,8 +9,8 @@ from torch import nn
 class StatefulLoss(nn.Module):
     """A module whose buffers keep their dtype whatever the model is cast to, and start anew when a checkpoint lacks them.
 
-    Statistics gathered over thousands of steps do not survive 16 bits, and a model trained with another loss has no such keys, or
-    others under the same name: those are left out, the missing buffers keep their initial values, and one warning says so.
+    Statistics gathered over thousands of steps do not survive 16 bits. A model trained with another loss has no such keys, or
+    others under the same name: those are left out, the missing buffers keep their values, and one warning says so.
     """
 
     def _apply(self, fn, recurse=True):
@@ -23,13 +24,11 @@ class StatefulLoss(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
         own_missing, own_unexpected = [], []
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, own_missing, own_unexpected, error_msgs
-        )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, own_missing, own_unexpected, error_msgs)
         if strict and (own_missing or own_unexpected):
             warnings.warn(
-                f"{type(self).__name__}: the checkpoint comes from another loss (missing {own_missing}, not known {own_unexpected}); "
-                "missing buffers keep their present values",
+                f"{type(self).__name__}: the checkpoint comes from another loss: missing {own_missing}, not known "
+                f"{own_unexpected}; missing buffers keep their values",
                 stacklevel=2,
             )
 

@@ -1,4 +1,5 @@
 """Self-balancing and score weights: the authors' outputs, state, guards, compilation, bad input."""
+
 import copy
 
 import golden_vectors
@@ -12,7 +13,11 @@ TOLERANCE = 1e-10
 
 
 def golden_cases(kind):
-    return [pytest.param(case, id=case.name) for case in golden_vectors.cases("rank_head") if case.outputs(kind) or kind in case.tags]
+    return [
+        pytest.param(case, id=case.name)
+        for case in golden_vectors.cases("rank_head")
+        if case.outputs(kind) or kind in case.tags
+    ]
 
 
 def scalar(value, **keywords):
@@ -69,7 +74,9 @@ def test_golden_alrp_running_sequence(case):
     golden = case.outputs("alrp_retina")
     balancing = SelfBalancing("running", period=case.hyper["period"], initial=case.hyper["initial_SB"])
     for step in range(case.hyper["steps"]):
-        expected = {name: golden[f"s{step}_{name}"].item() for name in ("loss_cls", "loss_bbox", "SB_weight_after", "counter_after")}
+        expected = {
+            name: golden[f"s{step}_{name}"].item() for name in ("loss_cls", "loss_bbox", "SB_weight_after", "counter_after")
+        }
         # The head stores its box loss scaled: before that it was the stored one over the stored factor.
         loss = scalar(expected["loss_bbox"] / expected["SB_weight_after"], dtype=torch.float64, requires_grad=True)
         scaled = balancing(scalar(expected["loss_cls"], dtype=torch.float64), loss)
@@ -108,7 +115,9 @@ def test_factor_beyond_float32_counts_as_a_zero_loss():
 
 
 @pytest.mark.parametrize("mode", ["step", "running"])
-@pytest.mark.parametrize("reference, loss", [(float("nan"), 1.0), (float("inf"), 1.0), (1.0, float("nan")), (1.0, float("inf"))])
+@pytest.mark.parametrize(
+    "reference, loss", [(float("nan"), 1.0), (float("inf"), 1.0), (1.0, float("nan")), (1.0, float("inf"))]
+)
 def test_non_finite_statistics_leave_the_state(mode, reference, loss):
     balancing = SelfBalancing(mode, period=2, initial=7.0)
     balancing(scalar(1.0), scalar(2.0))
@@ -234,13 +243,25 @@ LOGITS = torch.zeros(4, 3)
         (lambda: SelfBalancing("running", period=0), ValueError, "SelfBalancing: period must be an int of at least 1, got 0"),
         (lambda: SelfBalancing("running", initial=float("nan")), ValueError, "SelfBalancing: initial .* got nan"),
         (lambda: SelfBalancing()(1.0, scalar(1.0)), TypeError, "SelfBalancing: reference_loss must be a Tensor, got float"),
-        (lambda: SelfBalancing()(scalar(1.0), scalar(1)), TypeError, "SelfBalancing: loss must have a floating dtype, got torch.int64"),
-        (lambda: SelfBalancing()(scalar(1.0), scalar([1.0])), ValueError, r"SelfBalancing: loss must have no dimensions, \[\], got \[1\]"),
+        (
+            lambda: SelfBalancing()(scalar(1.0), scalar(1)),
+            TypeError,
+            "SelfBalancing: loss must have a floating dtype, got torch.int64",
+        ),
+        (
+            lambda: SelfBalancing()(scalar(1.0), scalar([1.0])),
+            ValueError,
+            r"SelfBalancing: loss must have no dimensions, \[\], got \[1\]",
+        ),
         (lambda: score_weights(LOGITS.long(), LOGITS), TypeError, "score_weights: logits must be float16"),
         (lambda: score_weights(LOGITS, torch.zeros(3)), ValueError, r"score_weights: targets .* \[4, 3\], got \[3\]"),
         (lambda: score_weights(LOGITS, LOGITS, background="none"), ValueError, "score_weights: background .* got 'none'"),
         (lambda: score_weights(scalar(1.0), scalar(1.0)), ValueError, r"score_weights: logits must have .* got \[\]"),
-        (lambda: score_weights(LOGITS, LOGITS.to("meta")), ValueError, "score_weights: targets must be on the device of logits, cpu, got meta"),
+        (
+            lambda: score_weights(LOGITS, LOGITS.to("meta")),
+            ValueError,
+            "score_weights: targets must be on the device of logits, cpu, got meta",
+        ),
     ],
 )
 def test_bad_input_names_function_argument_wanted_and_got(call, error, message):

@@ -1,8 +1,9 @@
-"""The Rank & Sort loss computed the published way: a Python loop over the positives, every pair through tensors of all elements.
+"""The Rank & Sort loss computed the published way: a Python loop over the positives, each against all other elements.
 
-Oksuz et al., "Rank & Sort Loss for Object Detection and Instance Segmentation", ICCV 2021. Told in our own words, with the numerics of
-that algorithm: sums in the dtype of the logits, only negatives that can reach the lowest positive, each sorting error as current minus
-target. About 25 small tensor operations and two waits for the device per positive: the cost that `rank_sort_loss` removes.
+Oksuz et al., "Rank & Sort Loss for Object Detection and Instance Segmentation", ICCV 2021. Told in our own words, with the
+numerics of that algorithm: sums in the dtype of the logits, only negatives that can reach the lowest positive, each sorting
+error as current minus target. About 25 small tensor operations and two waits for the device per positive: the cost that
+`rank_sort_loss` removes.
 """
 
 import torch

@@ -2,6 +2,7 @@
 
 A handful of 0-d operations and one row maximum: plain PyTorch on every backend, nothing read on the host.
 """
+
 import torch
 from torch import Tensor
 
@@ -14,9 +15,9 @@ MODES = ("step", "running")
 class SelfBalancing(StatefulLoss):
     """Scales a task's loss (box, mask, ...) to the size of a reference loss, so that no weight needs tuning.
 
-    `mode="step"`: factor = reference / loss, of this very step (Oksuz et al., Rank & Sort, ICCV 2021, where the reference is ranking +
-    sorting). `mode="running"`: factor = (mean loss + mean reference) / mean loss over `period` steps, used from the step that
-    completes the period until the next one does (aLRP, NeurIPS 2020, where the reference is the classification loss).
+    `mode="step"`: factor = reference / loss, of this very step (Oksuz et al., Rank & Sort, ICCV 2021, where the reference is
+    ranking + sorting). `mode="running"`: factor = (mean loss + mean reference) / mean loss over `period` steps, used from the
+    step that completes the period until the next one does (aLRP, NeurIPS 2020, where the reference is the classification loss).
     The factor is a constant for the gradient.
 
     Args:
@@ -24,8 +25,8 @@ class SelfBalancing(StatefulLoss):
         period: for "running", steps between two factors; as published, the iterations of one epoch.
         initial: for "running", the factor of the first period; in both modes the first value of the buffer `SB_weight`.
 
-    Buffers, float64 whatever the module is cast to: `SB_weight` (the last factor) and for "running" `counter` (int64, steps gathered since
-    the last factor), `reference_sum`, `loss_sum`. They change only in training mode with gradients enabled.
+    Buffers, float64 whatever the module is cast to: `SB_weight` (the last factor) and for "running" `counter` (int64, steps
+    gathered since the last factor), `reference_sum`, `loss_sum`. They change only in training mode with gradients enabled.
 
     One module per task and stage. Raises TypeError, ValueError for wrong arguments.
     """
@@ -53,9 +54,9 @@ class SelfBalancing(StatefulLoss):
             loss: 0-d; the gradient flows through it alone.
 
         Returns:
-            `factor * loss`, 0-d, float64 for a float64 `loss`, else float32. In step mode a finite pair whose factor is not finite (a
-            loss of 0) gives an exact zero that is still connected to the graph, and a NaN or infinite argument gives NaN. In all these cases the
-            buffers stay as they are.
+            `factor * loss`, 0-d, float64 for a float64 `loss`, else float32. In step mode a finite pair whose factor is not
+            finite (a loss of 0) gives an exact zero that is still connected to the graph, and a NaN or infinite argument gives NaN.
+            In all these cases the buffers stay as they are.
         """
         _check_loss("reference_loss", reference_loss)
         _check_loss("loss", loss)
@@ -104,13 +105,13 @@ def score_weights(logits: Tensor, targets: Tensor, *, background: str = "last") 
 
     Args:
         logits: [..., C], class logits; float16, bfloat16, float32 or float64.
-        targets: dense, the shape of `logits`: a row with any target above 0 is positive; or class indices, an integral dtype with the
-            shape of `logits` less its last dimension: foreground rows are positive (see `background`).
+        targets: dense, the shape of `logits`: a row with any target above 0 is positive; or class indices, an integral
+            dtype with the shape of `logits` less its last dimension: foreground rows are positive (see `background`).
         background: "last" (classes 0..C-1, background C) or "first" (background 0, classes 1..C).
 
     Returns:
-        [...]: the largest sigmoid over all classes (not only the labelled one) on positive rows, 0 elsewhere; float64 for float64 logits,
-        else float32; detached. All zeros without positives, whatever the other rows hold.
+        [...]: the largest sigmoid over all classes (not only the labelled one) on positive rows, 0 elsewhere; float64 for
+        float64 logits, else float32; detached. All zeros without positives, whatever the other rows hold.
 
     Raises:
         TypeError, ValueError: wrong types, shapes, devices, background.
