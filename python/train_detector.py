@@ -7,6 +7,7 @@
 
 Input, model and losses are in digits_detector/. Results go to --out: results.json, checkpoints and pictures.
 """
+
 import argparse
 import pathlib
 import sys
@@ -20,8 +21,12 @@ from digits_detector import app  # noqa: E402
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--loss", action="append", choices=app.LOSSES, help="may be given more than once (default: all three)")
-    parser.add_argument("--no-score-weights", action="store_true", help="Rank & Sort: every positive counts alike in the box loss")
-    parser.add_argument("--box-weight", type=float, help="fixed weight of the box loss (default: Rank & Sort self-balancing, others 2)")
+    parser.add_argument(
+        "--no-score-weights", action="store_true", help="Rank & Sort: every positive counts alike in the box loss"
+    )
+    parser.add_argument(
+        "--box-weight", type=float, help="fixed weight of the box loss (default: Rank & Sort self-balancing, others 2)"
+    )
     parser.add_argument("--lr", type=float, help="peak learning rate (default: the best found for each loss)")
     parser.add_argument("--seed", type=int, default=0, help="first seed")
     parser.add_argument("--seeds", type=int, default=1, help="how many seeds")
@@ -30,14 +35,20 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"))
     parser.add_argument("--data", type=pathlib.Path, help="a COCO-format folder instead of the digits")
-    parser.add_argument("--image-size", type=int, default=96, help="--data: images are scaled to fit this square, a multiple of 16")
+    parser.add_argument(
+        "--image-size", type=int, default=96, help="--data: images are scaled to fit this square, a multiple of 16"
+    )
     parser.add_argument("--pool", type=int, default=3200, help="number of training canvases made")
     parser.add_argument("--held-out", type=int, default=300, help="number of held-out canvases made")
     parser.add_argument("--compare-steps", type=int, default=150, help="steps beside the published loop, 0: none")
-    parser.add_argument("--loop-dtype", choices=("float32", "float64"), default="float32", help="arithmetic of the published loop")
+    parser.add_argument(
+        "--loop-dtype", choices=("float32", "float64"), default="float32", help="arithmetic of the published loop"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in --out")
     parser.add_argument("--checkpoint-every", type=int, default=500, metavar="STEPS")
-    parser.add_argument("--ablation", action="store_true", help="the table of learning rates, score weights and box weight instead")
+    parser.add_argument(
+        "--ablation", action="store_true", help="the table of learning rates, score weights and box weight instead"
+    )
     options = parser.parse_args(arguments)
     for name in ("seeds", "steps", "batch_size", "pool", "held_out", "checkpoint_every"):
         if getattr(options, name) < 1:

@@ -1,4 +1,5 @@
 """The training program: its data, its parts against slow twins, a few steps of every loss, resume, a COCO folder, the live comparison."""
+
 import dataclasses
 import json
 import pathlib
@@ -75,14 +76,26 @@ def test_model_size():
 
 def test_assignment_against_a_loop(pool):
     labels, targets, centerness = assign(pool.boxes, pool.labels, 10, 96, 96)
-    points = [((x + 0.5) * stride, (y + 0.5) * stride, stride) for stride in (8, 16) for y in range(96 // stride) for x in range(96 // stride)]
+    points = [
+        ((x + 0.5) * stride, (y + 0.5) * stride, stride)
+        for stride in (8, 16)
+        for y in range(96 // stride)
+        for x in range(96 // stride)
+    ]
     for image in range(8):
         for place, (x, y, stride) in enumerate(points):
             best = None
             for (x1, y1, x2, y2), label in zip(pool.boxes[image].tolist(), pool.labels[image].tolist(), strict=True):
                 longest, distance = max(x2 - x1, y2 - y1), max(abs(x - (x1 + x2) / 2), abs(y - (y1 + y2) / 2))
                 fits = longest < 26 if stride == 8 else longest >= 20
-                if label >= 0 and fits and x1 < x < x2 and y1 < y < y2 and distance < 1.5 * stride and (best is None or distance < best[0]):
+                if (
+                    label >= 0
+                    and fits
+                    and x1 < x < x2
+                    and y1 < y < y2
+                    and distance < 1.5 * stride
+                    and (best is None or distance < best[0])
+                ):
                     left, right, up, down = x - x1, x2 - x, y - y1, y2 - y
                     quality = (min(left, right) / max(left, right) * min(up, down) / max(up, down)) ** 0.5
                     best = distance, label, (x1, y1, x2, y2), quality
@@ -150,7 +163,9 @@ def test_a_few_steps_on_eight_canvases_reduce_the_loss(pool, loss):
     assert np.isfinite(total).all() and total[-5:].mean() < 0.8 * total[:5].mean()
 
 
-@pytest.mark.parametrize("settings", [Settings("rank_sort", 8, 1), Settings("focal_centerness", 8, 1), Settings("rank_sort", 8, 1, box_weight=1.0)])
+@pytest.mark.parametrize(
+    "settings", [Settings("rank_sort", 8, 1), Settings("focal_centerness", 8, 1), Settings("rank_sort", 8, 1, box_weight=1.0)]
+)
 def test_resumed_training_equals_uninterrupted_training_bit_by_bit(pool, settings, tmp_path):
     settings = dataclasses.replace(settings, batch_size=4)
     whole = Trainer(settings, pool).train()

@@ -3,6 +3,7 @@
 Every run is kept as a file in the out folder, so that a stopped ablation goes on where it was. The learning rate is chosen by AP on
 canvases made of training material that the pool does not hold.
 """
+
 import argparse
 import dataclasses
 import hashlib
@@ -34,7 +35,9 @@ def run(options: argparse.Namespace, pool: Canvases, tuning: Canvases, held_out:
     if "rank_sort" in names:
         ranked = dict(rows)["rank_sort"]
         rows.append(("rank_sort, no score weights", dataclasses.replace(ranked, use_score_weights=False)))
-        rows += [(f"rank_sort, box weight {weight:g}", dataclasses.replace(ranked, box_weight=weight)) for weight in BOX_WEIGHTS]
+        rows += [
+            (f"rank_sort, box weight {weight:g}", dataclasses.replace(ranked, box_weight=weight)) for weight in BOX_WEIGHTS
+        ]
     for title, settings in rows:
         runs = [
             _cached(dataclasses.replace(settings, seed=seed), options, pool, tuning, held_out)

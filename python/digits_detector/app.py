@@ -1,4 +1,5 @@
 """What train_detector.py does with its options: data, runs, comparison, tables, pictures."""
+
 import argparse
 import dataclasses
 import statistics
@@ -75,9 +76,7 @@ def run(options: argparse.Namespace) -> dict:
     )  # fmt: skip
     results = report.surroundings(options.device) | {"runs": []}
     if options.compare_steps:
-        compared = comparison.compare(
-            base, options.compare_steps, pool, options.device, getattr(torch, options.loop_dtype)
-        )
+        compared = comparison.compare(base, options.compare_steps, pool, options.device, getattr(torch, options.loop_dtype))
         print(describe(compared), flush=True)
         results["comparison"] = dataclasses.asdict(compared) | {"largest_difference": compared.largest_difference}
         figures.draw_comparison(compared, options.out / "swap.png")
@@ -133,5 +132,3 @@ def run_ablation(options: argparse.Namespace) -> dict:
     # The learning rate is chosen on neither the pool nor the held-out canvases.
     tuning = held_out if options.data is not None else make_canvases("tuning", options.held_out)
     return ablation.run(options, pool, tuning, held_out)
-
-

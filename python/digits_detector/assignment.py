@@ -1,4 +1,5 @@
 """Which location answers for which object: centre sampling, the nearer centre where two objects claim one location."""
+
 from typing import NamedTuple
 
 import torch

@@ -1,4 +1,5 @@
 """Geometry of boxes x1 y1 x2 y2: IoU, the GIoU loss, and a greedy non-maximum suppression over a batch of images."""
+
 import torch
 from torch import Tensor
 

@@ -1,4 +1,5 @@
 """Reads and writes a folder in COCO format: DIR/images/* and DIR/instances.json."""
+
 import contextlib
 import io
 import json

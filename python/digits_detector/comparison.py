@@ -2,6 +2,7 @@
 
 Then ours trains alone from the same seed, and both loss curves are laid over each other.
 """
+
 import dataclasses
 import statistics
 import time
@@ -42,7 +43,9 @@ def check_gradients(theirs: Tensor, ours: Tensor, step: int, limit: float = GRAD
     difference = float((theirs - ours).abs().max())
     relative = difference / largest if largest > 0 else difference
     if not relative <= limit:
-        raise AssertionError(f"step {step}: gradients of the two losses differ by {relative:.3g} of the largest entry, limit {limit:g}")
+        raise AssertionError(
+            f"step {step}: gradients of the two losses differ by {relative:.3g} of the largest entry, limit {limit:g}"
+        )
     return relative
 
 
@@ -107,9 +110,7 @@ def compare(
 
     loop_ms, our_ms = statistics.median(both.loop_ms), statistics.median(both.our_ms)
     # A step of the loop alone: the step that held both, without ours.
-    loop_step_ms = statistics.median(
-        times.step_ms - ours for times, ours in zip(with_loop.times, both.our_ms, strict=True)
-    )
+    loop_step_ms = statistics.median(times.step_ms - ours for times, ours in zip(with_loop.times, both.our_ms, strict=True))
     return Comparison(
         both.differences,
         _classification(with_loop),

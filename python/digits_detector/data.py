@@ -3,6 +3,7 @@
 Training and held-out canvases share no digit (indices 0-1399 / 1400-1796) and no part of a photograph (left 70 % / right 30 %).
 A pool of canvases is made once; training walks through it in a shuffled order that depends on seed and epoch alone.
 """
+
 import dataclasses
 import functools
 import warnings
@@ -18,6 +19,8 @@ DIGIT_RANGES = {"train": (0, 1400), "held_out": (1400, 1797)}
 PHOTO_SHARE = 0.7
 INK_THRESHOLD = 0.2
 MOST_DIGITS = 5
+# Photographs keep this share of their contrast around mid-grey.
+PHOTO_CONTRAST = 0.5
 # Offsets keep the random streams of the splits apart for every seed. "tuning" canvases are new ones from the training material.
 STREAMS = {"train": 0, "held_out": 1, "tuning": 2}
 
@@ -110,8 +113,8 @@ def _make_canvas(random: np.random.Generator, split: str):
                 break
         else:
             continue
-        strength = (random.uniform(0.7, 1.0) * ink[size][digit])[..., None]
-        colour = random.uniform(200, 255) if random.random() < 0.5 else random.uniform(0, 55)
+        strength = (random.uniform(0.8, 1.0) * ink[size][digit])[..., None]
+        colour = random.uniform(220, 255) if random.random() < 0.5 else random.uniform(0, 35)
         patch = canvas[y : y + size, x : x + size]
         patch[:] = patch * (1 - strength) + colour * strength
         taken = np.vstack([taken, box])
@@ -132,7 +135,7 @@ def _background(random: np.random.Generator, split: str) -> tuple[np.ndarray, tu
     crop = photo[y : y + span : stride, x : x + span : stride].astype(np.float32)
     if random.random() < 0.5:
         crop = crop[:, ::-1]
-    return crop.copy(), (index, x, x + span)
+    return 128 + PHOTO_CONTRAST * (crop - 128), (index, x, x + span)
 
 
 def batch_rows(count: int, batch_size: int, seed: int, step: int) -> Tensor:

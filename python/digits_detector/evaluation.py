@@ -1,4 +1,5 @@
 """Detections and what they are worth: COCO AP by pycocotools, precision-recall curves, the threshold of the best F1."""
+
 import contextlib
 import io
 from typing import NamedTuple

@@ -1,4 +1,5 @@
 """The pictures: loss curves, the swap, precision-recall, detections."""
+
 import pathlib
 
 import matplotlib
@@ -42,7 +43,13 @@ def draw_loss_curves(runs: list[dict], path: pathlib.Path) -> None:
             for run in (run for run in runs if run["loss"] == name):
                 for (part, values), colour in zip(run["curves"].items(), PARTS, strict=False):
                     is_first = run["seed"] == runs[0]["seed"]
-                    axis.plot(*_smoothed(values, 25), color=colour, lw=1.4, label=part if is_first else None, alpha=1 if is_first else 0.4)
+                    axis.plot(
+                        *_smoothed(values, 25),
+                        color=colour,
+                        lw=1.4,
+                        label=part if is_first else None,
+                        alpha=1 if is_first else 0.4,
+                    )
             axis.set(title=NAMES[name], xlabel="step", ylim=(0, None))
             axis.legend()
         axes[0, 0].set_ylabel("loss, mean of 25 steps")
@@ -62,8 +69,15 @@ def draw_comparison(compared, path: pathlib.Path) -> None:
         gradients.semilogy(steps, np.maximum(compared.differences, 1e-9), ".", color=COLOURS["rank_sort"], ms=4)
         gradients.axhline(1e-5, color="#444444", lw=1, ls="--")
         gradients.text(steps[-1], 1e-5, "limit", ha="right", va="bottom", color="#444444")
-        gradients.set(title="Gradients on the same logits", xlabel="step", ylabel="difference / largest entry", ylim=(1e-9, 1e-4))
-        bars = {"loss: loop": compared.loop_ms, "loss: ours": compared.our_ms, "step: loop": compared.loop_step_ms, "step: ours": compared.our_step_ms}
+        gradients.set(
+            title="Gradients on the same logits", xlabel="step", ylabel="difference / largest entry", ylim=(1e-9, 1e-4)
+        )
+        bars = {
+            "loss: loop": compared.loop_ms,
+            "loss: ours": compared.our_ms,
+            "step: loop": compared.loop_step_ms,
+            "step: ours": compared.our_step_ms,
+        }
         colours = ["#999999", COLOURS["rank_sort"]] * 2
         drawn = times.barh(list(bars)[::-1], list(bars.values())[::-1], color=colours[::-1])
         times.bar_label(drawn, fmt="%.1f ms", padding=3)

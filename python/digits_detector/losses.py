@@ -2,7 +2,7 @@
 
 No boolean indexing: every row is computed and weighted by 0 where it is background, so nothing waits for a GPU.
 """
-import torch
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 

@@ -1,4 +1,5 @@
 """Peak memory of a stretch of the program: of the allocator on a GPU, of the whole process on a CPU."""
+
 import pathlib
 import resource
 

@@ -1,4 +1,5 @@
 """A one-stage, anchor-free detector with two levels of features, strides 8 and 16, and one head for both."""
+
 from typing import NamedTuple
 
 import torch
@@ -55,6 +56,4 @@ def locations(height: int, width: int, stride: int, device) -> Tensor:
 
 
 def _block(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
-    )
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))

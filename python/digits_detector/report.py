@@ -1,4 +1,5 @@
 """Tables as text and as markdown, results as JSON with what is needed to read them later."""
+
 import json
 import os
 import pathlib

@@ -1,4 +1,5 @@
 """The training loop: one gradient step, timed; the learning-rate schedule; checkpoints from which a run goes on bit by bit."""
+
 import dataclasses
 import math
 import pathlib
@@ -15,7 +16,7 @@ from digits_detector.losses import make_loss
 from digits_detector.model import Detector, Predictions
 
 # The best of 1e-3, 3e-3 and 1e-2 on canvases that neither training nor evaluation sees.
-LEARNING_RATES = {"focal": 3e-3, "focal_centerness": 3e-3, "rank_sort": 3e-3}
+LEARNING_RATES = {"focal": 1e-2, "focal_centerness": 1e-2, "rank_sort": 1e-2}
 WARMUP_STEPS = 100
 WEIGHT_DECAY = 1e-2
 
