@@ -30,23 +30,27 @@ def sources() -> list[pathlib.Path]:
 
 
 def build(sanitize: bool = False) -> pathlib.Path:
-    """Compiles what is not cached and returns the library. Raises RuntimeError with the compiler's output."""
+    """Compiles the backend, as far as it is not cached, and returns the library. Raises RuntimeError with the compiler's output."""
+    return compile_library("cuda_on_cpu", sources(), sanitize)
+
+
+def compile_library(name: str, files: list[pathlib.Path], sanitize: bool = False) -> pathlib.Path:
+    """Compiles `files` into one library, cached by their content, all headers and the flags."""
     flags = [*_FLAGS, "-O1", f"-fsanitize={SANITIZERS}", "-fno-omit-frame-pointer"] if sanitize else [*_FLAGS, "-O2"]
-    headers = sorted([*CSRC.glob("*/*.h"), *CSRC.glob("*/*.cuh"), *HERE.glob("*.h")])
     common = hashlib.sha256(" ".join([torch.__version__, *flags]).encode())
-    for path in headers:
+    for path in sorted([*CSRC.glob("*/*.h"), *CSRC.glob("*/*.cuh"), *HERE.glob("*.h")]):
         common.update(path.read_bytes())
     CACHE.mkdir(parents=True, exist_ok=True)
     objects = []
-    for source in sources():
+    for source in files:
         digest = common.copy()
         digest.update(source.read_bytes())
         target = CACHE / f"{source.stem}-{digest.hexdigest()[:16]}.o"
         if not target.exists():
             _compile(["-x", "c++", *flags, "-c", str(source)], target)
         objects.append(target)
-    names = " ".join(path.name for path in objects)
-    library = CACHE / f"libcuda_on_cpu-{hashlib.sha256(names.encode()).hexdigest()[:16]}.so"
+    parts = " ".join(path.name for path in objects)
+    library = CACHE / f"lib{name}-{hashlib.sha256(parts.encode()).hexdigest()[:16]}.so"
     if not library.exists():
         link = ["-shared", *[str(path) for path in objects], f"-L{_TORCH / 'lib'}", "-ltorch_cpu"]
         _compile([*link, f"-fsanitize={SANITIZERS}"] if sanitize else link, library)

@@ -1,10 +1,12 @@
 // Stands in for the CUDA headers so that g++ compiles the unchanged .cu files, and runs their kernels on the CPU.
 //
 // Every CUDA thread of a block is a fiber; fibers switch at barriers and warp intrinsics only, blocks run one after another, all on the
-// calling thread. Barriers that not all threads reach, and warp intrinsics called by lanes outside their mask, throw instead of hanging.
-// Shared memory is poisoned before every block. RSL_EMULATOR_REVERSE=1 runs lanes and blocks in the opposite order: a neighbour's value
-// that is read without a barrier is then missing in one of the two orders. RSL_EMULATOR_PROCESSORS and RSL_EMULATOR_SHARED_BYTES set what the
-// device reports (default 2 processors and 99 KiB per block). Not modelled: concurrency of blocks, memory ordering, time.
+// calling thread. Barriers that not all threads of a block reach, and warp intrinsics that not the whole warp reaches, throw instead of
+// hanging. Shared memory is poisoned before every block. Not modelled: concurrency of blocks, memory ordering, time. Environment:
+//   RSL_EMULATOR_REVERSE=1      runs blocks, warps and lanes in the opposite order: a value of another thread that is read without a
+//                               barrier is missing in one of the two orders
+//   RSL_EMULATOR_PROCESSORS     what the device reports, default 2
+//   RSL_EMULATOR_SHARED_BYTES   per block, default 99 KiB
 #pragma once
 
 #include <setjmp.h>
@@ -108,7 +110,9 @@ struct Fiber {
 };
 
 struct Warp {
-  uint64_t slot[kWarpSize];
+  uint64_t deposit[kWarpSize];
+  // Copied when all lanes have arrived. It lasts until they arrive at the next exchange, so every lane has read it by then.
+  uint64_t result[kWarpSize];
   unsigned arrived = 0;
   unsigned running = 0;
 };
@@ -174,20 +178,15 @@ inline void abandon(Block& b) {
   }
 }
 
-inline void run_block(bool reverse) {
+// Runs the lanes of one warp until every one of them waits for the block or is done. Returns how many got done.
+inline int run_warp(int first, bool reverse) {
   Block& b = block();
-  const int threads = b.threads;
-  for (Warp& warp : b.warps) warp = Warp{};
-  for (int i = 0; i < threads; ++i) {
-    b.fibers[i].state = State::kReady;
-    b.warps[i / kWarpSize].running |= 1u << (i % kWarpSize);
-  }
   int done = 0;
-  while (done < threads) {
-    bool has_run = false;
-    for (int k = 0; k < threads; ++k) {
-      const int i = reverse ? threads - 1 - k : k;
-      if (b.fibers[i].state != State::kReady) continue;
+  for (bool has_run = true; has_run;) {
+    has_run = false;
+    for (int k = 0; k < kWarpSize; ++k) {
+      const int i = first + (reverse ? kWarpSize - 1 - k : k);
+      if (i >= b.threads || b.fibers[i].state != State::kReady) continue;
       resume(i);
       has_run = true;
       if (b.failure) {
@@ -199,15 +198,32 @@ inline void run_block(bool reverse) {
         b.warps[i / kWarpSize].running &= ~(1u << (i % kWarpSize));
       }
     }
-    if (has_run) continue;
+  }
+  return done;
+}
+
+inline void run_block(bool reverse) {
+  Block& b = block();
+  const int threads = b.threads;
+  const int warps = static_cast<int>(b.warps.size());
+  for (Warp& warp : b.warps) warp.arrived = warp.running = 0;
+  for (int i = 0; i < threads; ++i) {
+    b.fibers[i].state = State::kReady;
+    b.warps[i / kWarpSize].running |= 1u << (i % kWarpSize);
+  }
+  int done = 0;
+  while (done < threads) {
+    for (int w = 0; w < warps; ++w) done += run_warp((reverse ? warps - 1 - w : w) * kWarpSize, reverse);
     int waiting = 0;
     for (int i = 0; i < threads; ++i) waiting += b.fibers[i].state == State::kAtBlockBarrier;
     // Unlike the hardware, which counts exited threads as arrived, this takes a barrier that some threads skipped for a mistake.
-    if (waiting != threads) {
+    if (done != threads && waiting != threads) {
       abandon(b);
       throw std::runtime_error("cuda_emulator: threads of a block wait at different barriers, or some left before one");
     }
-    for (int i = 0; i < threads; ++i) b.fibers[i].state = State::kReady;
+    for (int i = 0; i < threads; ++i) {
+      if (b.fibers[i].state == State::kAtBlockBarrier) b.fibers[i].state = State::kReady;
+    }
   }
 }
 
@@ -238,33 +254,33 @@ inline void run_grid(dim3 grid, dim3 shape, size_t shared_bytes, const std::func
   }
 }
 
-// Lanes of `mask` deposit a value; when the last one arrives, each reads all of them.
+// Every lane deposits a value; when the last one arrives, all may read. Returns the values as raw words. Masks must be full.
 template <class T>
-unsigned exchange(unsigned mask, T value, T (&out)[kWarpSize]) {
+const uint64_t* exchange(unsigned mask, T value) {
   static_assert(sizeof(T) <= sizeof(uint64_t));
+  constexpr unsigned kAll = ~0u;
   Block& b = block();
   const int lane = b.current % kWarpSize;
-  const int first = b.current - lane;
   Warp& warp = b.warps[b.current / kWarpSize];
-  if ((mask >> lane & 1) == 0) throw std::runtime_error("cuda_emulator: a lane calls a warp intrinsic outside of its mask");
-  if ((mask & ~warp.running) != 0) throw std::runtime_error("cuda_emulator: the mask of a warp intrinsic names lanes that have left");
-  std::memcpy(&warp.slot[lane], &value, sizeof(T));
-  // Second round: all have read, the slots may be written again.
-  for (int round = 0; round < 2; ++round) {
-    warp.arrived |= 1u << lane;
-    if ((warp.arrived & mask) == mask) {
-      warp.arrived &= ~mask;
-      for (int other = 0; other < kWarpSize; ++other) {
-        if (other != lane && (mask >> other & 1) != 0) b.fibers[first + other].state = State::kReady;
-      }
-    } else {
-      switch_away(State::kAtWarpBarrier);
-    }
-    if (round == 0) {
-      for (int other = 0; other < kWarpSize; ++other) std::memcpy(&out[other], &warp.slot[other], sizeof(T));
-    }
+  if (mask != kAll) throw std::runtime_error("cuda_emulator: a warp intrinsic with a mask of less than the whole warp");
+  if (warp.running != kAll) throw std::runtime_error("cuda_emulator: a warp intrinsic names lanes that have left the kernel");
+  std::memcpy(&warp.deposit[lane], &value, sizeof(T));
+  warp.arrived |= 1u << lane;
+  if (warp.arrived != kAll) {
+    switch_away(State::kAtWarpBarrier);
+    return warp.result;
   }
-  return mask;
+  warp.arrived = 0;
+  std::memcpy(warp.result, warp.deposit, sizeof(warp.result));
+  for (int other = 0; other < kWarpSize; ++other) b.fibers[b.current - lane + other].state = State::kReady;
+  return warp.result;
+}
+
+template <class T>
+T read(const uint64_t* words, int lane) {
+  T value;
+  std::memcpy(&value, &words[lane], sizeof(T));
+  return value;
 }
 
 inline int lane() { return block().current % kWarpSize; }
@@ -292,27 +308,21 @@ using std::isnan;
 
 inline void __syncthreads() { cuda_emulator::switch_away(cuda_emulator::State::kAtBlockBarrier); }
 
-inline unsigned __ballot_sync(unsigned mask, int predicate) {
-  int votes[cuda_emulator::kWarpSize];
-  cuda_emulator::exchange(mask, predicate, votes);
+inline unsigned __ballot_sync(unsigned mask, bool predicate) {
+  const uint64_t* votes = cuda_emulator::exchange(mask, predicate);
   unsigned result = 0;
-  for (int i = 0; i < cuda_emulator::kWarpSize; ++i) {
-    if ((mask >> i & 1) != 0 && votes[i] != 0) result |= 1u << i;
-  }
+  for (int i = 0; i < cuda_emulator::kWarpSize; ++i) result |= static_cast<unsigned>(cuda_emulator::read<bool>(votes, i)) << i;
   return result;
 }
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
-  T values[cuda_emulator::kWarpSize];
-  cuda_emulator::exchange(mask, value, values);
-  return values[cuda_emulator::lane() ^ lane_mask];
+  return cuda_emulator::read<T>(cuda_emulator::exchange(mask, value), cuda_emulator::lane() ^ lane_mask);
 }
 template <class T>
-T __shfl_up_sync(unsigned mask, T value, unsigned distance) {
-  T values[cuda_emulator::kWarpSize];
-  cuda_emulator::exchange(mask, value, values);
-  const int source = cuda_emulator::lane() - static_cast<int>(distance);
-  return source >= 0 ? values[source] : value;
+T __shfl_up_sync(unsigned mask, T value, int distance) {
+  const uint64_t* values = cuda_emulator::exchange(mask, value);
+  const int source = cuda_emulator::lane() - distance;
+  return source >= 0 ? cuda_emulator::read<T>(values, source) : value;
 }
 // Fibers do not preempt one another.
 template <class T>

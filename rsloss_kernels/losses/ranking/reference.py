@@ -123,9 +123,10 @@ def merge_breakpoints(lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def ranking_bin(logits, negatives, positives, counts, segments, num_segments, delta):
-    order = positives[3].where(positives[3] >= 0, torch.inf).sort(stable=True).indices
-    for row in (1, 0):
-        order = order[positives[row][order].sort(stable=True).indices]
+    # By the last key first. Padding and invalid positives both have a NaN logit; padding comes behind.
+    order = positives[3].sort(stable=True).indices
+    for key in (positives[1], positives[0], positives[3] < 0):
+        order = order[key[order].sort(stable=True).indices]
     ranked = positives[:, order]
     arithmetic = arithmetic_type(logits[0].dtype)
     centre = ranked[0][ranked[0].isfinite()]

@@ -1,0 +1,56 @@
+"""Runs the emulated CUDA backend under address and undefined-behaviour sanitizers; a program, because they must be loaded first.
+
+`python sanitized.py plant`: instead a kernel that writes behind the end of a buffer, which must be reported.
+"""
+import ctypes
+import itertools
+import pathlib
+import sys
+
+import torch
+
+HERE = pathlib.Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
+
+from cuda_on_cpu.build import compile_library, load_emulated_cuda  # noqa: E402
+
+
+def plant() -> None:
+    library = ctypes.CDLL(str(compile_library("faults", [HERE / "faults.cu"], sanitize=True)))
+    out = torch.zeros(40, dtype=torch.int32)
+    library.past_the_end(ctypes.c_void_p(out.data_ptr()), out.numel(), ctypes.create_string_buffer(256))
+
+
+def pipeline(logits, targets, quality, capacity, background_first, delta) -> None:
+    ops = torch.ops.rsloss_kernels
+    positives, negatives, counts = ops.ranking_collect.cuda(logits, targets, quality, None, 1, capacity, background_first)
+    ranked, bins = ops.ranking_bin.cuda(logits, negatives, positives, counts, None, 1, delta)
+    ranking, sorting, gradients, lines = ops.rank_sort_finalize.cuda(
+        logits, negatives, ranked, counts, bins, None, 1, delta, 1.0, False
+    )
+    results = ops.ranking_backward.cuda(logits, negatives, gradients, lines, counts, None, 1, ranking, sorting)
+    assert all(result.shape == level.shape for result, level in zip(results, logits, strict=True))
+
+
+def main() -> None:
+    load_emulated_cuda(sanitize=True)
+    generator = torch.Generator().manual_seed(0)
+    dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    for dtype, sizes, delta in itertools.product(dtypes, ([0], [1], [63, 64, 65], [3001]), (0.0, 0.5)):
+        for capacity in (0, 5, 64):
+            # Odd offsets into a larger tensor: neither 16-byte aligned nor padded behind the end.
+            logits = [torch.randn(size + 3, generator=generator).to(dtype)[3:].clone() for size in sizes]
+            targets = [(torch.rand(size, generator=generator) * 20 - 19).clamp(-0.1).to(torch.float32) for size in sizes]
+            if sizes[0] > 60:
+                logits[0][7], logits[0][8], logits[0][9] = torch.inf, -torch.inf, torch.nan
+            pipeline(logits, targets, [], capacity, False, delta)
+        rows = [size // 3 for size in sizes]
+        boxes = [torch.randn(size, 3, generator=generator).to(dtype) for size in rows]
+        labels = [torch.randint(-1, 6, (size,), generator=generator) for size in rows]
+        quality = [torch.rand(size, generator=generator).to(dtype) for size in rows]
+        pipeline(boxes, labels, quality, 2000, True, delta)
+    print("clean")
+
+
+if __name__ == "__main__":
+    plant() if sys.argv[1:] == ["plant"] else main()
