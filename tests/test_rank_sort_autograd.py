@@ -1,4 +1,5 @@
 """Rank & Sort inside autograd: repeated and refused backwards, modes, AMP, memory held for backward, the module, the backend's choice."""
+import concurrent.futures
 import copy
 import pickle
 import threading
@@ -204,29 +205,22 @@ def test_backward_runs_on_the_backend_of_forward(backend, generator):
     assert torch.equal(arguments[0].grad.cpu(), expected)
 
 
+@pytest.mark.slow_interpreter  # and confined to one thread: it patches the globals of triton.language
 def test_calls_from_many_threads(backend, generator):
     inputs = [RankingSample("threads", 10 + i, 300).draw(generator) for i in range(4)]
     expected = [evaluate(backend, *one.arguments) for one in inputs]
-    results = {}
-    with use_backend(backend.name):
 
-        def run(number):
-            for _ in range(3):
-                leaf = inputs[number].logits.clone().to(backend.device).requires_grad_()
-                losses = rank_sort_loss(leaf, inputs[number].targets.to(backend.device))
-                sum(losses).backward()
-                results.setdefault(number, []).append((losses, leaf.grad))
+    def run(one):
+        leaf = one.logits.clone().to(backend.device).requires_grad_()
+        losses = rank_sort_loss(leaf, one.targets.to(backend.device))
+        sum(losses).backward()
+        return numbers(losses), leaf.grad.cpu()
 
-        threads = [threading.Thread(target=run, args=(number,)) for number in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    for number, wanted in enumerate(expected):
-        assert len(results[number]) == 3
-        for losses, gradient in results[number]:
-            assert numbers(losses) == numbers(wanted.losses)
-            assert torch.equal(gradient.cpu(), wanted.gradient)
+    with use_backend(backend.name), concurrent.futures.ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(run, inputs * 3))
+    for (losses, gradient), wanted in zip(results, expected * 3, strict=True):
+        assert losses == numbers(wanted.losses)
+        assert torch.equal(gradient, wanted.gradient)
 
 
 # --- the module ---
