@@ -71,6 +71,12 @@ class Inputs:
         return 3 * elements * width + read_once + 2 * (elements // 8)
 
 
+def _scatter(count: int, places: int, generator: torch.Generator) -> Tensor:
+    """`count` distinct places, ascending: one drawn in each of `count` equal stretches."""
+    stretch = places // max(count, 1)
+    return torch.arange(count) * stretch + torch.randint(max(stretch, 1), (count,), generator=generator)
+
+
 def make_inputs(case: Case) -> Inputs:
     """The same numbers for the same case on every device; drawn on the CPU in float32, then rounded to the case's dtype."""
     generator = torch.Generator().manual_seed(case.seed)
@@ -79,12 +85,12 @@ def make_inputs(case: Case) -> Inputs:
         rows = -(-(case.positives + case.negatives) // NUM_CLASSES)
         if rows < case.positives:
             raise ValueError(f"{case.title}: more positives than rows of {NUM_CLASSES} classes")
-        row = torch.randperm(rows, generator=generator)[: case.positives].sort().values
+        row = _scatter(case.positives, rows, generator)
         label = torch.randint(NUM_CLASSES, (case.positives,), generator=generator)
         index, elements = row * NUM_CLASSES + label, rows * NUM_CLASSES
     else:
         elements = case.positives + case.negatives
-        index = torch.randperm(elements, generator=generator)[: case.positives].sort().values
+        index = _scatter(case.positives, elements, generator)
     draw = DISTRIBUTIONS[case.distribution]
     logits = draw(elements, False, generator)
     logits[index] = draw(case.positives, True, generator)

@@ -69,7 +69,7 @@ def draw(document: dict, axis: str, path: pathlib.Path) -> None:
     other = ("P", "positives") if axis == "n" else ("N", "negatives")
     machine = document["machine"]
     threads = document["sections"]["speed"]["settings"]["threads"]
-    where = machine["gpu"] or f"{machine['cpu']}, {threads} threads"
+    where = machine["gpu"] or f"{machine['cpu']}, {threads} thread{'s' * (threads != 1)}"
     passes = {"full": "forward + backward"}.get(fixed["mode"], fixed["mode"])
     plot.set_title(
         f"{document['loss'].replace('_', ' ')}, {passes}: {fixed['distribution']} logits, {other[0]} = {fixed[other[1]]:,}, "
