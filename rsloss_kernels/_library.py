@@ -5,6 +5,7 @@ one schema, one fake implementation and one autograd formula. The public functio
 overload of the same backend. Schemas are defined here in Python, so that the operators exist when nothing was compiled; the
 compiled libraries only add kernels to the overloads `.cpp` and `.cuda`, which the dispatcher then calls directly.
 """
+import contextlib
 import functools
 import importlib
 from collections.abc import Callable
@@ -39,7 +40,23 @@ def define(
         if backend in _PYTHON_MODULES:
             torch.library.impl(qualified, "default", _lazily(stem, backend, name))
         if make_backward is not None:
-            torch.library.register_autograd(qualified, make_backward(backend), setup_context=setup_context)
+            backward = make_backward(backend)
+            torch.library.register_autograd(qualified, backward, setup_context=setup_context)
+            _functions[name, backend] = _eager_function(operator(name, backend), setup_context, backward)
+
+
+_functions: dict[tuple[str, str], type[torch.autograd.Function]] = {}
+
+
+def differentiable(name: str, backend: str, logits: list[torch.Tensor], *args) -> tuple[torch.Tensor, ...]:
+    """Calls the operator `name`, whose first argument is the list of logits, the only one with a gradient.
+
+    Outside of tracing this takes a plain autograd function with the operator's own formula: the wrapper that PyTorch puts around a
+    formula with tensor lists costs more than a small loss.
+    """
+    if torch.compiler.is_compiling():
+        return operator(name, backend)(logits, *args)
+    return _functions[name, backend].apply(len(args), *args, *logits)
 
 
 def operator(name: str, backend: str) -> torch._ops.OpOverload:
@@ -51,6 +68,29 @@ def has_native_kernel(name: str, backend: str, device_type: str) -> bool:
     """Whether a loaded library brought a kernel of `name.backend` for tensors on `device_type`."""
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
     return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}.{backend}", key)
+
+
+def _eager_function(overload: Callable, setup_context: Callable, backward: Callable) -> type[torch.autograd.Function]:
+    # forward with ctx rather than a separate setup_context: torch binds the arguments of the latter by inspection on every call.
+    class EagerFunction(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, num_args, *inputs):
+            logits, args = list(inputs[num_args:]), inputs[:num_args]
+            with torch._C._AutoDispatchBelowAutograd():
+                output = overload(logits, *args)
+            ctx.num_args = num_args
+            setup_context(ctx, (logits, *args), output)
+            return output
+
+        @staticmethod
+        def backward(ctx, *grads):
+            # With create_graph=True the operators inside must see autograd, to refuse a second derivative.
+            with contextlib.nullcontext() if torch.is_grad_enabled() else torch._C._AutoDispatchBelowAutograd():
+                grad_logits = backward(ctx, *grads)[0]
+            return (*[None] * (ctx.num_args + 1), *grad_logits)
+
+    EagerFunction.__name__ = EagerFunction.__qualname__ = f"Eager_{overload.name()}"
+    return EagerFunction
 
 
 def _on_one_device(name: str, backend: str, fake: Callable) -> Callable:

@@ -21,8 +21,8 @@ inline int64_t resident_grid(int64_t blocks, const DeviceLimits& limits) {
 
 __device__ __forceinline__ int64_t grid_thread() { return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; }
 __device__ __forceinline__ int64_t grid_threads() { return static_cast<int64_t>(gridDim.x) * blockDim.x; }
-__device__ __forceinline__ int64_t grid_warp() { return grid_thread() / kWarp; }
-__device__ __forceinline__ int64_t grid_warps() { return grid_threads() / kWarp; }
+__device__ __forceinline__ int grid_warp() { return static_cast<int>(grid_thread() / kWarp); }
+__device__ __forceinline__ int grid_warps() { return static_cast<int>(grid_threads() / kWarp); }
 
 // The type in which a logit is compared and its gradient computed.
 template <class Element>
@@ -94,7 +94,17 @@ __device__ __forceinline__ T block_exclusive_scan(T value, T* scratch, T* total)
   return before_warp + before;
 }
 
-// First of the contiguous items of `count` that belong to `part` of `parts`.
-__device__ __forceinline__ int64_t share_begin(int64_t count, int64_t part, int64_t parts) { return count * part / parts; }
+// [first, last): the contiguous items of `count` that belong to `part` of `parts`.
+template <class Integer>
+struct Share {
+  Integer first;
+  Integer last;
+
+  __device__ __forceinline__ Share(Integer count, Integer part, Integer parts) {
+    const Integer size = (count + parts - 1) / parts;
+    first = part * size < count ? part * size : count;
+    last = count - first < size ? count : first + size;
+  }
+};
 
 }  // namespace rsloss

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/macros/Export.h>
 
 #include "common/checks.h"
 #include "common/cuda_launch.h"
@@ -30,7 +31,7 @@ inline void check_cuda(const char* op, cudaError_t error) {
 }
 #else
 // Makes the device of a tensor the current one, for the lifetime of this object, and holds its current stream.
-class CurrentStream {
+class C10_HIDDEN CurrentStream {
  public:
   explicit CurrentStream(const Tensor& tensor) : guard_(tensor.get_device_index()) {
     void* stream = nullptr;

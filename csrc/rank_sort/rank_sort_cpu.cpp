@@ -16,6 +16,7 @@
 #include "common/checks.h"
 #include "common/isa.h"
 #include "common/parallel.h"
+#include "common/sort_doubles.h"
 #include "rank_sort/rank_sort.h"
 #include "ranking/windows_cpu.h"
 
@@ -44,18 +45,18 @@ ByQuality order_by_quality(const Windows& windows, const double* quality) {
   const int32_t count = static_cast<int32_t>(windows.count);
   ByQuality by{std::vector<int32_t>(count), std::vector<int32_t>(count), std::vector<int32_t>(count), std::vector<int32_t>(count),
                {0}, std::vector<double>(count + kPadding), std::vector<double>(count + kPadding)};
-  std::vector<std::pair<double, int32_t>> keys(count);
-  for (int32_t r = 0; r < count; ++r) keys[r] = {quality[r], r};
-  std::sort(keys.begin(), keys.end());
+  std::vector<SortKey> keys(count);
+  for (int32_t r = 0; r < count; ++r) keys[r] = {ordered_bits(quality[r]), r};
+  sort_keys(keys);
   const int32_t block = count <= kAllPairs ? count : static_cast<int32_t>(2 * std::sqrt(static_cast<double>(count)));
   for (int32_t begin = 0; begin < count;) {
     int32_t end = begin;
-    for (; end < count && keys[end].first == keys[begin].first; ++end) {
-      by.rank[end] = keys[end].second;
-      by.position[keys[end].second] = end;
+    for (; end < count && keys[end].bits == keys[begin].bits; ++end) {
+      by.rank[end] = keys[end].slot;
+      by.position[keys[end].slot] = end;
       by.group_begin[end] = begin;
-      by.logit[end] = windows.centre[keys[end].second];
-      by.quality[end] = keys[end].first;
+      by.logit[end] = windows.centre[keys[end].slot];
+      by.quality[end] = quality[keys[end].slot];
     }
     std::fill(by.group_end.begin() + begin, by.group_end.begin() + end, end);
     if (end - by.block_begin.back() >= block) by.block_begin.push_back(end);

@@ -51,20 +51,20 @@ struct RankSortTables {
 // Reads 16 bytes of cached memory per pair and per bin of the window, writes 48 bytes per positive.
 template <class T>
 __global__ void __launch_bounds__(kThreads) rank_sort_pairs_kernel(RankSortTables<T> t) {
-  const int64_t valid = valid_positives(t.ranked, t.counts, t.capacity);
+  const int valid = valid_positives(t.ranked, t.counts, t.capacity);
   const double* centre = t.ranked + kLogit * t.capacity;
   const double* quality = t.ranked + kQuality * t.capacity;
   // Outside of the lambda: nvcc 13.0 crashes below sm_100 where one captures all of t.
   const double delta = t.delta;
   const double scale = t.gradient_scale / static_cast<double>(valid);
   const int lane = threadIdx.x % kWarp;
-  for (int64_t i = grid_warp(); i < valid; i += grid_warps()) {
+  for (int i = grid_warp(); i < valid; i += grid_warps()) {
     const double own = centre[i];
     const double own_quality = quality[i];
     // H is 0 further down.
-    const int64_t first = partition_point(i, [=](int64_t j) { return centre[j] >= own - delta; });
+    const int first = partition_point(i, [=](int j) { return centre[j] >= own - delta; });
     QualitySums sums = {0, 0, 0, 0};
-    for (int64_t j = first + lane; j < valid; j += kWarp) {
+    for (int j = first + lane; j < valid; j += kWarp) {
       const double h = step_over_width(centre[j] - own, t.inverse_width);
       const double gap = quality[j] - own_quality;
       if (gap < 0) {
@@ -96,13 +96,12 @@ __global__ void __launch_bounds__(kThreads) rank_sort_pairs_kernel(RankSortTable
 template <class T>
 __global__ void __launch_bounds__(kReduceThreads) rank_sort_losses_kernel(RankSortTables<T> t) {
   __shared__ double scratch[kReduceThreads / kWarp];
-  const int64_t valid = valid_positives(t.ranked, t.counts, t.capacity);
-  const int64_t first = share_begin(valid, threadIdx.x, blockDim.x);
-  const int64_t last = share_begin(valid, threadIdx.x + 1, blockDim.x);
+  const int valid = valid_positives(t.ranked, t.counts, t.capacity);
+  const Share<int> share(valid, threadIdx.x, blockDim.x);
   double ranking = 0;
   double sorting = 0;
   double coefficient = 0;
-  for (int64_t i = first; i < last; ++i) {
+  for (int i = share.first; i < share.last; ++i) {
     ranking += t.ranking_error[i];
     sorting += t.sorting_error[i];
     coefficient += t.coefficient[i];
@@ -113,7 +112,7 @@ __global__ void __launch_bounds__(kReduceThreads) rank_sort_losses_kernel(RankSo
   block_exclusive_scan(ranking, scratch, &ranking_total);
   block_exclusive_scan(sorting, scratch, &sorting_total);
   double before = block_exclusive_scan(coefficient, scratch, &coefficient_total);
-  for (int64_t i = first; i < last; ++i) {
+  for (int i = share.first; i < share.last; ++i) {
     t.closed[i] = before;
     before += t.coefficient[i];
   }
@@ -129,19 +128,19 @@ __global__ void __launch_bounds__(kReduceThreads) rank_sort_losses_kernel(RankSo
 // Reads 24 bytes of cached memory per pair, 16 per open window, writes 48 + 24 bytes per column of the capacity.
 template <class T>
 __global__ void __launch_bounds__(kThreads) rank_sort_tables_kernel(RankSortTables<T> t) {
-  const int64_t valid = valid_positives(t.ranked, t.counts, t.capacity);
-  const int64_t used = used_columns(t.counts, t.capacity);
+  const int valid = valid_positives(t.ranked, t.counts, t.capacity);
+  const int used = used_columns(t.counts, t.capacity);
   const double* centre = t.ranked + kLogit * t.capacity;
   const double* quality = t.ranked + kQuality * t.capacity;
   const double delta = t.delta;
   const int lane = threadIdx.x % kWarp;
-  for (int64_t j = grid_warp(); j < valid; j += grid_warps()) {
+  for (int j = grid_warp(); j < valid; j += grid_warps()) {
     const double own = centre[j];
     const double own_quality = quality[j];
     // H is 0 against those further up.
-    const int64_t last = j + partition_point(valid - j, [=](int64_t i) { return centre[j + i] > own + delta; });
+    const int last = j + partition_point(valid - j, [=](int i) { return centre[j + i] > own + delta; });
     double pull = 0;
-    for (int64_t i = lane; i < last; i += kWarp) {
+    for (int i = lane; i < last; i += kWarp) {
       if (quality[i] > own_quality) pull += t.weight[i] * step_over_width(own - centre[i], t.inverse_width);
     }
     pull = warp_sum(pull);
@@ -149,6 +148,7 @@ __global__ void __launch_bounds__(kThreads) rank_sort_tables_kernel(RankSortTabl
     write_lines_of(j, centre, t.coefficient, t.closed, t.breakpoints, t.delta, t.capacity, t.lines);
   }
   const double last_value = t.closed[valid];
+#pragma unroll 1
   for (int64_t column = grid_thread(); column < t.capacity; column += grid_threads()) {
     t.gradients[kGradientIndex * t.capacity + column] = t.ranked[kIndex * t.capacity + column];
     if (column < valid) continue;

@@ -15,6 +15,7 @@ struct CellGrid {
   float origin;     // start of cell 0 in cells, an integer
   float last_cell;  // number of cells - 1; cell 0 and the last one also take everything outside
   float top;        // end of the last cell
+  double width;     // of a cell, 1 / scale
   bool cuts_low;    // breakpoints lie below the grid, all in cell 0
   bool cuts_high;   // breakpoints lie above the grid, all in the last cell
 };
@@ -30,7 +31,7 @@ inline float position_of(const CellGrid& grid, float value) {
 inline int32_t cell_of(const CellGrid& grid, float value) { return static_cast<int32_t>(position_of(grid, value)); }
 
 inline double start_of_cell(const CellGrid& grid, int32_t cell) {
-  return (static_cast<double>(grid.origin) + cell) / static_cast<double>(grid.scale);
+  return (static_cast<double>(grid.origin) + cell) * grid.width;
 }
 
 // The distinct ones of the ascending `edges`.
@@ -73,6 +74,7 @@ inline CellGrid make_grid(const std::vector<float>& edges, int64_t elements) {
   grid.origin = std::floor(static_cast<float>(from) * grid.scale);
   grid.last_cell = std::floor(std::fmin(static_cast<float>(to) * grid.scale - grid.origin, static_cast<float>(cells))) + 1;
   grid.top = (grid.origin + grid.last_cell + 1) / grid.scale;
+  grid.width = 1 / static_cast<double>(grid.scale);
   grid.cuts_low = from > edges[0];
   grid.cuts_high = to < edges[last];
   return grid;

@@ -20,6 +20,7 @@
 #include "common/checks.h"
 #include "common/isa.h"
 #include "common/parallel.h"
+#include "common/sort_doubles.h"
 #include "ranking/cell_grid.h"
 #include "ranking/ranking.h"
 #include "ranking/ranking_sweep.h"
@@ -60,6 +61,14 @@ double element(const Tensor& tensor, int64_t i) {
     value = static_cast<double>(static_cast<const decltype(tag)*>(tensor.const_data_ptr())[i]);
   });
   return value;
+}
+
+// out[i] = tensor[index[i] / divisor], as double.
+void gather_elements(const Tensor& tensor, const std::vector<int64_t>& index, int64_t divisor, int64_t count, double* out) {
+  dispatch_floating(tensor.scalar_type(), [&](auto tag) {
+    const auto* data = static_cast<const decltype(tag)*>(tensor.const_data_ptr());
+    for (int64_t i = 0; i < count; ++i) out[i] = static_cast<double>(data[divisor == 1 ? index[i] : index[i] / divisor]);
+  });
 }
 
 uint64_t* words_of(const Tensor& mask) { return static_cast<uint64_t*>(mask.mutable_data_ptr()); }
@@ -185,16 +194,18 @@ std::tuple<Tensor, Tensor, Tensor> ranking_collect(Tensors logits, Tensors targe
   int64_t slot = 0, first_index = 0;
   for (size_t level = 0; level < logits.size(); ++level) {
     const bool dense = !is_index_form(targets[level]);
-    const int64_t classes = dense ? 1 : logits[level].size(logits[level].dim() - 1);
-    for (size_t i = 0; i < found[level].size() && slot < capacity; ++i, ++slot) {
-      const int64_t index = found[level][i];
-      const double logit = element(logits[level], index);
-      const double value = dense ? element(targets[level], index) : quality.empty() ? 1.0 : element(quality[level], index / classes);
-      records[kLogit * capacity + slot] = std::isfinite(logit) && std::isfinite(value) ? logit : kNaN;
-      records[kQuality * capacity + slot] = value;
-      records[kSegment * capacity + slot] = 0;
-      records[kIndex * capacity + slot] = static_cast<double>(first_index + index);
+    const int64_t count = std::min<int64_t>(static_cast<int64_t>(found[level].size()), capacity - slot);
+    double *logit = records + kLogit * capacity + slot, *value = records + kQuality * capacity + slot;
+    gather_elements(logits[level], found[level], 1, count, logit);
+    if (dense) gather_elements(targets[level], found[level], 1, count, value);
+    else if (quality.empty()) std::fill(value, value + count, 1.0);
+    else gather_elements(quality[level], found[level], logits[level].size(logits[level].dim() - 1), count, value);
+    for (int64_t i = 0; i < count; ++i) {
+      if (!std::isfinite(logit[i]) || !std::isfinite(value[i])) logit[i] = kNaN;
+      records[kSegment * capacity + slot + i] = 0;
+      records[kIndex * capacity + slot + i] = static_cast<double>(first_index + found[level][i]);
     }
+    slot += count;
     first_index += logits[level].numel();
   }
   for (; slot < capacity; ++slot) {
@@ -215,24 +226,24 @@ std::tuple<Tensor, Tensor, Tensor> ranking_collect(Tensors logits, Tensors targe
 
 // Ascending by (logit, quality, flat index), NaN logits last, padding at the very end. Records come in flat order.
 void sort_records(const double* records, double* ranked, int64_t capacity) {
-  struct Key {
-    double logit;
-    int64_t slot;
-  };
-  std::vector<Key> keys;
-  keys.reserve(capacity);
-  for (int64_t slot = 0; slot < capacity; ++slot)
-    if (!std::isnan(records[slot])) keys.push_back({records[slot] + 0.0, slot});
   const double* quality = records + kQuality * capacity;
   const double* index = records + kIndex * capacity;
-  std::sort(keys.begin(), keys.end(), [&](const Key& a, const Key& b) {
-    if (a.logit != b.logit) return a.logit < b.logit;
-    if (quality[a.slot] != quality[b.slot]) return quality[a.slot] < quality[b.slot];
-    return index[a.slot] < index[b.slot];
-  });
+  std::vector<SortKey> keys;
+  keys.reserve(capacity);
+  for (int64_t slot = 0; slot < capacity; ++slot)
+    if (!std::isnan(records[slot])) keys.push_back({ordered_bits(records[slot]), static_cast<int32_t>(slot)});
+  sort_keys(keys);
+  // Records come in flat order, except behind an all-gather; ties of the logit go by quality, then by flat index.
+  for (auto begin = keys.begin(); begin != keys.end();) {
+    const auto end = std::find_if(begin, keys.end(), [&](const SortKey& key) { return key.bits != begin->bits; });
+    std::sort(begin, end, [&](const SortKey& a, const SortKey& b) {
+      return quality[a.slot] != quality[b.slot] ? quality[a.slot] < quality[b.slot] : index[a.slot] < index[b.slot];
+    });
+    begin = end;
+  }
   for (const bool padding : {false, true})
     for (int64_t slot = 0; slot < capacity; ++slot)
-      if (std::isnan(records[slot]) && (index[slot] < 0) == padding) keys.push_back({kNaN, slot});
+      if (std::isnan(records[slot]) && (index[slot] < 0) == padding) keys.push_back({0, static_cast<int32_t>(slot)});
   for (int row = 0; row < kRecordRows; ++row)
     for (int64_t slot = 0; slot < capacity; ++slot) ranked[row * capacity + slot] = records[row * capacity + keys[slot].slot];
 }
@@ -288,7 +299,7 @@ struct BinTables {
         });
     origin = start_of_cell(grid, 0);
     // Offsets span the whole grid in as many bits as near offsets span a window; never in finer units than those.
-    const double range = std::exp2(std::ceil(std::log2(num_cells(grid) / static_cast<double>(grid.scale))));
+    const double range = std::exp2(std::ceil(std::log2(num_cells(grid) * grid.width)));
     const double far_unit = std::max(unit, range / (near.most + 1));
     far = {unit > 0 ? 1 / far_unit : 0, near.most};
     far_steps = unit > 0 ? static_cast<int64_t>(std::log2(far_unit / unit)) : 0;
@@ -417,15 +428,19 @@ struct GradientTables {
     const int64_t slots = std::lower_bound(table, table + columns, std::numeric_limits<double>::infinity()) - table;
     const double *value = table + columns, *slope = table + 2 * columns;
     edges = edges_or_highest<T>(table, slots);
+    exact.reserve(edges.size() + 1);
     exact.push_back({0, 0});
     for (int64_t slot = 0; slot < slots; ++slot)
       if (slot + 1 == slots || table[slot + 1] != table[slot]) exact.push_back({upstream * value[slot], upstream * slope[slot]});
     if (slots == 0) exact.push_back({0, 0});
+    lines.reserve(exact.size());
     for (const Line<double>& line : exact) lines.push_back({static_cast<T>(line.value), static_cast<T>(line.slope)});
     if constexpr (std::is_same_v<T, float>) build_cells(kLineTolerance * largest, elements);
   }
 
-  double at(int32_t bin, double s) const { return bin > 0 ? exact[bin].value + exact[bin].slope * (s - edges[bin - 1]) : 0; }
+  double at(int32_t bin, double s) const {
+    return bin > 0 ? exact[bin].value + exact[bin].slope * (s - static_cast<double>(edges[bin - 1])) : 0;
+  }
 
   void build_cells(double tolerance, int64_t elements) {
     grid = make_grid(edges, elements);
@@ -434,7 +449,7 @@ struct GradientTables {
         grid, edges,
         [&](int32_t begin, int32_t end, int32_t before) {
           RSL_ISA_CALL(fill_line_cells, cells.data() + begin, int64_t{end - begin}, at(before, start_of_cell(grid, begin)),
-                       exact[before].slope / static_cast<double>(grid.scale));
+                       exact[before].slope * grid.width);
         },
         [&](int32_t cell, int32_t begin, int32_t end) {
           if (!fit_line(cell, begin, end, tolerance)) {
@@ -447,10 +462,10 @@ struct GradientTables {
   // The chord over the cell, if it is good enough at both sides of every breakpoint inside.
   bool fit_line(int32_t cell, int32_t begin, int32_t end, double tolerance) {
     if ((cell == 0 && grid.cuts_low) || (cell + 1 == num_cells(grid) && grid.cuts_high)) return false;
-    const double left = start_of_cell(grid, cell), right = start_of_cell(grid, cell + 1);
-    const double first = at(begin, left), step = at(end, right) - first;
+    const double left = start_of_cell(grid, cell);
+    const double first = at(begin, left), step = at(end, left + grid.width) - first;
     for (int32_t edge = begin; edge < end; ++edge) {
-      const double s = edges[edge], chord = first + step * (s - left) / (right - left);
+      const double s = edges[edge], chord = first + step * (s - left) * static_cast<double>(grid.scale);
       const double below = std::fabs(at(edge, s) - chord), above = std::fabs(at(edge + 1, s) - chord);
       if (!(below <= tolerance && above <= tolerance)) return false;
     }

@@ -13,7 +13,7 @@ namespace {
 
 // A GPU cannot size its outputs by what it finds, so the caller must name a capacity. The emulator runs the public functions on CPU
 // tensors, which name none there; it takes the capacity that they choose on a GPU.
-int64_t capacity_of(const char* op, std::optional<int64_t> max_positives, const Tensors& targets) {
+int64_t capacity_of(const char* op, std::optional<int64_t> max_positives, [[maybe_unused]] const Tensors& targets) {
 #ifdef RSL_CUDA_EMULATOR
   if (!max_positives) {
     const int64_t count = count_elements(targets);

@@ -8,17 +8,17 @@
 namespace rsloss {
 
 // Columns of `positives` and `ranked` that hold a record; the rest is padding.
-__device__ __forceinline__ int64_t used_columns(const int64_t* counts, int64_t capacity) {
-  return counts[kFound] < capacity ? counts[kFound] : capacity;
+__device__ __forceinline__ int used_columns(const int64_t* counts, int64_t capacity) {
+  return static_cast<int>(counts[kFound] < capacity ? counts[kFound] : capacity);
 }
 
 // Index of the first entry for which `is_right` holds, `count` if none; false entries come first.
 template <class Predicate>
-__device__ __forceinline__ int64_t partition_point(int64_t count, Predicate is_right) {
-  int64_t low = 0;
-  int64_t high = count;
+__device__ __forceinline__ int partition_point(int count, Predicate is_right) {
+  int low = 0;
+  int high = count;
   while (low < high) {
-    const int64_t middle = (low + high) / 2;
+    const int middle = (low + high) / 2;
     if (is_right(middle)) {
       high = middle;
     } else {
@@ -29,24 +29,24 @@ __device__ __forceinline__ int64_t partition_point(int64_t count, Predicate is_r
 }
 
 // V, the ranked positives with a finite logit: those that are not (NaN) stand behind them.
-__device__ __forceinline__ int64_t valid_positives(const double* ranked, const int64_t* counts, int64_t capacity) {
-  return partition_point(used_columns(counts, capacity), [=](int64_t i) { return isnan(ranked[i]); });
+__device__ __forceinline__ int valid_positives(const double* ranked, const int64_t* counts, int64_t capacity) {
+  return partition_point(used_columns(counts, capacity), [=](int i) { return isnan(ranked[i]); });
 }
 
 // FP of positive i by one warp, the same in every lane. It sums over the bins of the window itself, terms of one sign, so it needs
 // neither prefix sums nor their origins.
 template <class T>
-__device__ __forceinline__ double window_false_positives(double centre, int64_t i, Breakpoints<T> breakpoints,
+__device__ __forceinline__ double window_false_positives(double centre, int i, Breakpoints<T> breakpoints,
                                                          const int64_t* from_slot, const int64_t* bins, int64_t capacity,
                                                          double unit, double delta) {
-  const int64_t lo = breakpoints.lo_slot[i];
-  const int64_t hi = breakpoints.hi_slot[i];
+  const int lo = breakpoints.lo_slot[i];
+  const int hi = breakpoints.hi_slot[i];
   const double origin = breakpoints.edges[lo];
   // The bin right of edge k is bin k + 1.
   const int64_t* count = bins + 1;
   const int64_t* fixed = bins + (2 * capacity + 1) + 1;
   double moment = 0;
-  for (int64_t k = lo + threadIdx.x % kWarp; k < hi; k += kWarp) {
+  for (int k = lo + threadIdx.x % kWarp; k < hi; k += kWarp) {
     moment += static_cast<double>(fixed[k]) * unit +
               static_cast<double>(count[k]) * (static_cast<double>(breakpoints.edges[k]) - origin);
   }
@@ -58,11 +58,11 @@ __device__ __forceinline__ double window_false_positives(double centre, int64_t 
 // The line right of one edge by one warp: `closed` = sum of c_i with hi_i at or left of the edge, and the positives [open, open_end)
 // whose windows hold it. coefficient: c_i. lines f64 [3, 2 capacity].
 template <class T>
-__device__ __forceinline__ void write_line(const double* centre, const double* coefficient, double closed, int64_t open,
-                                           int64_t open_end, T edge, int64_t slot, double delta, int64_t capacity, double* lines) {
+__device__ __forceinline__ void write_line(const double* centre, const double* coefficient, double closed, int open,
+                                           int open_end, T edge, int slot, double delta, int64_t capacity, double* lines) {
   double opened = 0;
   double moment = 0;
-  for (int64_t i = open + threadIdx.x % kWarp; i < open_end; i += kWarp) {
+  for (int i = open + threadIdx.x % kWarp; i < open_end; i += kWarp) {
     opened += coefficient[i];
     moment += coefficient[i] * (centre[i] - static_cast<double>(edge));
   }
@@ -78,10 +78,10 @@ __device__ __forceinline__ void write_line(const double* centre, const double* c
 // Both lines of positive i by one warp. closed f64 [capacity + 1]: sum of c over the positives before i. Left of lo_i lie
 // lo_slot - i closed windows, left of or at hi_i the windows 0..i are closed and hi_slot - i have opened.
 template <class T>
-__device__ __forceinline__ void write_lines_of(int64_t i, const double* centre, const double* coefficient, const double* closed,
+__device__ __forceinline__ void write_lines_of(int i, const double* centre, const double* coefficient, const double* closed,
                                                Breakpoints<T> breakpoints, double delta, int64_t capacity, double* lines) {
-  const int64_t lo = breakpoints.lo_slot[i];
-  const int64_t hi = breakpoints.hi_slot[i];
+  const int lo = breakpoints.lo_slot[i];
+  const int hi = breakpoints.hi_slot[i];
   write_line(centre, coefficient, closed[lo - i], lo - i, i + 1, breakpoints.edges[lo], lo, delta, capacity, lines);
   write_line(centre, coefficient, closed[i + 1], i + 1, hi - i, breakpoints.edges[hi], hi, delta, capacity, lines);
 }

@@ -71,10 +71,10 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ int64_t scratch[kWarpsPerBlock];
   const int64_t words = words_of(level);
   const int64_t tiles = (words + kTileWords - 1) / kTileWords;
-  const int64_t last_tile = share_begin(tiles, blockIdx.x + 1, gridDim.x);
+  const Share<int64_t> share(tiles, blockIdx.x, gridDim.x);
   int64_t positives = 0;
   int64_t negatives = 0;
-  for (int64_t tile = share_begin(tiles, blockIdx.x, gridDim.x); tile < last_tile; ++tile) {
+  for (int64_t tile = share.first; tile < share.last; ++tile) {
     const int64_t word = tile * kTileWords + threadIdx.x;
     WordBits bits = {0, 0};
     if constexpr (kDense) {
@@ -100,13 +100,12 @@ __global__ void __launch_bounds__(kThreads)
 
 // One block: 16 bytes read and 8 written per block of the mask kernel. block_positives becomes its exclusive scan.
 __global__ void __launch_bounds__(kStreamThreads)
-    ranking_count_kernel(int64_t blocks, int64_t* block_positives, const int64_t* block_negatives, int64_t* counts) {
+    ranking_count_kernel(int blocks, int64_t* block_positives, const int64_t* block_negatives, int64_t* counts) {
   __shared__ int64_t scratch[kStreamThreads / kWarp];
-  const int64_t first = share_begin(blocks, threadIdx.x, blockDim.x);
-  const int64_t last = share_begin(blocks, threadIdx.x + 1, blockDim.x);
+  const Share<int> share(blocks, threadIdx.x, blockDim.x);
   int64_t positives = 0;
   int64_t negatives = 0;
-  for (int64_t block = first; block < last; ++block) {
+  for (int block = share.first; block < share.last; ++block) {
     positives += block_positives[block];
     negatives += block_negatives[block];
   }
@@ -114,7 +113,7 @@ __global__ void __launch_bounds__(kStreamThreads)
   int64_t total_negatives;
   int64_t before = block_exclusive_scan(positives, scratch, &total_positives);
   block_exclusive_scan(negatives, scratch, &total_negatives);
-  for (int64_t block = first; block < last; ++block) {
+  for (int block = share.first; block < share.last; ++block) {
     const int64_t here = block_positives[block];
     block_positives[block] = before;
     before += here;
@@ -150,8 +149,8 @@ __global__ void __launch_bounds__(kThreads)
   if (base == offsets[blockIdx.x + 1]) return;
   const int64_t words = words_of(level);
   const int64_t tiles = (words + kTileWords - 1) / kTileWords;
-  const int64_t last_tile = share_begin(tiles, blockIdx.x + 1, gridDim.x);
-  for (int64_t tile = share_begin(tiles, blockIdx.x, gridDim.x); tile < last_tile && base < capacity; ++tile) {
+  const Share<int64_t> share(tiles, blockIdx.x, gridDim.x);
+  for (int64_t tile = share.first; tile < share.last && base < capacity; ++tile) {
     const int64_t word = tile * kTileWords + threadIdx.x;
     const bool has_others = word < words && ~level.negatives[word] != 0;
     uint64_t positive = 0;
@@ -315,14 +314,14 @@ __device__ __forceinline__ int compare(double a, double b) {
 // column).
 __global__ void __launch_bounds__(kThreads)
     ranking_rank_kernel(const double* positives, const int64_t* counts, int64_t capacity, double* ranked, int64_t* bins) {
-  const int64_t used = used_columns(counts, capacity);
+  const int used = used_columns(counts, capacity);
   const double* logit = positives + kLogit * capacity;
   const double* quality = positives + kQuality * capacity;
   const int lane = threadIdx.x % kWarp;
-  for (int64_t i = grid_warp(); i < used; i += grid_warps()) {
+  for (int i = grid_warp(); i < used; i += grid_warps()) {
     const double own = logit[i];
-    unsigned before = 0;
-    for (int64_t j = lane; j < used; j += kWarp) {
+    int before = 0;
+    for (int j = lane; j < used; j += kWarp) {
       const double other = logit[j];
       // The cheap test settles almost every pair; a NaN on either side fails it and takes the long way.
       if (other > own) continue;
@@ -331,10 +330,13 @@ __global__ void __launch_bounds__(kThreads)
       // Columns are in the order of the flat index.
       before += order < 0 || (order == 0 && j < i);
     }
-    const int64_t place = warp_sum(before);
+    const int place = warp_sum(before);
     if (lane < kRecordRows) ranked[lane * capacity + place] = positives[lane * capacity + i];
   }
+  // Unrolling these would only cost registers.
+#pragma unroll 1
   for (int64_t column = used + grid_thread(); column < capacity; column += grid_threads()) write_padding(ranked, column, capacity);
+#pragma unroll 1
   for (int64_t k = grid_thread(); k < 2 * (2 * capacity + 1); k += grid_threads()) bins[k] = 0;
 }
 
@@ -343,16 +345,16 @@ __global__ void __launch_bounds__(kThreads)
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     ranking_breakpoints_kernel(const double* ranked, const int64_t* counts, int64_t capacity, double delta, Breakpoints<T> breakpoints) {
-  const int64_t valid = valid_positives(ranked, counts, capacity);
-  for (int64_t i = grid_thread(); i < valid; i += grid_threads()) {
+  const int valid = valid_positives(ranked, counts, capacity);
+  for (int i = static_cast<int>(grid_thread()); i < valid; i += static_cast<int>(grid_threads())) {
     const T lo = round_up_sum<T>(ranked[i], -delta);
     const T hi = round_up_sum<T>(ranked[i], delta);
-    const int64_t lo_slot = i + partition_point(valid, [=](int64_t j) { return round_up_sum<T>(ranked[j], delta) >= lo; });
-    const int64_t hi_slot = i + partition_point(valid, [=](int64_t j) { return round_up_sum<T>(ranked[j], -delta) > hi; });
+    const int lo_slot = i + partition_point(valid, [=](int j) { return round_up_sum<T>(ranked[j], delta) >= lo; });
+    const int hi_slot = i + partition_point(valid, [=](int j) { return round_up_sum<T>(ranked[j], -delta) > hi; });
     breakpoints.edges[lo_slot] = lo;
     breakpoints.edges[hi_slot] = hi;
-    breakpoints.lo_slot[i] = static_cast<uint32_t>(lo_slot);
-    breakpoints.hi_slot[i] = static_cast<uint32_t>(hi_slot);
+    breakpoints.lo_slot[i] = lo_slot;
+    breakpoints.hi_slot[i] = hi_slot;
   }
 }
 
@@ -360,15 +362,14 @@ __global__ void __launch_bounds__(kThreads)
 __global__ void __launch_bounds__(kStreamThreads)
     ranking_count_from_slot_kernel(const double* ranked, const int64_t* counts, const int64_t* bins, int64_t capacity, int64_t* from_slot) {
   __shared__ int64_t scratch[kStreamThreads / kWarp];
-  const int64_t edges = 2 * valid_positives(ranked, counts, capacity);
-  const int64_t first = share_begin(edges, threadIdx.x, blockDim.x);
-  const int64_t last = share_begin(edges, threadIdx.x + 1, blockDim.x);
+  const int edges = 2 * valid_positives(ranked, counts, capacity);
+  const Share<int> share(edges, threadIdx.x, blockDim.x);
   int64_t own = 0;
-  for (int64_t k = first; k < last; ++k) own += bins[k + 1];
+  for (int k = share.first; k < share.last; ++k) own += bins[k + 1];
   int64_t total;
   int64_t rest = -block_exclusive_scan(own, scratch, &total);
   rest += total;
-  for (int64_t k = first; k < last; ++k) {
+  for (int k = share.first; k < share.last; ++k) {
     from_slot[k] = rest;
     rest -= bins[k + 1];
   }
@@ -439,8 +440,7 @@ struct Locator {
     first = static_cast<T>(edges[0]);
     scale = static_cast<T>(kCells) / (static_cast<T>(edges[count - 1]) - first);
     for (int c = threadIdx.x; c <= kCells; c += blockDim.x) {
-      starts[c] = static_cast<uint32_t>(
-          partition_point(count, [&](int64_t k) { return cell(static_cast<T>(edges[k])) >= c; }));
+      starts[c] = static_cast<uint32_t>(partition_point(count, [&](int k) { return cell(static_cast<T>(edges[k])) >= c; }));
     }
     __syncthreads();
   }
@@ -507,13 +507,14 @@ __global__ void __launch_bounds__(kStreamThreads)
                        double most, int shared_bytes, int64_t* bins) {
   using T = Arithmetic<Element>;
   RSL_DYNAMIC_SHARED(memory);
-  const int num_edges = static_cast<int>(2 * valid_positives(ranked, counts, capacity));
+  const int num_edges = 2 * valid_positives(ranked, counts, capacity);
   int replicas = num_edges > 0 ? kMaxReplicas : 0;
   while (replicas > 0 && bin_shared_bytes<T>(num_edges, replicas) > shared_bytes) replicas /= 2;
   const int entries = replicas * num_edges;
   const SharedSums sums(memory, entries);
   T* const shared_edges = reinterpret_cast<T*>(memory + 8 * static_cast<int64_t>(entries));
   uint32_t* const shared_counts = reinterpret_cast<uint32_t*>(shared_edges + (replicas > 0 ? num_edges : 0));
+#pragma unroll 1
   for (int k = threadIdx.x; k < entries; k += blockDim.x) {
     sums.clear(k);
     shared_counts[k] = 0;
@@ -553,9 +554,11 @@ __global__ void __launch_bounds__(kStreamThreads)
   }
   add_to_bin(bins, nans);
   __syncthreads();
+#pragma unroll 1
   for (int k = threadIdx.x; k < (replicas > 0 ? num_edges : 0); k += blockDim.x) {
     uint64_t count = 0;
     uint64_t sum = 0;
+#pragma unroll 1
     for (int r = 0; r < replicas; ++r) {
       count += shared_counts[r * num_edges + k];
       sum += sums.get(r * num_edges + k);
@@ -632,7 +635,7 @@ __global__ void __launch_bounds__(kStreamThreads)
     stream_gradient<Element, kVector>(logits, negatives, elements, [](T, bool) { return static_cast<T>(NAN); }, gradients);
     return;
   }
-  const int count = static_cast<int>(2 * used_columns(counts, capacity));
+  const int count = 2 * used_columns(counts, capacity);
   const T factor = upstream == nullptr ? T(0) : *upstream;
   if (count == 0 || lines_shared_bytes<T>(count) <= shared_bytes) {
     T* const table = reinterpret_cast<T*>(memory + kStartsBytes);
@@ -660,7 +663,7 @@ __global__ void __launch_bounds__(kThreads)
   if (counts[kFound] > capacity) return;
   const double first = grad_first == nullptr ? 0 : *grad_first;
   const double second = grad_second == nullptr ? 0 : *grad_second;
-  const int64_t used = used_columns(counts, capacity);
+  const int used = used_columns(counts, capacity);
   for (int64_t column = grid_thread(); column < used; column += grid_threads()) {
     const int64_t element = static_cast<int64_t>(table[kGradientIndex * capacity + column]) - first_index;
     if (element < 0 || element >= elements) continue;

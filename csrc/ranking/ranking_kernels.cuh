@@ -1,5 +1,6 @@
 // Launchers of the ranking sweep on a GPU. Pointers, sizes, a stream; no torch, no allocation, no synchronisation: every launch is
 // sized by shapes on the host, loops are bounded by counts on the device. Layouts: rsloss_kernels/losses/ranking/README.md.
+// Capacities are below 2^29: positives and breakpoints are counted in int, elements in int64.
 // Each launcher enqueues on `stream` and returns the first error. Bitwise deterministic: integer atomics only.
 #pragma once
 
@@ -42,14 +43,14 @@ cudaError_t launch_ranking_bin(const LogitsLevel* levels, int num_levels, Type l
 template <class T>
 struct Breakpoints {
   T* edges;           // [2 capacity], ascending; first 2V used
-  uint32_t* lo_slot;  // [capacity], place of lo_i among the edges
-  uint32_t* hi_slot;  // [capacity]
+  int32_t* lo_slot;  // [capacity], place of lo_i among the edges
+  int32_t* hi_slot;  // [capacity]
 
   static Breakpoints take(Workspace* workspace, int64_t capacity) {
     Breakpoints result;
     result.edges = workspace->take<T>(2 * capacity);
-    result.lo_slot = workspace->take<uint32_t>(capacity);
-    result.hi_slot = workspace->take<uint32_t>(capacity);
+    result.lo_slot = workspace->take<int32_t>(capacity);
+    result.hi_slot = workspace->take<int32_t>(capacity);
     return result;
   }
 };

@@ -44,7 +44,8 @@ def rank_sort_loss(
         background: "last" (classes 0..C-1, background C) or "first" (background 0, classes 1..C).
         segments, num_segments: must be None in this version.
         max_positives: capacity of the tables on a GPU, default: the rows for class indices, min(N, 16384) for dense targets. With more
-            positives than that, both losses and the whole gradient are NaN. A CPU needs none.
+            positives than that, both losses and the whole gradient are NaN. A CPU has room for all; under torch.compile, where tables
+            have static sizes, a capacity saves memory there too.
         process_group: must be None in this version (every process ranks its own batch).
         average_gradients: with a process group, multiply gradients by the group's size for reducers that average.
         upstream_parity: as the authors' code, multiply the whole gradient by the upstream gradient of `ranking`.
@@ -75,8 +76,19 @@ def rank_sort_loss(
         max_positives=max_positives,
         process_group=process_group,
     )
-    ranking_loss, sorting_loss, _, _ = _library.operator("rank_sort_finalize", state.backend)(
-        state.logits, state.negatives, state.ranked, state.counts, state.bins, None, 1, state.delta, 1.0, upstream_parity
+    ranking_loss, sorting_loss, _, _ = _library.differentiable(
+        "rank_sort_finalize",
+        state.backend,
+        state.logits,
+        state.negatives,
+        state.ranked,
+        state.counts,
+        state.bins,
+        None,
+        1,
+        state.delta,
+        1.0,
+        upstream_parity,
     )
     return RankSortLosses(ranking_loss, sorting_loss)
 

@@ -95,12 +95,15 @@ def read_targets(
 
 def capacity_of(logits: Tensor, targets: Tensor, max_positives: int | None) -> int | None:
     """Slots for positives. None on a CPU outside of tracing: exactly as many as there are."""
-    is_index_form = not targets.is_floating_point()
-    most = targets.numel() if is_index_form else logits.numel()
-    if logits.device.type == "cpu":
-        return most if torch.compiler.is_compiling() else None
+    is_cpu = logits.device.type == "cpu"
+    if is_cpu and not torch.compiler.is_compiling():
+        return None
     if max_positives is not None:
         return max_positives
+    is_index_form = not targets.is_floating_point()
+    most = targets.numel() if is_index_form else logits.numel()
+    if is_cpu:
+        return most
     return most if is_index_form else min(most, DENSE_CAPACITY)
 
 
