@@ -182,7 +182,7 @@ def measure_memory(arguments: argparse.Namespace, case: Case) -> list[dict]:
             try:
                 is_apart = case.device == "cpu"
                 extra = memory_apart(arguments, case, provider.name) if is_apart else memory_here(case, provider.name)
-            except (RuntimeError, subprocess.SubprocessError) as error:
+            except Exception as error:  # a peer that cannot run here must not end the comparison of the others
                 skipped = f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
         per_element = None if extra is None else rounded(extra / elements)
         record = case_fields(case, elements, provider.name, skipped)

@@ -21,6 +21,7 @@ import torch
 WARM_UP_SECONDS = 0.2
 MAX_WARM_UPS = 5
 L2_FLUSH_BYTES = 256 << 20
+SLEEP_CYCLES = 200_000
 
 
 @dataclass
@@ -81,6 +82,9 @@ class _CudaClock:
             self.flush.zero_()
         if not self.captured:
             torch.cuda.synchronize()
+        elif self.flush is None:
+            # Keeps the device busy until the replay is enqueued, as the flush does; else the gap between the two would be timed.
+            torch.cuda._sleep(SLEEP_CYCLES)
         self.start.record()
         kept = workload.call()
         self.stop.record()

@@ -118,7 +118,10 @@ def _accuracy(arguments, compiled: list[str], report) -> None:
             missing = field.why_no_backend(backend, case.device)
             loss_error = gradient_error = None
             if missing is None:
-                loss_error, gradient_error = errors(backend, inputs, truth)
+                try:
+                    loss_error, gradient_error = errors(backend, inputs, truth)
+                except Exception as error:  # a backend that fails must not hide the figures of the others
+                    missing = f"{type(error).__name__}: {error}".splitlines()[0]
             name = field.our_name(backend)
             report(f"{name}, {case.title}, losses", LOSS_LIMIT, "relative", loss_error, missing)
             report(f"{name}, {case.title}, gradient", GRADIENT_LIMIT, "of the largest", gradient_error, missing)
