@@ -308,7 +308,7 @@ struct BinTables {
   BinPass<T> pass(BinSums* sums) const {
     const int32_t count = static_cast<int32_t>(edges.size());
     if constexpr (std::is_same_v<T, float>)
-      return {edges.data(), count, grid, cells.data(), origin, far, near, sums, sums + count + 1};
+      return {edges.data(), count, grid, cells.data(), origin, far, origin * far.scale, near, sums, sums + count + 1};
     else
       return {edges.data(), count, near, sums + count + 1};
   }

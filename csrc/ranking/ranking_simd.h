@@ -100,12 +100,12 @@ static inline void store_cells(const CellGrid& grid, Floats x, int32_t* cells) {
   _mm512_storeu_si512(cells, _mm512_cvttps_epi32(positions(grid, x)));
 }
 
+// Both terms of the fused subtraction are exact, so this is what the scalar code computes. Offsets of crowded cells may be garbage.
 static inline void store_offsets(const BinPass<float>& pass, Floats x, int64_t* offsets) {
   for (int half = 0; half < 2; ++half) {
     const __m256 value = half ? _mm512_extractf32x8_ps(x, 1) : _mm512_castps512_ps256(x);
-    __m512d offset = _mm512_mul_pd(_mm512_sub_pd(_mm512_cvtps_pd(value), _mm512_set1_pd(pass.origin)), _mm512_set1_pd(pass.far.scale));
-    offset = _mm512_min_pd(_mm512_max_pd(offset, _mm512_setzero_pd()), _mm512_set1_pd(pass.far.most));
-    _mm512_storeu_si512(offsets + 8 * half, _mm512_cvttpd_epi64(offset));
+    const __m512d offset = _mm512_fmsub_pd(_mm512_cvtps_pd(value), _mm512_set1_pd(pass.far.scale), _mm512_set1_pd(pass.scaled_origin));
+    _mm512_storeu_si512(offsets + 8 * half, _mm512_cvttpd_epi64(_mm512_min_pd(offset, _mm512_set1_pd(pass.far.most))));
   }
 }
 
@@ -202,9 +202,8 @@ static inline __m256i to_int64(__m256d x) {
 static inline void store_offsets(const BinPass<float>& pass, Floats x, int64_t* offsets) {
   for (int half = 0; half < 2; ++half) {
     const __m128 value = half ? _mm256_extractf128_ps(x, 1) : _mm256_castps256_ps128(x);
-    __m256d offset = _mm256_mul_pd(_mm256_sub_pd(_mm256_cvtps_pd(value), _mm256_set1_pd(pass.origin)), _mm256_set1_pd(pass.far.scale));
-    offset = _mm256_min_pd(_mm256_max_pd(offset, _mm256_setzero_pd()), _mm256_set1_pd(pass.far.most));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(offsets + 4 * half), to_int64(offset));
+    const __m256d offset = _mm256_fmsub_pd(_mm256_cvtps_pd(value), _mm256_set1_pd(pass.far.scale), _mm256_set1_pd(pass.scaled_origin));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(offsets + 4 * half), to_int64(_mm256_min_pd(offset, _mm256_set1_pd(pass.far.most))));
   }
 }
 
@@ -271,7 +270,8 @@ static inline void bin_buffer(const BinPass<float>& pass, BinBuffer& buffer, int
       const int lane = i + __builtin_ctz(crowded);
       if (lane < filled)
         bin_searched<float>(pass, static_cast<int32_t>(pass.cells[buffer.cell[lane]].before & ~kCrowded), buffer.value[lane]);
-      buffer.bin[lane] = 0;  // nobody reads the sums of bin 0
+      buffer.bin[lane] = 0;  // adds to bin 0, which nobody reads
+      buffer.offset[lane] = 0;
     }
   }
   for (int i = 0; i < filled; ++i) {

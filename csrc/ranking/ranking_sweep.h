@@ -41,6 +41,7 @@ struct BinPass<float> {
   const BinCell* cells;
   double origin;        // of the offsets in `sums`
   OffsetScale far;      // their scale
+  double scaled_origin;  // origin * far.scale
   OffsetScale near;     // scale of the offsets in `searched`, from the left breakpoint of the bin
   BinSums* sums;        // [num_edges + 1]
   BinSums* searched;    // [num_edges + 1]
