@@ -1,7 +1,7 @@
 """Compiles every Triton kernel ahead of time for real GPUs, without one: no spills, shared memory within the limit.
 
-The kernels are compiled in one process of its own, because Triton decides at import whether it interprets or compiles. Run as a program, this
-file is that process: it prints one JSON record per kernel, argument types and target.
+The kernels are compiled in one process of its own, because Triton decides at import whether it interprets or compiles. Run as a
+program, this file is that process: it prints one JSON record per kernel, argument types and target.
 """
 import importlib
 import itertools
@@ -30,16 +30,20 @@ def _choices(**values):
     return [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
 
 
+def _pairs(impl) -> dict:
+    return {**dict(zip(("TILE", "RUN"), impl.PAIR_TILE["cuda"], strict=True)), "num_warps": impl.TABLE_WARPS}
+
+
 def _ranking_variants(impl) -> dict[str, list[dict]]:
-    """For every kernel its variants: pointer types (None: the argument is None), wider integers and constants."""
-    stream = {"BLOCK": impl.STREAM_BLOCK["cuda"]}
-    table = {"BLOCK": impl.TABLE_BLOCK["cuda"]}
-    pairs = dict(zip(("TILE", "RUN"), impl.PAIR_TILE["cuda"], strict=True))
+    """For every kernel its variants: pointer types (None: the argument is None), wider integers, constants, warps."""
+    stream = {"BLOCK": impl.STREAM_BLOCK["cuda"], "num_warps": impl.STREAM_WARPS}
+    table = {"BLOCK": impl.TABLE_BLOCK["cuda"], "num_warps": impl.TABLE_WARPS}
+    pairs = _pairs(impl)
     mask, record = [], []
     for target in (*FLOATS, "i32", "i64"):
         forms = _choices(IS_DENSE=(target in FLOATS,), BACKGROUND_FIRST=(False,) if target in FLOATS else ANY_FLAG)
         pointers = {"targets_ptr": target, "negatives_ptr": "u8", "block_counts_ptr": "i32", "DOUBLE": _double(target)}
-        mask += [{**pointers, **form, **stream, "size": size} for form in forms for size in ("i32", "i64")]
+        mask += [{**pointers, **form, **stream} for form in forms]
         if target in FLOATS:
             sources = [(logit, None) for logit in FLOATS]
         else:
@@ -51,15 +55,19 @@ def _ranking_variants(impl) -> dict[str, list[dict]]:
             | stream
             for logit, quality in sources
         ]
+    mask.append({**mask[0], "size": "i64"})
     records = {"positives_ptr": "fp64", "counts_ptr": "i64", "ranked_ptr": "fp64"}
     marks = {"sizes_ptr": "i32", "slots_ptr": "i32", "bounds_ptr": "fp64"}
     streamed = []
-    for logit, size in itertools.product(FLOATS, ("i32", "i64")):
+    for logit, size in (*((logit, "i32") for logit in FLOATS), ("bf16", "i64")):
         double = _double(logit)
         edges = {"edges_ptr": "fp64" if double else "fp32"}
         streamed.append({"logits_ptr": logit, "negatives_ptr": "u8", **edges, "size": size, "DOUBLE": double, **stream})
     copies = {"sizes_ptr": "i32", "copies_ptr": "i64", "MAX_COPIES": impl.MAX_COPIES}
-    upstream = [{"grad_first_ptr": first, "grad_second_ptr": second} for first, second in (("fp32", "fp64"), ("fp64", None), (None, "fp32"))]
+    upstream = [
+        {"grad_first_ptr": first, "grad_second_ptr": second}
+        for first, second in (("fp32", "fp64"), ("fp64", None), (None, "fp32"))
+    ]
     return {
         "mask_kernel": mask,
         "record_kernel": record,
@@ -82,21 +90,17 @@ def _ranking_variants(impl) -> dict[str, list[dict]]:
 
 
 def _rank_sort_variants(ranking_impl) -> dict[str, list[dict]]:
-    pairs = dict(zip(("TILE", "RUN"), ranking_impl.PAIR_TILE["cuda"], strict=True))
+    pairs = _pairs(ranking_impl)
     tables = {
         **{name: "fp64" for name in ("ranked_ptr", "edges_ptr", "terms_ptr", "gradients_ptr", "lines_ptr")},
         **{"bins_ptr": "i64", "slots_ptr": "i32", "sizes_ptr": "i32"},
     }
     steps = [{**tables, **pairs, "IS_STEP": is_step} for is_step in ANY_FLAG]
     losses = [
-        {**tables, "counts_ptr": "i64", "ranking_ptr": loss, "sorting_ptr": loss, "RUN": pairs["RUN"]}
+        {**tables, "counts_ptr": "i64", "ranking_ptr": loss, "sorting_ptr": loss, **pairs}
         for loss in ("fp32", "fp64")
     ]
     return {"terms_kernel": steps, "gradients_kernel": steps, "lines_kernel": steps, "losses_kernel": losses}
-
-
-def _num_warps() -> int:
-    return importlib.import_module("rsloss_kernels.losses.ranking.triton_impl").NUM_WARPS
 
 
 def _variants() -> dict[str, list[dict]]:
@@ -137,7 +141,7 @@ def _compile(kernel, variant: dict, capability: int) -> dict:
         else:
             signature[name] = "i64" if name in WIDE_INTEGERS else variant.get(name, "i32")
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": _num_warps()})
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": variant["num_warps"]})
     tool = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

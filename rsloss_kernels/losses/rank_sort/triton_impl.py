@@ -1,8 +1,9 @@
 """Rank & Sort's finalize as Triton kernels: every sum over positives and over bins by comparing pairs, float64 inside.
 
-Six launches: breakpoints (two); the terms of every positive; gradients of the positives; the two losses; the lines of the negatives. A sum over
-pairs takes about P^2 steps, needs no float prefix sums (so it has a fixed order, no far origin and no cancellation), and ends at the
-number of positives, which stays on the device. Formulas: README.md beside this file; layouts: ../ranking/README.md.
+Six launches: breakpoints (two); the terms of every positive; gradients of the positives; lines of the negatives; the two
+losses. A sum over pairs takes about P^2 steps, needs no float prefix sums (so it has a fixed order, no far origin and no
+cancellation), and ends at the number of positives, which stays on the device. Formulas: README.md beside this file;
+layouts: ../ranking/README.md.
 """
 import torch
 import triton
@@ -11,18 +12,18 @@ import triton.language as tl
 from rsloss_kernels.losses.ranking import reference
 from rsloss_kernels.losses.ranking.op import GRADIENT_ROWS, LINE_ROWS
 from rsloss_kernels.losses.ranking.triton_impl import (
-    NUM_WARPS,
+    TABLE_WARPS,
     count_not_above,
     float_bits,
     float_of,
-    on_device_of,
+    launching_on,
     pair_tile,
     write_breakpoints,
 )
 
 EPS = tl.constexpr(1e-10)
-# Rows of the table between the kernels: ranking error, sorting error, and the shares of them per unit of H that a negative and a worse
-# positive take. A share of 0 means that nothing is shared out.
+# Rows of the table between the kernels: ranking error, sorting error, and the shares of them per unit of H that a negative
+# and a worse positive take. A share of 0 means that nothing is shared out.
 TERM_ROWS = 4
 PLAIN_INTEGERS = ("capacity", "delta_bits", "unit_bits", "scale_bits")
 
@@ -272,8 +273,8 @@ def rank_sort_finalize(
     tile, run = pair_tile(capacity, device)
     unit, _ = reference.fixed_point_unit(delta, reference.count_elements(logits))
     delta_bits, scale_bits = float_bits(delta), float_bits(gradient_scale)
-    options = {"IS_STEP": delta == 0, "TILE": tile, "RUN": run, "num_warps": NUM_WARPS}
-    with on_device_of(ranked):
+    options = {"IS_STEP": delta == 0, "TILE": tile, "RUN": run, "num_warps": TABLE_WARPS}
+    with launching_on(ranked):
         slots, sizes = write_breakpoints(ranked, lines, delta, double)
         if capacity:
             grid = (triton.cdiv(capacity, tile),)
@@ -284,5 +285,5 @@ def rank_sort_finalize(
             lines_kernel[triton.cdiv(2 * capacity, tile),](
                 ranked, slots, sizes, terms, lines, capacity, delta_bits, scale_bits, **options
             )
-        losses_kernel[1,](sizes, terms, counts, bins, ranking, sorting, capacity, RUN=run, num_warps=NUM_WARPS)
+        losses_kernel[1,](sizes, terms, counts, bins, ranking, sorting, capacity, RUN=run, num_warps=TABLE_WARPS)
     return ranking, sorting, gradients, lines

@@ -1,13 +1,15 @@
 """The shared ranking operators as Triton kernels: CUDA tensors, and CPU tensors under TRITON_INTERPRET=1.
 
-Collect: a pass over the targets writes the bit mask and the counts of every block; their prefix sum gives each block its slots, and a
-second pass over the blocks that hold positives writes the records in flat order. Bin: ranks by comparing all pairs of positives,
-slots of the breakpoints by binary search, then one pass over the logits with integer atomics into copies of the bins. Backward:
-one pass over the logits, then one over the positives. Loops over positives end at their number, which stays on the device: no launch
-depends on the data. Sums of floats have a fixed order. Layouts and derivation: README.md beside this file.
+Collect: a pass over the targets writes the bit mask and the counts of every block; their prefix sum gives each block its
+slots, and a second pass over the blocks that hold positives writes the records in flat order. Bin: ranks by comparing all
+pairs of positives, slots of the breakpoints by binary search, then one pass over the logits with integer atomics into
+copies of the bins. Backward: one pass over the logits, then one over the positives. Loops over positives end at their
+number, which stays on the device: no launch depends on the data. Sums of floats have a fixed order. Layouts and derivation:
+README.md beside this file.
 """
-import contextlib
 import struct
+import threading
+from contextlib import AbstractContextManager
 
 import torch
 import triton
@@ -17,19 +19,20 @@ from torch import Tensor
 from rsloss_kernels.losses.ranking import reference
 from rsloss_kernels.losses.ranking.op import RECORD_ROWS, mask_bytes
 
-# Elements of one program of a pass over the logits, and (positives, partners at a time) of one program over pairs. The interpreter pays
-# per program, a GPU per idle processor.
-STREAM_BLOCK = {"cuda": 2048, "cpu": 1 << 16}
+# Elements of one program of a pass over the logits; (positives, partners at a time) of one program over pairs; entries of one
+# program over a table. The interpreter pays per program, a GPU for idle processors. The blocks are the largest that spill no
+# registers.
+STREAM_BLOCK = {"cuda": 1024, "cpu": 1 << 16}
 PAIR_TILE = {"cuda": (8, 128), "cpu": (256, 256)}
 TABLE_BLOCK = {"cuda": 256, "cpu": 1 << 12}
-NUM_WARPS = 8
+STREAM_WARPS, TABLE_WARPS = 4, 8
 
 # Copies of the bins share this many entries of a count and a sum, where the positives are few and so the bins contended.
 SHARED_BINS = 1 << 14
 MAX_COPIES = 64
 
-# Arguments that change from call to call without a gain from code of their own. Floats travel as the bits of a float64, because Triton
-# passes a Python float as a float32.
+# Arguments that change from call to call without a gain from code of their own. Floats travel as the bits of a float64,
+# because Triton passes a Python float as a float32.
 PLAIN_INTEGERS = ("capacity", "top", "first_block", "offset", "entries", "delta_bits", "scale_bits", "most_bits")
 
 
@@ -37,8 +40,13 @@ def float_bits(value: float) -> int:
     return struct.unpack("<q", struct.pack("<d", value))[0]
 
 
-def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+# The interpreter swaps functions of triton.language while a kernel runs: one thread at a time.
+_interpreter = threading.RLock()
+
+
+def launching_on(tensor: Tensor) -> AbstractContextManager:
+    """The context that kernels must be launched in: the device of `tensor`; on a CPU, the interpreter to oneself."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else _interpreter
 
 
 def stream_block(elements: int, device: torch.device) -> int:
@@ -96,7 +104,10 @@ def rounded_to(value, TYPE: tl.constexpr):
 
 @triton.jit
 def count_not_above(table_ptr, value, size, top, wanted, count):
-    """Number of entries of the ascending table[:size] that are <= value, where `wanted`. top: a power of two, size < 2 top; count: 0."""
+    """Number of entries of the ascending table[:size] that are <= value, where `wanted`.
+
+    top: a power of two with size < 2 top. count: zeros of the shape of value.
+    """
     step = top
     while step > 0:
         probe = count + step
@@ -171,12 +182,12 @@ def mask_kernel(
     is_positive, is_negative, _ = read_targets(
         targets_ptr, start, lane, size, classes, IS_DENSE, BACKGROUND_FIRST, DOUBLE
     )
-    packed = tl.sum(is_negative.to(tl.int32) << bit[None, :], 1)
+    packed = tl.sum(tl.where(is_negative, 1 << bit[None, :], 0), 1)
     # The mask of a tensor is padded to 64 bits.
     tl.store(negatives_ptr + start // 8 + byte, packed.to(tl.uint8), mask=byte < (size + 63) // 64 * 8 - start // 8)
     block = first_block + tl.program_id(0)
-    tl.store(block_counts_ptr + block, tl.sum(tl.sum(is_positive.to(tl.int32), 1), 0))
-    tl.store(block_counts_ptr + entries + block, tl.sum(tl.sum(is_negative.to(tl.int32), 1), 0))
+    tl.store(block_counts_ptr + block, tl.sum(is_positive.to(tl.int32)))
+    tl.store(block_counts_ptr + entries + block, tl.sum(is_negative.to(tl.int32)))
 
 
 @triton.jit(do_not_specialize=PLAIN_INTEGERS)
@@ -238,7 +249,7 @@ def ranking_collect(logits, targets, quality, segments, num_segments, max_positi
                 "BACKGROUND_FIRST": background_first,
                 "DOUBLE": any(source.dtype == torch.float64 for source in sources),
                 "BLOCK": blocks[level],
-                "num_warps": NUM_WARPS,
+                "num_warps": STREAM_WARPS,
             }
             classes = 1 if is_dense else level_logits.shape[-1]
             if size > 0:
@@ -247,7 +258,7 @@ def ranking_collect(logits, targets, quality, segments, num_segments, max_positi
             first_byte += (size + 63) // 64 * 8
             offset += size
 
-    with on_device_of(logits[0]):
+    with launching_on(logits[0]):
         for grid, level, size, classes, first_block, first_byte, _, options in launches():
             mask_kernel[grid](
                 targets[level], negatives[first_byte:], block_counts, size, classes, first_block, sum(grids), **options
@@ -379,8 +390,9 @@ def write_breakpoints(ranked: Tensor, edges: Tensor, delta: float, double: bool)
     block = table_block(capacity, ranked.device)
     # One program at least, for the sizes.
     grid = (max(1, triton.cdiv(capacity, block)),)
-    windows_kernel[grid](ranked, bounds, sizes, capacity, float_bits(delta), DOUBLE=double, BLOCK=block, num_warps=NUM_WARPS)
-    breakpoints_kernel[grid](bounds, sizes, edges, slots, capacity, BLOCK=block, num_warps=NUM_WARPS)
+    options = {"BLOCK": block, "num_warps": TABLE_WARPS}
+    windows_kernel[grid](ranked, bounds, sizes, capacity, float_bits(delta), **options, DOUBLE=double)
+    breakpoints_kernel[grid](bounds, sizes, edges, slots, capacity, **options)
     return slots, sizes
 
 
@@ -416,7 +428,7 @@ def bin_kernel(
     copies = tl.minimum(entries // (2 * (used + 1)), MAX_COPIES)
     counts_ptr = copies_ptr + tl.program_id(0) % copies * (2 * (used + 1))
 
-    nans = tl.sum(tl.sum((is_negative & (value != value)).to(tl.int32), 1), 0)
+    nans = tl.sum((is_negative & (value != value)).to(tl.int32))
     tl.atomic_add(counts_ptr, nans.to(tl.int64), mask=nans > 0, sem="relaxed")
     # Without positives nothing is at or above a breakpoint, not even +inf.
     lowest = tl.load(edges_ptr, mask=used > 0, other=float("nan"))
@@ -468,10 +480,12 @@ def ranking_bin(logits, negatives, positives, counts, segments, num_segments, de
     copies = torch.zeros(entries, dtype=torch.int64, device=device)
     unit, bits = reference.fixed_point_unit(delta, reference.count_elements(logits))
     scale_bits, most_bits = float_bits(1 / unit if unit else 0.0), float_bits(2.0**bits - 1)
-    with on_device_of(positives):
+    with launching_on(positives):
         if capacity:
             tile, run = pair_tile(capacity, device)
-            rank_kernel[triton.cdiv(capacity, tile),](positives, counts, ranked, capacity, TILE=tile, RUN=run, num_warps=NUM_WARPS)
+            rank_kernel[triton.cdiv(capacity, tile),](
+                positives, counts, ranked, capacity, TILE=tile, RUN=run, num_warps=TABLE_WARPS
+            )
         _, sizes = write_breakpoints(ranked, edges, delta, double)
         first_byte = 0
         for level in logits:
@@ -479,12 +493,13 @@ def ranking_bin(logits, negatives, positives, counts, segments, num_segments, de
             if size:
                 bin_kernel[triton.cdiv(size, block),](
                     *(level, negatives[first_byte:], edges, sizes, copies, size, entries, scale_bits, most_bits),
-                    **{"DOUBLE": double, "IS_STEP": delta == 0, "MAX_COPIES": MAX_COPIES, "BLOCK": block, "num_warps": NUM_WARPS},
+                    **{"DOUBLE": double, "IS_STEP": delta == 0, "MAX_COPIES": MAX_COPIES, "BLOCK": block},
+                    num_warps=STREAM_WARPS,
                 )
             first_byte += (size + 63) // 64 * 8
         block = table_block(2 * capacity + 1, device)
         sum_copies_kernel[triton.cdiv(2 * capacity + 1, block), 2](
-            copies, sizes, bins, capacity, entries, MAX_COPIES=MAX_COPIES, BLOCK=block, num_warps=NUM_WARPS
+            copies, sizes, bins, capacity, entries, MAX_COPIES=MAX_COPIES, BLOCK=block, num_warps=TABLE_WARPS
         )
     return ranked, bins
 
@@ -568,7 +583,7 @@ def ranking_backward(
     results = [torch.empty_like(level) for level in logits]
     edges = lines[0].to(reference.arithmetic_type(logits[0].dtype))
     first_byte = offset = 0
-    with on_device_of(gradients):
+    with launching_on(gradients):
         for level, result in zip(logits, results, strict=True):
             size, block = level.numel(), stream_block(level.numel(), device)
             double = level.dtype == torch.float64
@@ -576,14 +591,15 @@ def ranking_backward(
                 negative_gradient_kernel[triton.cdiv(size, block),](
                     *(level, negatives[first_byte:], edges, lines, counts, grad_first, result),
                     *(size, capacity, largest_power_of_two(2 * capacity)),
-                    **{"DOUBLE": double, "BLOCK": block, "num_warps": NUM_WARPS},
+                    **{"DOUBLE": double, "BLOCK": block},
+                    num_warps=STREAM_WARPS,
                 )
             if size and capacity:
                 block = table_block(capacity, device)
                 positive_gradient_kernel[triton.cdiv(capacity, block),](
                     *(gradients, counts, grad_first, grad_second, result, size, capacity, offset),
                     BLOCK=block,
-                    num_warps=NUM_WARPS,
+                    num_warps=TABLE_WARPS,
                 )
             first_byte += (size + 63) // 64 * 8
             offset += size
