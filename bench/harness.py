@@ -83,7 +83,7 @@ class _CudaClock:
         if not self.captured:
             torch.cuda.synchronize()
         elif self.flush is None:
-            # Keeps the device busy until the replay is enqueued, as the flush does; else the gap between the two would be timed.
+            # Keeps the device busy until the replay is enqueued, as the flush does; else the gap between them would be timed.
             torch.cuda._sleep(SLEEP_CYCLES)
         self.start.record()
         kept = workload.call()
