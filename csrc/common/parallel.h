@@ -8,6 +8,8 @@
 
 namespace rsloss {
 
+constexpr int64_t kWordsPerTask = 256;  // of 64 elements each: enough to pay for waking a thread
+
 // Number of tasks worth starting for `items` of work when a task should get at least `grain` of them.
 inline int64_t task_count(int64_t items, int64_t grain) {
   const int64_t threads = torch::stable::get_num_threads();

@@ -158,10 +158,6 @@ std::vector<double> pull_of_better(const Windows& windows, const ByQuality& by, 
   return pull;
 }
 
-int64_t count_valid(const double* logit, int64_t capacity) {
-  return std::partition_point(logit, logit + capacity, [](double value) { return !std::isnan(value); }) - logit;
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> rank_sort_finalize(Tensors logits, Tensor negatives, Tensor ranked, Tensor counts, Tensor bins,
                                                               std::optional<Tensor> segments, int64_t num_segments, double delta,
                                                               double gradient_scale, bool) {

@@ -50,7 +50,7 @@ struct RankSortTables {
 
 // Reads 16 bytes of cached memory per pair and per bin of the window, writes 48 bytes per positive.
 template <class T>
-__global__ void __launch_bounds__(kThreads) rank_sort_pairs_kernel(RankSortTables<T> t) {
+__global__ void __launch_bounds__(kThreads, 4) rank_sort_pairs_kernel(RankSortTables<T> t) {
   const int valid = valid_positives(t.ranked, t.counts, t.capacity);
   const double* centre = t.ranked + kLogit * t.capacity;
   const double* quality = t.ranked + kQuality * t.capacity;
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kThreads) rank_sort_pairs_kernel(RankSortTable
 
 // One block, every thread a contiguous run: reads 32 and writes 8 bytes per positive.
 template <class T>
-__global__ void __launch_bounds__(kReduceThreads) rank_sort_losses_kernel(RankSortTables<T> t) {
+__global__ void __launch_bounds__(kReduceThreads, 1) rank_sort_losses_kernel(RankSortTables<T> t) {
   __shared__ double scratch[kReduceThreads / kWarp];
   const int valid = valid_positives(t.ranked, t.counts, t.capacity);
   const Share<int> share(valid, threadIdx.x, blockDim.x);
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kReduceThreads) rank_sort_losses_kernel(RankSo
 
 // Reads 24 bytes of cached memory per pair, 16 per open window, writes 48 + 24 bytes per column of the capacity.
 template <class T>
-__global__ void __launch_bounds__(kThreads) rank_sort_tables_kernel(RankSortTables<T> t) {
+__global__ void __launch_bounds__(kThreads, 4) rank_sort_tables_kernel(RankSortTables<T> t) {
   const int valid = valid_positives(t.ranked, t.counts, t.capacity);
   const int used = used_columns(t.counts, t.capacity);
   const double* centre = t.ranked + kLogit * t.capacity;

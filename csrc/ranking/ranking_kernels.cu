@@ -66,7 +66,7 @@ __device__ __forceinline__ int64_t words_of(const CollectLevel& level) { return 
 // Reads the targets once, writes the mask (elements / 8 bytes) and two counts per block. A block owns a contiguous run of tiles, so
 // that the blocks' counts, scanned in order, are the places of its positives.
 template <class Target, bool kDense>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     ranking_mask_kernel(CollectLevel level, bool background_first, int64_t* block_positives, int64_t* block_negatives) {
   __shared__ int64_t scratch[kWarpsPerBlock];
   const int64_t words = words_of(level);
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // One block: 16 bytes read and 8 written per block of the mask kernel. block_positives becomes its exclusive scan.
-__global__ void __launch_bounds__(kStreamThreads)
+__global__ void __launch_bounds__(kStreamThreads, 1)
     ranking_count_kernel(int blocks, int64_t* block_positives, const int64_t* block_negatives, int64_t* counts) {
   __shared__ int64_t scratch[kStreamThreads / kWarp];
   const Share<int> share(blocks, threadIdx.x, blockDim.x);
@@ -133,7 +133,7 @@ __device__ __forceinline__ void write_padding(double* records, int64_t column, i
 }
 
 // Writes 32 bytes per unused column.
-__global__ void __launch_bounds__(kThreads) ranking_pad_kernel(const int64_t* counts, int64_t capacity, double* positives) {
+__global__ void __launch_bounds__(kThreads, 4) ranking_pad_kernel(const int64_t* counts, int64_t capacity, double* positives) {
   for (int64_t column = used_columns(counts, capacity) + grid_thread(); column < capacity; column += grid_threads()) {
     write_padding(positives, column, capacity);
   }
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(kThreads) ranking_pad_kernel(const int64_t* co
 // Reads the mask (elements / 8 bytes) in blocks that found positives, and once more the targets of those words that are not all
 // negatives; writes 32 bytes per positive. offsets: the scanned counts of this level's blocks.
 template <class Target, bool kDense>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     ranking_collect_kernel(CollectLevel level, bool background_first, const int64_t* offsets, int64_t capacity, double* positives) {
   __shared__ int64_t scratch[kWarpsPerBlock];
   int64_t base = offsets[blockIdx.x];
@@ -312,7 +312,7 @@ __device__ __forceinline__ int compare(double a, double b) {
 // The place of every positive is the number of those before it by (logit, quality, flat index), counted by one warp: about P^2 / 32
 // loads from cache, no sort. Reads 8 bytes per pair and moves 32 bytes per positive; pads the rest, clears the bins (32 bytes per
 // column).
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     ranking_rank_kernel(const double* positives, const int64_t* counts, int64_t capacity, double* ranked, int64_t* bins) {
   const int used = used_columns(counts, capacity);
   const double* logit = positives + kLogit * capacity;
@@ -333,17 +333,19 @@ __global__ void __launch_bounds__(kThreads)
     const int place = warp_sum(before);
     if (lane < kRecordRows) ranked[lane * capacity + place] = positives[lane * capacity + i];
   }
+  const int thread = static_cast<int>(grid_thread());
+  const int threads = static_cast<int>(grid_threads());
   // Unrolling these would only cost registers.
 #pragma unroll 1
-  for (int64_t column = used + grid_thread(); column < capacity; column += grid_threads()) write_padding(ranked, column, capacity);
+  for (int column = used + thread; column < capacity; column += threads) write_padding(ranked, column, capacity);
 #pragma unroll 1
-  for (int64_t k = grid_thread(); k < 2 * (2 * capacity + 1); k += grid_threads()) bins[k] = 0;
+  for (int k = thread; k < 2 * capacity + 1; k += threads) bins[k] = bins[2 * capacity + 1 + k] = 0;
 }
 
 // A merge of two ascending lists by ranks: the place of lo_i is i plus the hi before it, and the other way round. Equal: lo first.
 // Reads log2(V) cached doubles per positive, writes 8 + 2 sizeof(T) bytes.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     ranking_breakpoints_kernel(const double* ranked, const int64_t* counts, int64_t capacity, double delta, Breakpoints<T> breakpoints) {
   const int valid = valid_positives(ranked, counts, capacity);
   for (int i = static_cast<int>(grid_thread()); i < valid; i += static_cast<int>(grid_threads())) {
@@ -359,7 +361,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // One block, a suffix sum of the 2V counts: reads and writes 16 bytes per breakpoint.
-__global__ void __launch_bounds__(kStreamThreads)
+__global__ void __launch_bounds__(kStreamThreads, 1)
     ranking_count_from_slot_kernel(const double* ranked, const int64_t* counts, const int64_t* bins, int64_t capacity, int64_t* from_slot) {
   __shared__ int64_t scratch[kStreamThreads / kWarp];
   const int edges = 2 * valid_positives(ranked, counts, capacity);
@@ -497,35 +499,13 @@ RSL_HOST_DEVICE int64_t bin_shared_bytes(int64_t edges, int64_t replicas) {
 // kUnroll groups are loaded before any is used: with one block of 1024 threads per processor 32 KiB are in flight.
 constexpr int kUnroll = 2;
 
-// Streams the logits (sizeof(Element) + 1/8 bytes per element) and adds every negative at or above the first edge to its bin, in
-// shared memory; adds the block's bins to the global ones (2 atomics per non-empty bin). Small tables are replicated: lanes of a warp
-// that meet in one bin (P = 1: all of them) would queue up. Tables that do not fit go to the global bins element by element.
-template <class Element, int kVector>
-__global__ void __launch_bounds__(kStreamThreads)
-    ranking_bin_kernel(const Element* logits, const uint8_t* negatives, int64_t elements, const double* ranked,
-                       const int64_t* counts, int64_t capacity, Breakpoints<Arithmetic<Element>> breakpoints, double scale,
-                       double most, int shared_bytes, int64_t* bins) {
+// Calls add(k, offset) for every negative at or above the first edge: k is the edge left of it, offset its fixed-point distance from
+// there. Returns the thread's number of NaN negatives. num_edges = 0: counts those only.
+template <class Element, int kVector, class Located, class Add>
+__device__ __forceinline__ uint64_t stream_negatives(const Element* logits, const uint8_t* negatives, int64_t elements,
+                                                     const Located& locator, int num_edges, double scale, double most, Add add) {
   using T = Arithmetic<Element>;
-  RSL_DYNAMIC_SHARED(memory);
-  const int num_edges = 2 * valid_positives(ranked, counts, capacity);
-  int replicas = num_edges > 0 ? kMaxReplicas : 0;
-  while (replicas > 0 && bin_shared_bytes<T>(num_edges, replicas) > shared_bytes) replicas /= 2;
-  const int entries = replicas * num_edges;
-  const SharedSums sums(memory, entries);
-  T* const shared_edges = reinterpret_cast<T*>(memory + 8 * static_cast<int64_t>(entries));
-  uint32_t* const shared_counts = reinterpret_cast<uint32_t*>(shared_edges + (replicas > 0 ? num_edges : 0));
-#pragma unroll 1
-  for (int k = threadIdx.x; k < entries; k += blockDim.x) {
-    sums.clear(k);
-    shared_counts[k] = 0;
-    if (k < num_edges) shared_edges[k] = breakpoints.edges[k];
-  }
-  __syncthreads();
-  Locator<T, T> locator = {};
-  if (num_edges > 0) locator.build(replicas > 0 ? shared_edges : breakpoints.edges, num_edges, shared_counts + entries);
-  const int replica = replicas > 0 ? static_cast<int>(threadIdx.x % replicas) * num_edges : 0;
-
-  uint64_t nans = 0;
+  unsigned nans = 0;
   const int64_t groups = (elements + kVector - 1) / kVector;
   for (int64_t group = grid_thread(); group < groups; group += kUnroll * grid_threads()) {
     Group<Element, kVector> loaded[kUnroll];
@@ -541,21 +521,60 @@ __global__ void __launch_bounds__(kStreamThreads)
         if (num_edges == 0 || !(value >= locator.first)) continue;
         const int k = locator.find(value);
         const double distance = static_cast<double>(value) - static_cast<double>(locator.edges[k]);
-        const uint64_t offset = static_cast<uint64_t>(fixed_point_offset(distance, scale, most));
-        if (replicas > 0) {
-          atomicAdd(&shared_counts[replica + k], 1u);
-          sums.add(replica + k, offset);
-        } else {
-          add_to_bin(bins + 1 + k, 1);
-          add_to_bin(bins + (2 * capacity + 1) + 1 + k, offset);
-        }
+        add(k, static_cast<uint64_t>(fixed_point_offset(distance, scale, most)));
       }
     }
   }
-  add_to_bin(bins, nans);
+  return nans;
+}
+
+// Streams the logits (sizeof(Element) + 1/8 bytes per element) and adds every negative at or above the first edge to its bin, in
+// shared memory; adds the block's bins to the global ones (2 atomics per non-empty bin). Small tables are replicated: lanes of a warp
+// that meet in one bin (P = 1: all of them) would queue up. Tables that do not fit go to the global bins element by element.
+template <class Element, int kVector>
+__global__ void __launch_bounds__(kStreamThreads, 1)
+    ranking_bin_kernel(const Element* logits, const uint8_t* negatives, int64_t elements, const double* ranked,
+                       const int64_t* counts, int64_t capacity, Breakpoints<Arithmetic<Element>> breakpoints, double scale,
+                       double most, int shared_bytes, int64_t* bins) {
+  using T = Arithmetic<Element>;
+  RSL_DYNAMIC_SHARED(memory);
+  int64_t* const bin_counts = bins + 1;
+  int64_t* const bin_sums = bins + (2 * capacity + 1) + 1;
+  const int num_edges = 2 * valid_positives(ranked, counts, capacity);
+  int replicas = num_edges > 0 ? kMaxReplicas : 0;
+  while (replicas > 0 && bin_shared_bytes<T>(num_edges, replicas) > shared_bytes) replicas /= 2;
+  Locator<T, T> locator = {};
+  if (replicas == 0) {
+    if (num_edges > 0) locator.build(breakpoints.edges, num_edges, memory);
+    const auto add = [=](int k, uint64_t offset) {
+      add_to_bin(bin_counts + k, 1);
+      add_to_bin(bin_sums + k, offset);
+    };
+    add_to_bin(bins, stream_negatives<Element, kVector>(logits, negatives, elements, locator, num_edges, scale, most, add));
+    return;
+  }
+
+  const int entries = replicas * num_edges;
+  const SharedSums sums(memory, entries);
+  T* const edges = reinterpret_cast<T*>(memory + sizeof(uint64_t) * entries);
+  uint32_t* const shared_counts = reinterpret_cast<uint32_t*>(edges + num_edges);
+#pragma unroll 1
+  for (int k = threadIdx.x; k < entries; k += blockDim.x) {
+    sums.clear(k);
+    shared_counts[k] = 0;
+    if (k < num_edges) edges[k] = breakpoints.edges[k];
+  }
+  __syncthreads();
+  locator.build(edges, num_edges, shared_counts + entries);
+  const int replica = static_cast<int>(threadIdx.x % replicas) * num_edges;
+  const auto add = [=](int k, uint64_t offset) {
+    atomicAdd(&shared_counts[replica + k], 1u);
+    sums.add(replica + k, offset);
+  };
+  add_to_bin(bins, stream_negatives<Element, kVector>(logits, negatives, elements, locator, num_edges, scale, most, add));
   __syncthreads();
 #pragma unroll 1
-  for (int k = threadIdx.x; k < (replicas > 0 ? num_edges : 0); k += blockDim.x) {
+  for (int k = threadIdx.x; k < num_edges; k += blockDim.x) {
     uint64_t count = 0;
     uint64_t sum = 0;
 #pragma unroll 1
@@ -563,8 +582,8 @@ __global__ void __launch_bounds__(kStreamThreads)
       count += shared_counts[r * num_edges + k];
       sum += sums.get(r * num_edges + k);
     }
-    add_to_bin(bins + 1 + k, count);
-    add_to_bin(bins + (2 * capacity + 1) + 1 + k, sum);
+    add_to_bin(bin_counts + k, count);
+    add_to_bin(bin_sums + k, sum);
   }
 }
 
@@ -625,7 +644,7 @@ RSL_HOST_DEVICE int64_t lines_shared_bytes(int64_t count) {
 // Gradient of every element but the positives, which ranking_scatter_kernel writes next. The lines live in shared memory where they
 // fit (3 sizeof(T) bytes per breakpoint), else they are read from the lines themselves, in double.
 template <class Element, int kVector>
-__global__ void __launch_bounds__(kStreamThreads)
+__global__ void __launch_bounds__(kStreamThreads, 1)
     ranking_backward_kernel(const Element* logits, const uint8_t* negatives, int64_t elements, const double* lines,
                             const int64_t* counts, int64_t capacity, const Arithmetic<Element>* upstream, int shared_bytes,
                             Element* gradients) {
@@ -657,7 +676,7 @@ __global__ void __launch_bounds__(kStreamThreads)
 
 // Gradient of the positives of one tensor: reads 24 bytes per positive of the batch, writes one element each.
 template <class Element>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     ranking_scatter_kernel(const double* table, const int64_t* counts, int64_t capacity, const Arithmetic<Element>* grad_first,
                            const Arithmetic<Element>* grad_second, int64_t elements, int64_t first_index, Element* gradients) {
   if (counts[kFound] > capacity) return;

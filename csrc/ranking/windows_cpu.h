@@ -1,6 +1,8 @@
 // The positives of a ranking loss, ascending by logit, with their windows; what every finalize on the CPU works on.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <limits>
 #include <vector>
@@ -8,6 +10,11 @@
 #include "ranking/ranking.h"
 
 namespace rsloss {
+
+// Ranked logits end in NaN: invalid positives and padding.
+inline int64_t count_valid(const double* ranked, int64_t capacity) {
+  return std::partition_point(ranked, ranked + capacity, [](double logit) { return !std::isnan(logit); }) - ranked;
+}
 
 // Breakpoints of `count` ascending centres, all ascending, lo before hi where equal; and the slot of every lo and hi.
 struct Breakpoints {

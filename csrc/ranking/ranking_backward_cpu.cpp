@@ -1,0 +1,181 @@
+// The gradient of the logits on the CPU: one threaded pass from the lines, then the positives.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <optional>
+#include <vector>
+
+#include "common/checks.h"
+#include "common/floating_cpu.h"
+#include "common/isa.h"
+#include "common/parallel.h"
+#include "ranking/ranking.h"
+#include "ranking/ranking_sweep.h"
+
+#define RSL_SIMD_BODY "ranking/ranking_gradient_simd.h"
+#include "common/for_each_isa.h"
+
+namespace rsloss {
+namespace {
+
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+
+double upstream_value(const char* op, const char* name, const std::optional<Tensor>& grad) {
+  if (!grad) return 0;
+  STD_TORCH_CHECK(grad->numel() == 1 && is_floating(grad->scalar_type()) && grad->is_cpu(), op, ": ", name,
+                  " must be a floating 0-d tensor on the CPU, got shape ", shape_of(*grad));
+  double value = 0;
+  dispatch_floating(grad->scalar_type(),
+                    [&](auto tag) { value = static_cast<double>(*static_cast<const decltype(tag)*>(grad->const_data_ptr())); });
+  return value;
+}
+
+// A cell may hold one line in place of several if that is wrong by at most this share of the largest gradient of a positive.
+constexpr double kLineTolerance = 0x1p-26;
+
+// Everything a gradient pass reads. lines: the operator's, [3, columns].
+template <class T>
+struct GradientTables {
+  GradientTables(const double* table, int64_t columns, double upstream, double largest, int64_t elements) {
+    const int64_t slots = std::lower_bound(table, table + columns, std::numeric_limits<double>::infinity()) - table;
+    const double *value = table + columns, *slope = table + 2 * columns;
+    edges = distinct_edges<T>(table, slots);
+    exact.reserve(edges.size() + 1);
+    exact.push_back({0, 0});
+    for (int64_t slot = 0; slot < slots; ++slot)
+      if (slot + 1 == slots || table[slot + 1] != table[slot]) exact.push_back({upstream * value[slot], upstream * slope[slot]});
+    if (slots == 0) exact.push_back({0, 0});
+    lines.reserve(exact.size());
+    for (const Line<double>& line : exact) lines.push_back({static_cast<T>(line.value), static_cast<T>(line.slope)});
+    if constexpr (std::is_same_v<T, float>) build_cells(kLineTolerance * largest, elements);
+  }
+
+  double at(int32_t bin, double s) const {
+    return bin > 0 ? exact[bin].value + exact[bin].slope * (s - static_cast<double>(edges[bin - 1])) : 0;
+  }
+
+  void build_cells(double tolerance, int64_t elements) {
+    grid = make_grid(edges, elements);
+    cells.resize(num_cells(grid));
+    for_cells(
+        grid, edges,
+        [&](int32_t begin, int32_t end, int32_t before) {
+          RSL_ISA_CALL(fill_line_cells, cells.data() + begin, int64_t{end - begin}, at(before, start_of_cell(grid, begin)),
+                       exact[before].slope * grid.width);
+        },
+        [&](int32_t cell, int32_t begin, int32_t end) {
+          if (!fit_line(cell, begin, end, tolerance)) {
+            cells[cell].value = std::numeric_limits<float>::quiet_NaN();
+            std::memcpy(&cells[cell].slope, &begin, sizeof begin);
+          }
+        });
+  }
+
+  // The chord over the cell, if it is good enough at both sides of every breakpoint inside.
+  bool fit_line(int32_t cell, int32_t begin, int32_t end, double tolerance) {
+    if ((cell == 0 && grid.cuts_low) || (cell + 1 == num_cells(grid) && grid.cuts_high)) return false;
+    const double left = start_of_cell(grid, cell);
+    const double first = at(begin, left), step = at(end, left + grid.width) - first;
+    for (int32_t edge = begin; edge < end; ++edge) {
+      const double s = edges[edge], chord = first + step * (s - left) * static_cast<double>(grid.scale);
+      const double below = std::fabs(at(edge, s) - chord), above = std::fabs(at(edge + 1, s) - chord);
+      if (!(below <= tolerance && above <= tolerance)) return false;
+    }
+    cells[cell] = {static_cast<float>(first), static_cast<float>(step)};
+    return true;
+  }
+
+  GradientPass<T> pass() const {
+    return {edges.data(), static_cast<int32_t>(edges.size()), lines.data(), std::numeric_limits<T>::max(), grid, cells.data()};
+  }
+
+  std::vector<T> edges;
+  std::vector<Line<double>> exact;  // by bin
+  std::vector<Line<T>> lines;       // the same in T
+  CellGrid grid{};
+  std::vector<CellLine> cells;
+};
+
+template <class In>
+void fill_nan(const Tensor& tensor) {
+  In* data = static_cast<In*>(tensor.mutable_data_ptr());
+  std::fill(data, data + tensor.numel(), In(static_cast<Arithmetic<In>>(kNaN)));
+}
+
+template <class In>
+void stream_gradient(const Tensors& logits, const uint64_t* words, const GradientPass<Arithmetic<In>>& pass, const Tensors& gradients) {
+  for (size_t level = 0; level < logits.size(); ++level) {
+    const In* data = static_cast<const In*>(logits[level].const_data_ptr());
+    In* gradient = static_cast<In*>(gradients[level].mutable_data_ptr());
+    const int64_t count = logits[level].numel(), level_words = mask_words(count);
+    const int64_t tasks = task_count(level_words, kWordsPerTask);
+    run_tasks(tasks, [&](int64_t task) {
+      const int64_t begin = task_begin(level_words, tasks, task), end = task_begin(level_words, tasks, task + 1);
+      RSL_ISA_CALL(write_gradient, data + begin * 64, std::min(end * 64, count) - begin * 64, words + begin, pass, gradient + begin * 64);
+    });
+    words += level_words;
+  }
+}
+
+double largest_gradient(const double* records, int64_t capacity, double first, double second) {
+  double largest = 0;
+  for (int64_t slot = 0; slot < capacity; ++slot)
+    largest = std::fmax(largest, std::fabs(first * records[kFirst * capacity + slot] + second * records[kSecond * capacity + slot]));
+  return largest;
+}
+
+// Writes the gradients of the positives; records come sorted by logit, so the flat indices are in any order.
+template <class In>
+void scatter_positives(const double* records, int64_t capacity, double first, double second, const Tensors& gradients) {
+  std::vector<int64_t> begin{0};
+  for (const Tensor& level : gradients) begin.push_back(begin.back() + level.numel());
+  for (int64_t slot = 0; slot < capacity; ++slot) {
+    const double stored = records[kGradientIndex * capacity + slot];
+    if (!(stored >= 0 && stored < static_cast<double>(begin.back()))) continue;
+    const int64_t index = static_cast<int64_t>(stored);
+    const size_t level = static_cast<size_t>(std::upper_bound(begin.begin(), begin.end(), index) - begin.begin() - 1);
+    const double value = first * records[kFirst * capacity + slot] + second * records[kSecond * capacity + slot];
+    static_cast<In*>(gradients[level].mutable_data_ptr())[index - begin[level]] = In(static_cast<Arithmetic<In>>(value));
+  }
+}
+
+Tensors ranking_backward(Tensors logits, Tensor negatives, Tensor gradients, Tensor lines, Tensor counts,
+                         std::optional<Tensor> segments, int64_t num_segments, std::optional<Tensor> grad_first,
+                         std::optional<Tensor> grad_second) {
+  const char* op = "ranking_backward";
+  check_logits(op, logits);
+  check_unsegmented(op, segments, num_segments);
+  check_vector(op, "negatives", negatives, logits[0], ScalarType::Byte, mask_bytes(logits));
+  check_vector(op, "counts", counts, logits[0], ScalarType::Long, kCounts);
+  check_table(op, "gradients", gradients, logits[0], ScalarType::Double, kGradientRows, -1);
+  const int64_t capacity = gradients.size(1);
+  check_table(op, "lines", lines, logits[0], ScalarType::Double, kLineRows, 2 * capacity);
+  const double first = upstream_value(op, "grad_first", grad_first), second = upstream_value(op, "grad_second", grad_second);
+  const bool overflowed = static_cast<const int64_t*>(counts.const_data_ptr())[kFound] > capacity;
+  Tensors results;
+  for (const Tensor& level : logits) results.push_back(torch::stable::empty_like(level));
+  dispatch_floating(logits[0].scalar_type(), [&](auto tag) {
+    using In = decltype(tag);
+    if (overflowed) {
+      for (const Tensor& result : results) fill_nan<In>(result);
+      return;
+    }
+    const double* records = static_cast<const double*>(gradients.const_data_ptr());
+    const GradientTables<Arithmetic<In>> tables(static_cast<const double*>(lines.const_data_ptr()), 2 * capacity, first,
+                                                largest_gradient(records, capacity, first, second), count_elements(logits));
+    stream_gradient<In>(logits, static_cast<const uint64_t*>(negatives.const_data_ptr()), tables.pass(), results);
+    scatter_positives<In>(records, capacity, first, second, results);
+  });
+  return results;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(rsloss_kernels, CPU, m) { m.impl("ranking_backward.cpp", TORCH_BOX(&ranking_backward)); }
+
+}  // namespace rsloss
