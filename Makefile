@@ -27,6 +27,9 @@ env:
 	if [ "$$(cat $(VENV)/.installed 2>/dev/null || true)" != "$$wanted" ]; then
 	  rm -f $(VENV)/.installed $(VENV)/.compiled
 	  $(if $(TORCH),$(PY) -m pip install "$(TORCH)",true)
+	  # A venv made by the interpreter of another venv does not see that one's packages.
+	  $(if $(TORCH),true,$(PY) -c 'import torch' 2>/dev/null) || $(PYTHON) -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])' \
+	    > "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch_of_the_interpreter.pth"
 	  # Every later install is held to the torch that is there, and to its Triton.
 	  $(PY) -c 'import torch; print(f"torch=={torch.__version__}")' > $(VENV)/constraints.txt
 	  cat requirements/base.txt requirements/demo.txt $(if $(TORCH),,| sed 's/==.*//') > $(VENV)/requirements.txt
@@ -38,8 +41,10 @@ env:
 	switches="$${RSLOSS_NO_EXT:-} $${RSLOSS_FORCE_CUDA:-} $${TORCH_CUDA_ARCH_LIST:-} $${DEBUG:-} $${CXX:-}"
 	wanted="$$switches $$(find csrc setup.py rsloss_kernels/_build.py -type f -print0 | sort -z | xargs -0 sha256sum | sha256sum)"
 	if [ "$$(cat $(VENV)/.compiled 2>/dev/null || true)" != "$$wanted" ]; then
-	  rm -f $(VENV)/.compiled rsloss_kernels/*.so
-	  $(PY) setup.py build_ext --inplace --force
+	  rm -f $(VENV)/.compiled
+	  # No library stays that the sources did not make.
+	  if [ "$${RSLOSS_NO_EXT:-0}" != 0 ]; then rm -f rsloss_kernels/*.so; fi
+	  $(PY) setup.py build_ext --inplace --force || { rm -f rsloss_kernels/*.so; exit 1; }
 	  echo "$$wanted" > $(VENV)/.compiled
 	fi
 

@@ -52,6 +52,7 @@ source_packages = [
     for folder in [ROOT / "csrc", *sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_dir())]
 ]
 setup(
+    license="Apache-2.0",
     packages=find_packages(include=["rsloss_kernels", "rsloss_kernels.*"]) + source_packages,
     package_dir={"rsloss_kernels": "rsloss_kernels", "rsloss_kernels.csrc": "csrc"},
     package_data={"": ["*.md"], **{name: ["*.h", "*.cuh", "*.cpp", "*.cu"] for name in source_packages}},
