@@ -1,4 +1,4 @@
-"""Sample inputs of every loss: one list that feeds the tests of values, gradients, operators (opcheck), torch.compile and torch.export.
+"""Sample inputs of every loss: one list that feeds the tests of values, gradients, opcheck, torch.compile and export.
 
 A loss adds itself to `LOSSES` with its public function, its module and its samples.
 """

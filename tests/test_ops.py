@@ -1,4 +1,4 @@
-"""Every operator of the library on every backend under PyTorch's own checks: opcheck, torch.compile, torch.export, fake tensors.
+"""Every operator of the library on every backend under PyTorch's own checks: opcheck, torch.compile, export, fake tensors.
 
 The operators are discovered and their arguments recorded while the public functions run on the samples, so that a new loss is
 covered as soon as samples.py knows it.

@@ -1,4 +1,4 @@
-"""Values and gradients of Rank & Sort: against the authors' recorded outputs, and against a brute-force oracle on fresh random inputs."""
+"""Values and gradients of Rank & Sort: against the authors' recorded outputs, and an oracle on fresh random inputs."""
 import dataclasses
 
 import golden_vectors
