@@ -13,6 +13,7 @@
 namespace rsloss {
 
 using torch::headeronly::ScalarType;
+using torch::headeronly::toString;
 using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 
@@ -36,11 +37,18 @@ inline void check_placement(const char* op, const char* name, const Tensor& tens
   STD_TORCH_CHECK(tensor.is_contiguous(), op, ": ", name, " must be contiguous, got shape ", shape_of(tensor));
 }
 
+inline void check_dtype(const char* op, const char* name, const Tensor& tensor, ScalarType type) {
+  STD_TORCH_CHECK(tensor.scalar_type() == type, op, ": ", name, " must have dtype ", toString(type), ", got ",
+                  toString(tensor.scalar_type()));
+}
+
 inline void check_logits(const char* op, const Tensors& logits) {
   STD_TORCH_CHECK(!logits.empty(), op, ": logits must hold at least one tensor, got none");
   for (const Tensor& level : logits) {
-    STD_TORCH_CHECK(is_floating(level.scalar_type()), op, ": logits must be float16, bfloat16, float32 or float64");
-    STD_TORCH_CHECK(level.scalar_type() == logits[0].scalar_type(), op, ": logits must all have one dtype");
+    STD_TORCH_CHECK(is_floating(level.scalar_type()), op, ": logits must be float16, bfloat16, float32 or float64, got ",
+                    toString(level.scalar_type()));
+    STD_TORCH_CHECK(level.scalar_type() == logits[0].scalar_type(), op, ": logits must all have one dtype, ",
+                    toString(logits[0].scalar_type()), ", got ", toString(level.scalar_type()));
     check_placement(op, "logits", level, logits[0]);
   }
 }
@@ -49,7 +57,7 @@ inline void check_logits(const char* op, const Tensors& logits) {
 inline void check_table(const char* op, const char* name, const Tensor& table, const Tensor& logits, ScalarType type, int64_t rows,
                         int64_t columns) {
   check_placement(op, name, table, logits);
-  STD_TORCH_CHECK(table.scalar_type() == type, op, ": ", name, " has the wrong dtype");
+  check_dtype(op, name, table, type);
   STD_TORCH_CHECK(table.dim() == 2 && table.size(0) == rows && (columns < 0 || table.size(1) == columns), op, ": ", name,
                   " must have shape [", rows, ", ", columns < 0 ? std::string("any") : std::to_string(columns), "], got ",
                   shape_of(table));
@@ -58,7 +66,7 @@ inline void check_table(const char* op, const char* name, const Tensor& table, c
 inline void check_vector(const char* op, const char* name, const Tensor& vector, const Tensor& logits, ScalarType type,
                          int64_t size) {
   check_placement(op, name, vector, logits);
-  STD_TORCH_CHECK(vector.scalar_type() == type, op, ": ", name, " has the wrong dtype");
+  check_dtype(op, name, vector, type);
   STD_TORCH_CHECK(vector.dim() == 1 && vector.size(0) == size, op, ": ", name, " must have shape [", size, "], got ",
                   shape_of(vector));
 }

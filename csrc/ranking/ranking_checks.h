@@ -16,7 +16,7 @@ inline void check_collect_targets(const char* op, const Tensors& logits, const T
   for (size_t level = 0; level < logits.size(); ++level) {
     check_placement(op, "targets", targets[level], logits[0]);
     const ScalarType type = targets[level].scalar_type();
-    STD_TORCH_CHECK(is_floating(type) || is_label(type), op, ": targets must be int32, int64 or floating");
+    STD_TORCH_CHECK(is_floating(type) || is_label(type), op, ": targets must be int32, int64 or floating, got ", toString(type));
     const int64_t dims = logits[level].dim() - (is_label(type) ? 1 : 0);
     bool matches = targets[level].dim() == dims;
     for (int64_t d = 0; matches && d < dims; ++d) matches = targets[level].size(d) == logits[level].size(d);
@@ -25,7 +25,8 @@ inline void check_collect_targets(const char* op, const Tensors& logits, const T
     if (quality.empty()) continue;
     check_placement(op, "quality", quality[level], logits[0]);
     STD_TORCH_CHECK(is_label(type), op, ": quality must be empty with dense targets, got a tensor");
-    STD_TORCH_CHECK(is_floating(quality[level].scalar_type()), op, ": quality must have a floating dtype");
+    STD_TORCH_CHECK(is_floating(quality[level].scalar_type()), op, ": quality must have a floating dtype, got ",
+                    toString(quality[level].scalar_type()));
     STD_TORCH_CHECK(shape_of(quality[level]) == shape_of(targets[level]), op, ": quality must have the shape of targets, ",
                     shape_of(targets[level]), ", got ", shape_of(quality[level]));
   }
