@@ -20,8 +20,8 @@ from rsloss_kernels.losses.ranking import reference
 from rsloss_kernels.losses.ranking.op import RECORD_ROWS, mask_bytes
 
 # Elements of one program of a pass over the logits; (positives, partners at a time) of one program over pairs; entries of one
-# program over a table. The interpreter pays per program, a GPU for idle processors. The blocks are the largest that spill no
-# registers.
+# program over a table. The interpreter pays per program, a GPU for idle processors; on it a pass over
+# blocks of 2048 would spill registers.
 STREAM_BLOCK = {"cuda": 1024, "cpu": 1 << 16}
 PAIR_TILE = {"cuda": (8, 128), "cpu": (256, 256)}
 TABLE_BLOCK = {"cuda": 256, "cpu": 1 << 12}
