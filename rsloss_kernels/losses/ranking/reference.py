@@ -142,7 +142,7 @@ def ranking_bin(logits, negatives, positives, counts, segments, num_segments, de
         index = torch.searchsorted(edges, value, right=True)
         bins[0].index_add_(0, index, torch.ones_like(index))
         if unit > 0:
-            offset = ((value - edges[index - 1]) * (1 / unit)).clamp(0, 2**bits - 1)
+            offset = ((value - edges[index - 1]) * (1 / unit)).nan_to_num(0.0).clamp(0, 2**bits - 1)
             bins[1].index_add_(0, index, offset.long())
     return ranked, bins
 
