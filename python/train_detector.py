@@ -38,7 +38,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--image-size", type=int, default=96, help="--data: images are scaled to fit this square, a multiple of 16"
     )
-    parser.add_argument("--pool", type=int, default=3200, help="number of training canvases made")
+    parser.add_argument("--pool", type=int, default=6400, help="number of training canvases made")
     parser.add_argument("--held-out", type=int, default=300, help="number of held-out canvases made")
     parser.add_argument("--compare-steps", type=int, default=150, help="steps beside the published loop, 0: none")
     parser.add_argument(

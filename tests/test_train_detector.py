@@ -145,7 +145,7 @@ def test_perfect_detections_have_ap_one_and_half_found_about_half(pool):
     perfect = evaluation.Detections(pool.boxes, scores, pool.labels.clamp(min=0), pool.labels >= 0)
     assert evaluation.average_precision(perfect, pool)[:3] == (1.0, 1.0, 1.0)
     assert evaluation.best_f1(perfect, pool) == (pytest.approx(0.9), 1.0)
-    # A false box above every true one, and a low score for the rest: the best F1 is where all true ones are in.
+    # Three false boxes below every true one: the best F1 is where only the true ones are in.
     noisy = evaluation.Detections(
         torch.cat([pool.boxes, torch.tensor([0.0, 0.0, 2.0, 2.0]).expand(len(pool), 3, 4)], 1),
         torch.cat([scores, torch.tensor([0.3, 0.2, 0.1]).expand(len(pool), 3)], 1),
@@ -153,6 +153,9 @@ def test_perfect_detections_have_ap_one_and_half_found_about_half(pool):
         torch.cat([pool.labels >= 0, torch.ones(len(pool), 3, dtype=torch.bool)], 1),
     )
     assert evaluation.best_f1(noisy, pool) == (pytest.approx(0.9), 1.0)
+    objects = int((pool.labels >= 0).sum())
+    assert evaluation.f1_at(noisy, pool, 0.15) == pytest.approx(2 * objects / (2 * objects + 2 * len(pool)))
+    assert evaluation.f1_at(noisy, pool, 0.95) == 0
     assert evaluation.average_precision(noisy.above(2.0), pool).ap == 0 and count == 5
 
 
@@ -229,7 +232,7 @@ def test_ablation_goes_on_from_finished_runs(pool, tmp_path, monkeypatch):
 
 
 def test_comparison_trains_with_the_loop_and_agrees(pool):
-    compared = comparison.compare(Settings("rank_sort", 100, batch_size=4), 4, pool, loop_dtype=torch.float64)
+    compared = comparison.compare(Settings("rank_sort", batch_size=4), 4, pool, loop_dtype=torch.float64)
     assert 0 < compared.largest_difference <= 1e-5
     assert compared.loop_loss == pytest.approx(compared.our_loss, rel=1e-3) and len(set(compared.loop_loss)) == 4
 
@@ -243,7 +246,7 @@ def test_comparison_fails_on_a_wrong_gradient(pool, monkeypatch):
     published = comparison.published_rank_sort
     monkeypatch.setattr(comparison, "published_rank_sort", lambda logits, targets: published(logits, targets, 0.501))
     with pytest.raises(AssertionError, match="step 0: gradients"):
-        comparison.compare(Settings("rank_sort", 100, batch_size=4), 1, pool)
+        comparison.compare(Settings("rank_sort", batch_size=4), 1, pool)
 
 
 def test_bad_options_are_refused(capsys):

@@ -28,6 +28,8 @@ class Run:
     ap_at_fixed_threshold: float
     threshold: float
     train_f1: float
+    f1: float
+    f1_at_fixed_threshold: float
 
     def summary(self) -> dict:
         times = self.trainer.times
@@ -40,6 +42,8 @@ class Run:
             "ap_at_score_0.05": self.ap_at_fixed_threshold,
             "f1_threshold": self.threshold,
             "f1_on_training_canvases": self.train_f1,
+            "f1": self.f1,
+            "f1_at_score_0.05": self.f1_at_fixed_threshold,
             "step_ms": statistics.median(step.step_ms for step in times),
             "loss_ms": statistics.median(step.loss_ms for step in times),
             "peak_memory_mb": self.trainer.peak_memory_mb,
@@ -63,7 +67,8 @@ def run_one(settings: Settings, pool: Canvases, held_out: Canvases, options: arg
     threshold, f1 = evaluation.best_f1(evaluation.detect(trainer.model, known, settings.loss, options.device), known)
     fixed = evaluation.average_precision(detections.above(evaluation.FIXED_THRESHOLD), held_out)
     found = evaluation.average_precision(detections, held_out)
-    return Run(settings, trainer, detections, found, fixed.ap, threshold, f1)
+    found_f1, fixed_f1 = (evaluation.f1_at(detections, held_out, at) for at in (threshold, evaluation.FIXED_THRESHOLD))
+    return Run(settings, trainer, detections, found, fixed.ap, threshold, f1, found_f1, fixed_f1)
 
 
 def run(options: argparse.Namespace) -> dict:
@@ -92,10 +97,12 @@ def run(options: argparse.Namespace) -> dict:
     print(text)
     for one in runs:
         print(
-            f"{one.settings.loss} seed {one.settings.seed}: best F1 on training canvases {one.train_f1:.3f} at score "
-            f"{one.threshold:.4f}; at score {evaluation.FIXED_THRESHOLD} held-out AP is {100 * one.ap_at_fixed_threshold:.1f}"
+            f"{one.settings.loss} seed {one.settings.seed}: best F1 on training canvases {100 * one.train_f1:.1f} at score "
+            f"{one.threshold:.4f}, which gives {100 * one.f1:.1f} on held-out canvases; score {evaluation.FIXED_THRESHOLD} gives "
+            f"{100 * one.f1_at_fixed_threshold:.1f}"
         )
-    print("Ranking losses fix the order of the scores, not their level: a threshold must be found, none can be assumed.")
+    print("F1 at the threshold found on training canvases, and at a fixed score of 0.05: a ranking loss fixes the order of the")
+    print("scores, not their level, so its threshold must be found and none can be assumed.")
     figures.draw_loss_curves([one.summary() for one in runs], options.out / "loss_curves.png")
     figures.draw_precision_recall([one.summary() for one in runs], options.out / "precision_recall.png")
     first = [one for one in runs if one.settings.seed == options.seed]
@@ -117,11 +124,14 @@ def describe(compared: comparison.Comparison) -> str:
 
 
 def results_table(runs: list[dict], markdown: bool = False) -> str:
-    header = ["loss", "AP", "AP50", "AP75", "AP at score 0.05", "ms per step", "ms in loss", "peak MB"]
+    header = ["loss", "AP", "AP50", "AP75", "AP at 0.05", "F1", "F1 at 0.05", "ms per step", "ms in loss", "peak MB"]
     rows = []
     for name in dict.fromkeys(one["loss"] for one in runs):
         same = [one for one in runs if one["loss"] == name]
-        percent = [report.spread([100 * one[key] for one in same]) for key in ("ap", "ap50", "ap75", "ap_at_score_0.05")]
+        percent = [
+            report.spread([100 * one[key] for one in same])
+            for key in ("ap", "ap50", "ap75", "ap_at_score_0.05", "f1", "f1_at_score_0.05")
+        ]
         times = [report.spread([one[key] for one in same]) for key in ("step_ms", "loss_ms")]
         rows.append([name, *percent, *times, f"{max(one['peak_memory_mb'] for one in same):.0f}"])
     return report.table(header, rows, markdown)

@@ -96,8 +96,8 @@ class _SideBySide(nn.Module):
 def compare(
     settings: Settings, steps: int, pool: Canvases, device: str = "cpu", loop_dtype: torch.dtype = torch.float32
 ) -> Comparison:
-    """Runs `steps` steps of the schedule of `settings` twice: with the published loop, watched by ours, and with ours alone."""
-    settings = dataclasses.replace(settings, loss="rank_sort")
+    """Trains `steps` steps twice from one seed: with the published loop, watched by ours, and with ours alone."""
+    settings = dataclasses.replace(settings, loss="rank_sort", steps=steps)
     with_loop, alone = Trainer(settings, pool, device), Trainer(settings, pool, device)
     both = _SideBySide(with_loop.loss, loop_dtype, with_loop.device)
     with tqdm(range(steps), desc="published loop, ours beside it", unit="step", mininterval=0.5) as bar:

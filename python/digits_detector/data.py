@@ -6,7 +6,6 @@ A pool of canvases is made once; training walks through it in a shuffled order t
 
 import dataclasses
 import functools
-import warnings
 
 import numpy as np
 import torch
@@ -73,9 +72,7 @@ def _digits() -> tuple[np.ndarray, dict[int, np.ndarray], dict[int, np.ndarray]]
 def _photos() -> tuple[np.ndarray, ...]:
     from sklearn.datasets import load_sample_images
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return tuple(np.asarray(image) for image in load_sample_images().images)
+    return tuple(np.asarray(image) for image in load_sample_images().images)
 
 
 def make_canvases(split: str, count: int, seed: int = 0) -> Canvases:

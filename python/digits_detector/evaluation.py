@@ -105,17 +105,31 @@ def average_precision(detections: Detections, canvases: Canvases) -> AveragePrec
     )
 
 
+def f1_at(detections: Detections, canvases: Canvases, threshold: float) -> float:
+    """F1 over all classes at IoU 0.5 of the detections with at least that score."""
+    scores, f1 = _f1_curve(detections, canvases)
+    count = int((scores >= threshold).sum())
+    return float(f1[count - 1]) if count else 0.0
+
+
 def best_f1(detections: Detections, canvases: Canvases) -> tuple[float, float]:
     """(threshold, F1 there): the score threshold with the best F1 over all classes at IoU 0.5."""
-    evaluation = _coco_eval(detections, canvases)
-    objects = int((canvases.labels >= 0).sum())
-    if evaluation is None or objects == 0:
+    scores, f1 = _f1_curve(detections, canvases)
+    if len(f1) == 0:
         return 0.0, 0.0
+    best = int(f1.argmax())
+    return float(scores[best]), float(f1[best])
+
+
+def _f1_curve(detections: Detections, canvases: Canvases) -> tuple[np.ndarray, np.ndarray]:
+    """(scores, falling; F1 of all detections up to each of them)."""
+    evaluation = _coco_eval(detections, canvases)
+    if evaluation is None:
+        return np.zeros(0), np.zeros(0)
+    objects = int((canvases.labels >= 0).sum())
     images = [image for image in evaluation.evalImgs if image is not None]
     scores = np.concatenate([image["dtScores"] for image in images])
     is_hit = np.concatenate([image["dtMatches"][0] > 0 for image in images])
     order = np.argsort(-scores, kind="stable")
     scores, hits = scores[order], np.cumsum(is_hit[order])
-    f1 = 2 * hits / (np.arange(1, len(hits) + 1) + objects)
-    best = int(f1.argmax())
-    return float(scores[best]), float(f1[best])
+    return scores, 2 * hits / (np.arange(1, len(hits) + 1) + objects)

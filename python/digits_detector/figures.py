@@ -20,6 +20,8 @@ PARTS = ("#444444", "#009E73", "#CC79A7")
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False}
 BOX_COLOURS = plt.get_cmap("tab10")
 MOST_BOXES_DRAWN = 60
+# Labels stand on their box, or inside where the canvas ends; in pixels of the canvas.
+LABEL_HEIGHT = 9
 
 
 def _smoothed(values: list[float], window: int) -> tuple[np.ndarray, np.ndarray]:
@@ -64,7 +66,7 @@ def draw_comparison(compared, path: pathlib.Path) -> None:
         steps = np.arange(1, len(compared.differences) + 1)
         curves.plot(steps, compared.loop_loss, color="#999999", lw=4, label="published loop")
         curves.plot(steps, compared.our_loss, color=COLOURS["rank_sort"], lw=1.2, label="rsloss_kernels")
-        curves.set(title="Trained apart, from one seed", xlabel="step", ylabel="ranking + sorting loss", ylim=(0, None))
+        curves.set(title="Trained apart, from one seed", xlabel="step", ylabel="ranking + sorting loss")
         curves.legend()
         gradients.semilogy(steps, np.maximum(compared.differences, 1e-9), ".", color=COLOURS["rank_sort"], ms=4)
         gradients.axhline(1e-5, color="#444444", lw=1, ls="--")
@@ -98,7 +100,7 @@ def draw_precision_recall(runs: list[dict], path: pathlib.Path) -> None:
                 if len(curves) > 1:
                     axis.fill_between(recall, curves.min(0), curves.max(0), color=COLOURS[name], alpha=0.15, lw=0)
             axis.set(title=f"held-out canvases, IoU {threshold}", xlabel="recall", xlim=(0, 1), ylim=(0, 1.02))
-            axis.legend(loc="lower left")
+            axis.legend(loc="lower left" if threshold == "0.50" else "upper right")
         axes[0].set_ylabel("precision, mean over classes")
         _save(figure, path)
 
@@ -126,12 +128,12 @@ def draw_detections(runs: list, canvases: Canvases, path: pathlib.Path) -> None:
                 found = run.held_out.above(threshold)
                 kept = found.keep[column]
                 boxes, labels = found.boxes[column][kept], found.labels[column][kept]
-                axis.set_xlabel(f"{len(boxes)} boxes", fontsize=8, labelpad=2)
+                axis.set_xlabel(f"{len(boxes)} box{'' if len(boxes) == 1 else 'es'}", fontsize=8, labelpad=2)
             for (x1, y1, x2, y2), label in list(zip(boxes.tolist(), labels.tolist(), strict=True))[:MOST_BOXES_DRAWN]:
                 colour = BOX_COLOURS(label % 10)
                 axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=colour, lw=1.5))
                 axis.text(
-                    x1, y1, canvases.class_names[label], fontsize=7, color="white", va="bottom",
+                    x1, max(y1, LABEL_HEIGHT), canvases.class_names[label], fontsize=7, color="white", va="bottom",
                     bbox={"facecolor": colour, "edgecolor": "none", "pad": 0.8}, clip_on=True,
                 )  # fmt: skip
         line[0].set_ylabel(title, fontsize=9)

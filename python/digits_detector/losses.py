@@ -14,6 +14,9 @@ from rsloss_kernels import RankSortLoss, SelfBalancing, score_weights
 LOSSES = ("focal", "focal_centerness", "rank_sort")
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0
 FIXED_BOX_WEIGHT = 2.0
+# Focal loss needs rare classes to start out rare: sigmoid(-4) is about 0.02. A ranking loss sees differences of logits only; around 0
+# the sigmoids of its score weights differ mildly, far below it they would be proportional to exp(logit) and heed a few boxes only.
+FIRST_LOGIT = {"focal": -4.0, "focal_centerness": -4.0, "rank_sort": 0.0}
 # A positive of quality 0 would be a negative in the dense form of the targets, which the published loop reads.
 SMALLEST_QUALITY = 1e-6
 

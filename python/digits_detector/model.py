@@ -18,7 +18,9 @@ class Predictions(NamedTuple):
 
 
 class Detector(nn.Module):
-    def __init__(self, num_classes: int, width: int = 32):
+    """`first_logit`: the level of the class logits before training."""
+
+    def __init__(self, num_classes: int, first_logit: float = 0.0, width: int = 32):
         super().__init__()
         self.stem = nn.Sequential(_block(3, width // 2, 2), _block(width // 2, width, 2))
         self.stage3 = nn.Sequential(_block(width, 2 * width, 2), _block(2 * width, 2 * width))
@@ -30,8 +32,7 @@ class Detector(nn.Module):
         self.classify = nn.Conv2d(width, num_classes, 3, padding=1)
         self.regress = nn.Conv2d(width, 4, 3, padding=1)
         self.center = nn.Conv2d(width, 1, 3, padding=1)
-        # A rare class starts out rare: sigmoid(-4) is about 0.02.
-        nn.init.constant_(self.classify.bias, -4.0)
+        nn.init.constant_(self.classify.bias, first_logit)
 
     def forward(self, images: Tensor) -> Predictions:
         """`images`: uint8 [B, 3, H, W], both sides multiples of 16."""

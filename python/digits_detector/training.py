@@ -12,7 +12,7 @@ from tqdm import tqdm
 from digits_detector import memory
 from digits_detector.assignment import assign
 from digits_detector.data import Canvases, batch_rows
-from digits_detector.losses import make_loss
+from digits_detector.losses import FIRST_LOGIT, make_loss
 from digits_detector.model import Detector, Predictions
 
 # The best of 1e-3, 3e-3 and 1e-2 on canvases that neither training nor evaluation sees.
@@ -53,7 +53,7 @@ class Trainer:
         self.device = torch.device(device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
-            model = Detector(len(pool.class_names))
+            model = Detector(len(pool.class_names), FIRST_LOGIT[settings.loss])
         self.model = model.to(self.device)
         self.loss = make_loss(settings.loss, settings.use_score_weights, settings.box_weight).to(self.device)
         decays = [parameter for parameter in self.model.parameters() if parameter.dim() > 1]
