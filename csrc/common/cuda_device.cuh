@@ -8,13 +8,14 @@ namespace rsloss {
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kWarp = 32;
 
-// Kernels that are not limited by shared memory run in blocks of kThreads; kBlocksPerProcessor of them fill a processor of 2048
-// threads. Their loops stride by the grid, so that any grid is right.
+// Kernels that are not limited by shared memory run in blocks of kThreads. Their launch bounds ask for four resident blocks, which
+// leaves them 64 registers; kBlocksPerProcessor, of 2048 threads, is the most that fit. Their loops stride by the grid, so that any
+// grid is right.
 constexpr int kThreads = 256;
 constexpr int kWarpsPerBlock = kThreads / kWarp;
 constexpr int kBlocksPerProcessor = 8;
 
-// No more blocks than are resident at once: the rest would only wait.
+// No more blocks than can be resident at once: the rest would only wait.
 inline int64_t resident_grid(int64_t blocks, const DeviceLimits& limits) {
   return std::min<int64_t>(blocks, static_cast<int64_t>(limits.processors) * kBlocksPerProcessor);
 }

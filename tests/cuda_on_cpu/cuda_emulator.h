@@ -122,6 +122,7 @@ struct Block {
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
   std::unique_ptr<unsigned char[]> dynamic_shared;
+  size_t dynamic_bytes = 0;
   const std::function<void()>* kernel = nullptr;
   std::exception_ptr failure;
   jmp_buf scheduler;
@@ -243,11 +244,12 @@ inline void run_grid(dim3 grid, dim3 shape, size_t shared_bytes, const std::func
   blockDim = shape;
   gridDim = grid;
   const bool reverse = environment("RSL_EMULATOR_REVERSE", 0) != 0;
+  // As long as asked for and no longer, so that a sanitizer sees where it ends.
+  if (b.dynamic_bytes != shared_bytes || !b.dynamic_shared) b.dynamic_shared.reset(new unsigned char[shared_bytes]);
+  b.dynamic_bytes = shared_bytes;
   const unsigned blocks = grid.x * grid.y * grid.z;
   for (unsigned k = 0; k < blocks; ++k) {
     const unsigned i = reverse ? blocks - 1 - k : k;
-    // A block of its own, so that a sanitizer sees where it ends.
-    b.dynamic_shared.reset(new unsigned char[shared_bytes]);
     std::memset(b.dynamic_shared.get(), 0xcd, shared_bytes);
     blockIdx = {i % grid.x, i / grid.x % grid.y, i / (grid.x * grid.y)};
     run_block(reverse);

@@ -3,7 +3,6 @@
 `python sanitized.py plant`: instead a kernel that writes behind the end of a buffer, which must be reported.
 """
 import ctypes
-import itertools
 import pathlib
 import sys
 
@@ -35,11 +34,14 @@ def pipeline(logits, targets, quality, capacity, background_first, delta) -> Non
 def main() -> None:
     load_emulated_cuda(sanitize=True)
     generator = torch.Generator().manual_seed(0)
-    dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    for dtype, sizes, delta in itertools.product(dtypes, ([0], [1], [63, 64, 65], [3001]), (0.0, 0.5)):
-        for capacity in (0, 5, 64):
-            # Odd offsets into a larger tensor: neither 16-byte aligned nor padded behind the end.
-            logits = [torch.randn(size + 3, generator=generator).to(dtype)[3:].clone() for size in sizes]
+    half, single, double = torch.float16, torch.float32, torch.float64
+    runs = [(single, [0], 0.5, 4), (single, [1], 0.0, 0), (half, [63, 64, 65], 0.5, 5), (single, [63, 64, 65], 0.0, 64)]
+    runs += [(torch.bfloat16, [3001], 0.5, 5), (single, [3001], 0.5, 64), (double, [3001], 0.5, 64)]
+    for dtype, sizes, delta, capacity in runs:
+        # Odd offsets into a larger tensor are not 16-byte aligned; `clone` ends the buffer where the data ends.
+        for is_aligned in (True, False):
+            logits = [torch.randn(size + 3, generator=generator).to(dtype)[3:] for size in sizes]
+            logits = [level.clone() for level in logits] if is_aligned else logits
             targets = [(torch.rand(size, generator=generator) * 20 - 19).clamp(-0.1).to(torch.float32) for size in sizes]
             if sizes[0] > 60:
                 logits[0][7], logits[0][8], logits[0][9] = torch.inf, -torch.inf, torch.nan
@@ -48,7 +50,7 @@ def main() -> None:
         boxes = [torch.randn(size, 3, generator=generator).to(dtype) for size in rows]
         labels = [torch.randint(-1, 6, (size,), generator=generator) for size in rows]
         quality = [torch.rand(size, generator=generator).to(dtype) for size in rows]
-        pipeline(boxes, labels, quality, 2000, True, delta)
+        pipeline(boxes, labels, quality, 2000 if dtype == single else 7, True, delta)
     print("clean")
 
 
