@@ -1,7 +1,7 @@
 """The CUDA kernels on the CPU: what the emulator adds to the tests that run on every backend.
 
-Two orders of threads, one block for a million elements, tables that do not fit shared memory, bins bit for bit those of the reference,
-and sanitizers. The values themselves are tested where the losses are, with the backend `cuda-cpu`.
+Two orders of threads, one block for a million elements, tables that do not fit shared memory, bins bit for bit those of the
+reference, and sanitizers. The values themselves are tested where the losses are, with the backend `cuda-cpu`.
 """
 import contextlib
 import ctypes
@@ -104,7 +104,9 @@ def assert_same_bits(got, wanted) -> None:
         assert torch.equal(one.nan_to_num(-3e300), other.nan_to_num(-3e300)), name
 
 
-@pytest.mark.parametrize("settings", [{}, {"reverse": "1"}, {"shared_bytes": LITTLE_SHARED_MEMORY}, {"processors": "7"}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"reverse": "1"}, {"shared_bytes": LITTLE_SHARED_MEMORY}, {"processors": "7"}], ids=str
+)
 @pytest.mark.parametrize("dtype", harness.ROUNDING.keys() | {torch.float32, torch.float64}, ids=str)
 def test_tables_are_those_of_the_reference(dtype, settings, generator):
     for form, delta in (("dense", 0.5), ("labels", 0.25), ("dense", 0.0)):
@@ -163,7 +165,7 @@ def test_a_capacity_below_the_positives_gives_nan_everywhere(generator):
 
 
 def sanitized(*arguments: str) -> subprocess.CompletedProcess:
-    # Both libraries are compiled without the sanitizers' runtimes in the compiler itself.
+    # Here, because the compiler itself would run under the sanitizers there.
     build.build(sanitize=True)
     build.compile_library("faults", [build.HERE / "faults.cu"], sanitize=True)
     command = [sys.executable, str(build.HERE / "sanitized.py"), *arguments]

@@ -8,9 +8,9 @@ namespace rsloss {
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kWarp = 32;
 
-// Kernels that are not limited by shared memory run in blocks of kThreads. Their launch bounds ask for four resident blocks, which
-// leaves them 64 registers; kBlocksPerProcessor, of 2048 threads, is the most that fit. Their loops stride by the grid, so that any
-// grid is right.
+// Kernels that are not limited by shared memory run in blocks of kThreads. Their launch bounds ask for four resident blocks,
+// which leaves them 64 registers; kBlocksPerProcessor, of 2048 threads, is the most that fit. Their loops stride by the grid,
+// so that any grid is right.
 constexpr int kThreads = 256;
 constexpr int kWarpsPerBlock = kThreads / kWarp;
 constexpr int kBlocksPerProcessor = 8;
@@ -20,10 +20,18 @@ inline int64_t resident_grid(int64_t blocks, const DeviceLimits& limits) {
   return std::min<int64_t>(blocks, static_cast<int64_t>(limits.processors) * kBlocksPerProcessor);
 }
 
-__device__ __forceinline__ int64_t grid_thread() { return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; }
-__device__ __forceinline__ int64_t grid_threads() { return static_cast<int64_t>(gridDim.x) * blockDim.x; }
-__device__ __forceinline__ int grid_warp() { return static_cast<int>(grid_thread() / kWarp); }
-__device__ __forceinline__ int grid_warps() { return static_cast<int>(grid_threads() / kWarp); }
+__device__ __forceinline__ int64_t grid_thread() {
+  return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+}
+__device__ __forceinline__ int64_t grid_threads() {
+  return static_cast<int64_t>(gridDim.x) * blockDim.x;
+}
+__device__ __forceinline__ int grid_warp() {
+  return static_cast<int>(grid_thread() / kWarp);
+}
+__device__ __forceinline__ int grid_warps() {
+  return static_cast<int>(grid_threads() / kWarp);
+}
 
 // The type in which a logit is compared and its gradient computed.
 template <class Element>
@@ -37,15 +45,31 @@ struct ArithmeticOf<double> {
 template <class Element>
 using Arithmetic = typename ArithmeticOf<Element>::type;
 
-__device__ __forceinline__ float widen(__half x) { return __half2float(x); }
-__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ float widen(float x) { return x; }
-__device__ __forceinline__ double widen(double x) { return x; }
+__device__ __forceinline__ float widen(__half x) {
+  return __half2float(x);
+}
+__device__ __forceinline__ float widen(__nv_bfloat16 x) {
+  return __bfloat162float(x);
+}
+__device__ __forceinline__ float widen(float x) {
+  return x;
+}
+__device__ __forceinline__ double widen(double x) {
+  return x;
+}
 
-__device__ __forceinline__ void narrow(float x, __half* out) { *out = __float2half_rn(x); }
-__device__ __forceinline__ void narrow(float x, __nv_bfloat16* out) { *out = __float2bfloat16_rn(x); }
-__device__ __forceinline__ void narrow(float x, float* out) { *out = x; }
-__device__ __forceinline__ void narrow(double x, double* out) { *out = x; }
+__device__ __forceinline__ void narrow(float x, __half* out) {
+  *out = __float2half_rn(x);
+}
+__device__ __forceinline__ void narrow(float x, __nv_bfloat16* out) {
+  *out = __float2bfloat16_rn(x);
+}
+__device__ __forceinline__ void narrow(float x, float* out) {
+  *out = x;
+}
+__device__ __forceinline__ void narrow(double x, double* out) {
+  *out = x;
+}
 
 // One element of an array whose floating type is known at run time only; for the few elements that are positives.
 __device__ __forceinline__ double load_as_double(const void* array, Type type, int64_t index) {
@@ -68,8 +92,8 @@ __device__ __forceinline__ T warp_sum(T value) {
   return value;
 }
 
-// Sum of `value` over the threads before this one, in a fixed order; `total` over the whole block. Every thread of the block must
-// call it; blockDim.x is a multiple of 32. `scratch`: shared, one entry per warp.
+// Sum of `value` over the threads before this one, in a fixed order; `total` over the whole block. Every thread of the block
+// must call it; blockDim.x is a multiple of 32. `scratch`: shared, one entry per warp.
 template <class T>
 __device__ __forceinline__ T block_exclusive_scan(T value, T* scratch, T* total) {
   const int lane = threadIdx.x % kWarp;

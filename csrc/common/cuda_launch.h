@@ -1,5 +1,6 @@
 // What the .cu files and their glue share: the CUDA headers, launches, limits of the device, carving of temporary memory.
-// No torch here. tests/cuda_on_cpu compiles the same sources with RSL_CUDA_EMULATOR, where a header of its own stands in for CUDA.
+// No torch here. tests/cuda_on_cpu compiles the same sources with RSL_CUDA_EMULATOR, where a header of its own stands in for
+// CUDA.
 #pragma once
 
 #include <algorithm>
@@ -15,9 +16,9 @@
 #define RSL_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 #endif
 
-#define RSL_RETURN_IF_ERROR(expression)              \
-  do {                                               \
-    const cudaError_t error_code_ = (expression);    \
+#define RSL_RETURN_IF_ERROR(expression)                 \
+  do {                                                  \
+    const cudaError_t error_code_ = (expression);       \
     if (error_code_ != cudaSuccess) return error_code_; \
   } while (0)
 
@@ -43,23 +44,24 @@ cudaError_t launch(void (*kernel)(Parameters...), int64_t grid, int block, size_
 }
 
 struct DeviceLimits {
-  int processors;               // streaming multiprocessors
+  int processors;  // streaming multiprocessors
   int threads_per_processor;
-  int shared_per_block;         // bytes of dynamic shared memory that one block may opt in to
-  int shared_per_processor;     // bytes
+  int shared_per_block;      // bytes of dynamic shared memory that one block may opt in to
+  int shared_per_processor;  // bytes
 };
 
 inline cudaError_t device_limits(DeviceLimits* limits) {
   int device;
   RSL_RETURN_IF_ERROR(cudaGetDevice(&device));
   RSL_RETURN_IF_ERROR(cudaDeviceGetAttribute(&limits->processors, cudaDevAttrMultiProcessorCount, device));
-  RSL_RETURN_IF_ERROR(
-      cudaDeviceGetAttribute(&limits->threads_per_processor, cudaDevAttrMaxThreadsPerMultiProcessor, device));
+  RSL_RETURN_IF_ERROR(cudaDeviceGetAttribute(&limits->threads_per_processor, cudaDevAttrMaxThreadsPerMultiProcessor, device));
   RSL_RETURN_IF_ERROR(cudaDeviceGetAttribute(&limits->shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   return cudaDeviceGetAttribute(&limits->shared_per_processor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
 }
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
 
 // Hands out 16-byte aligned arrays from one allocation. With a null base it only adds up the bytes.
 class Workspace {

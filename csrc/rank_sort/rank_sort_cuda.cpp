@@ -38,6 +38,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rank_sort_finalize(Tensors logits, Te
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(rsloss_kernels, RSL_CUDA_KEY, m) { m.impl("rank_sort_finalize.cuda", TORCH_BOX(&rank_sort_finalize)); }
+STABLE_TORCH_LIBRARY_IMPL(rsloss_kernels, RSL_CUDA_KEY, m) {
+  m.impl("rank_sort_finalize.cuda", TORCH_BOX(&rank_sort_finalize));
+}
 
 }  // namespace rsloss

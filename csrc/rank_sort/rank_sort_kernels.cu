@@ -1,11 +1,10 @@
-// Rank & Sort on a GPU, after the sweep: all pairs of positives, twice (a warp per positive, V^2 / 32 steps of cached loads), in double.
-//   breakpoints, counts from every slot      shared with the other ranking losses
+// Rank & Sort on a GPU, after the sweep, in double: all pairs of positives, twice (a warp per positive, V^2 / 32 cached loads).
+//   shared   breakpoints, counts from every slot: launched from ranking_kernels.cu
 //   pairs    errors, coefficients and gradients of every positive from its window over the bins and from all positives above it
 //   losses   one block: the two means, and the running sum of the coefficients
 //   tables   what better positives push onto each positive; the lines of the negatives' gradient; padding
-#include "rank_sort/rank_sort_kernels.cuh"
-
 #include "rank_sort/rank_sort.h"
+#include "rank_sort/rank_sort_kernels.cuh"
 #include "ranking/ranking_device.cuh"
 
 namespace rsloss {
@@ -15,27 +14,27 @@ constexpr int kReduceThreads = 1024;
 
 template <class T>
 struct RankSortTables {
-  const double* ranked;    // [4, capacity]
-  const int64_t* counts;   // [2]
-  const int64_t* bins;     // [2, 2 capacity + 1]
+  const double* ranked;   // [4, capacity]
+  const int64_t* counts;  // [2]
+  const int64_t* bins;    // [2, 2 capacity + 1]
   int64_t capacity;
   double delta;
-  double inverse_width;    // 1 / (2 delta), 0 for delta = 0
-  double unit;             // of the fixed-point sums
+  double inverse_width;  // 1 / (2 delta), 0 for delta = 0
+  double unit;           // of the fixed-point sums
   double gradient_scale;
 
   Breakpoints<T> breakpoints;
-  int64_t* from_slot;      // [2 capacity + 1]
-  double* ranking_error;   // [capacity]
-  double* sorting_error;   // [capacity]
-  double* coefficient;     // [capacity], with all factors
-  double* weight;          // [capacity], with all factors
-  double* closed;          // [capacity + 1], sums of the coefficients before i
+  int64_t* from_slot;     // [2 capacity + 1]
+  double* ranking_error;  // [capacity]
+  double* sorting_error;  // [capacity]
+  double* coefficient;    // [capacity], with all factors
+  double* weight;         // [capacity], with all factors
+  double* closed;         // [capacity + 1], sums of the coefficients before i
 
   T* ranking;
   T* sorting;
-  double* gradients;       // [3, capacity]
-  double* lines;           // [3, 2 capacity]
+  double* gradients;  // [3, capacity]
+  double* lines;      // [3, 2 capacity]
 
   void take(Workspace* workspace) {
     breakpoints = Breakpoints<T>::take(workspace, capacity);
@@ -118,8 +117,7 @@ __global__ void __launch_bounds__(kReduceThreads, 1) rank_sort_losses_kernel(Ran
   }
   if (threadIdx.x != 0) return;
   t.closed[valid] = coefficient_total;
-  const bool is_broken =
-      t.counts[kFound] > t.capacity || t.bins[0] > 0 || valid < used_columns(t.counts, t.capacity);
+  const bool is_broken = t.counts[kFound] > t.capacity || t.bins[0] > 0 || valid < used_columns(t.counts, t.capacity);
   const double mean = valid > 0 ? static_cast<double>(valid) : 1;
   *t.ranking = is_broken ? static_cast<T>(NAN) : static_cast<T>(ranking_total / mean);
   *t.sorting = is_broken ? static_cast<T>(NAN) : static_cast<T>(sorting_total / mean);
@@ -164,8 +162,8 @@ __global__ void __launch_bounds__(kThreads, 4) rank_sort_tables_kernel(RankSortT
 
 template <class T>
 cudaError_t launch_typed(const double* ranked, const int64_t* counts, const int64_t* bins, int64_t elements, int64_t capacity,
-                         double delta, double gradient_scale, void* ranking, void* sorting, double* gradients, double* lines, void* workspace,
-                         cudaStream_t stream) {
+                         double delta, double gradient_scale, void* ranking, void* sorting, double* gradients, double* lines,
+                         void* workspace, cudaStream_t stream) {
   DeviceLimits limits;
   RSL_RETURN_IF_ERROR(device_limits(&limits));
   RankSortTables<T> tables = {};
@@ -216,7 +214,8 @@ cudaError_t launch_rank_sort_finalize(Type logits_type, const double* ranked, co
                                       int64_t elements, int64_t capacity, double delta, double gradient_scale, void* ranking,
                                       void* sorting, double* gradients, double* lines, void* workspace, cudaStream_t stream) {
   const auto typed = logits_type == Type::kDouble ? launch_typed<double> : launch_typed<float>;
-  return typed(ranked, counts, bins, elements, capacity, delta, gradient_scale, ranking, sorting, gradients, lines, workspace, stream);
+  return typed(ranked, counts, bins, elements, capacity, delta, gradient_scale, ranking, sorting, gradients, lines, workspace,
+               stream);
 }
 
 }  // namespace rsloss

@@ -5,18 +5,21 @@
 
 namespace rsloss {
 
-inline bool is_label(ScalarType type) { return type == ScalarType::Int || type == ScalarType::Long; }
+inline bool is_label(ScalarType type) {
+  return type == ScalarType::Int || type == ScalarType::Long;
+}
 
 // Class indices have the shape of the logits without the last dimension, dense targets the whole shape.
 inline void check_collect_targets(const char* op, const Tensors& logits, const Tensors& targets, const Tensors& quality) {
-  STD_TORCH_CHECK(targets.size() == logits.size(), op, ": targets must hold as many tensors as logits, ", logits.size(), ", got ",
-                  targets.size());
-  STD_TORCH_CHECK(quality.empty() || quality.size() == logits.size(), op, ": quality must be empty or hold as many tensors as logits, ",
-                  logits.size(), ", got ", quality.size());
+  STD_TORCH_CHECK(targets.size() == logits.size(), op, ": targets must hold as many tensors as logits, ", logits.size(),
+                  ", got ", targets.size());
+  STD_TORCH_CHECK(quality.empty() || quality.size() == logits.size(), op,
+                  ": quality must be empty or hold as many tensors as logits, ", logits.size(), ", got ", quality.size());
   for (size_t level = 0; level < logits.size(); ++level) {
     check_placement(op, "targets", targets[level], logits[0]);
     const ScalarType type = targets[level].scalar_type();
-    STD_TORCH_CHECK(is_floating(type) || is_label(type), op, ": targets must be int32, int64 or floating, got ", toString(type));
+    STD_TORCH_CHECK(is_floating(type) || is_label(type), op, ": targets must be int32, int64 or floating, got ",
+                    toString(type));
     const int64_t dims = logits[level].dim() - (is_label(type) ? 1 : 0);
     bool matches = targets[level].dim() == dims;
     for (int64_t d = 0; matches && d < dims; ++d) matches = targets[level].size(d) == logits[level].size(d);

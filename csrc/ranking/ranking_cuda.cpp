@@ -1,4 +1,5 @@
-// Torch glue of the shared ranking operators on CUDA: checks, allocation, device and stream. The kernels are in ranking_kernels.cu.
+// Torch glue of the shared ranking operators on CUDA: checks, allocation, device and stream. The kernels are in
+// ranking_kernels.cu.
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -11,8 +12,8 @@
 namespace rsloss {
 namespace {
 
-// A GPU cannot size its outputs by what it finds, so the caller must name a capacity. The emulator runs the public functions on CPU
-// tensors, which name none there; it takes the capacity that they choose on a GPU.
+// A GPU cannot size its outputs by what it finds, so the caller must name a capacity. The emulator runs the public functions on
+// CPU tensors, which name none there; it takes the capacity that they choose on a GPU.
 int64_t capacity_of(const char* op, std::optional<int64_t> max_positives, [[maybe_unused]] const Tensors& targets) {
 #ifdef RSL_CUDA_EMULATOR
   if (!max_positives) {
@@ -21,14 +22,14 @@ int64_t capacity_of(const char* op, std::optional<int64_t> max_positives, [[mayb
   }
 #endif
   STD_TORCH_CHECK(max_positives.has_value(), op, ": max_positives must be an int on CUDA, got None");
-  STD_TORCH_CHECK(*max_positives >= 0 && *max_positives < (int64_t{1} << 29), op, ": max_positives must be within [0, 2^29), got ",
-                  *max_positives);
+  STD_TORCH_CHECK(*max_positives >= 0 && *max_positives < (int64_t{1} << 29), op,
+                  ": max_positives must be within [0, 2^29), got ", *max_positives);
   return *max_positives;
 }
 
-std::tuple<Tensor, Tensor, Tensor> ranking_collect(Tensors logits, Tensors targets, Tensors quality, std::optional<Tensor> segments,
-                                                   int64_t num_segments, std::optional<int64_t> max_positives,
-                                                   bool background_first) {
+std::tuple<Tensor, Tensor, Tensor> ranking_collect(Tensors logits, Tensors targets, Tensors quality,
+                                                   std::optional<Tensor> segments, int64_t num_segments,
+                                                   std::optional<int64_t> max_positives, bool background_first) {
   const char* op = "ranking_collect";
   check_logits(op, logits);
   check_collect_targets(op, logits, targets, quality);
@@ -131,8 +132,9 @@ Tensors ranking_backward(Tensors logits, Tensor negatives, Tensor gradients, Ten
     mask += 8 * mask_words(level.numel());
     first_index += level.numel();
   }
-  check_cuda(op, launch_ranking_backward(levels.data(), static_cast<int>(levels.size()), type_of(logits[0]), input<double>(gradients),
-                                         input<double>(lines), input<int64_t>(counts), capacity, first, second, stream));
+  check_cuda(
+      op, launch_ranking_backward(levels.data(), static_cast<int>(levels.size()), type_of(logits[0]), input<double>(gradients),
+                                  input<double>(lines), input<int64_t>(counts), capacity, first, second, stream));
   return results;
 }
 

@@ -1,4 +1,5 @@
-// Device side of the ranking sweep that the losses' own kernels share: valid positives, windows over bins, lines of the gradient.
+// Device side of the ranking sweep that the losses' own kernels share: valid positives, windows over bins, lines of the
+// gradient.
 #pragma once
 
 #include "common/cuda_device.cuh"
@@ -33,8 +34,8 @@ __device__ __forceinline__ int valid_positives(const double* ranked, const int64
   return partition_point(used_columns(counts, capacity), [=](int i) { return isnan(ranked[i]); });
 }
 
-// FP of positive i by one warp, the same in every lane. It sums over the bins of the window itself, terms of one sign, so it needs
-// neither prefix sums nor their origins.
+// FP of positive i by one warp, the same in every lane. It sums over the bins of the window itself, terms of one sign, so it
+// needs neither prefix sums nor their origins.
 template <class T>
 __device__ __forceinline__ double window_false_positives(double centre, int i, Breakpoints<T> breakpoints,
                                                          const int64_t* from_slot, const int64_t* bins, int64_t capacity,
@@ -55,8 +56,8 @@ __device__ __forceinline__ double window_false_positives(double centre, int i, B
   return false_positives(static_cast<double>(from_slot[hi]), inside, moment, centre - origin, delta);
 }
 
-// The line right of one edge by one warp: `closed` = sum of c_i with hi_i at or left of the edge, and the positives [open, open_end)
-// whose windows hold it. coefficient: c_i. lines f64 [3, 2 capacity].
+// The line right of one edge by one warp: `closed` = sum of c_i with hi_i at or left of the edge, and the positives [open,
+// open_end) whose windows hold it. coefficient: c_i. lines f64 [3, 2 capacity].
 template <class T>
 __device__ __forceinline__ void write_line(const double* centre, const double* coefficient, double closed, int open,
                                            int open_end, T edge, int slot, double delta, int64_t capacity, double* lines) {

@@ -1,5 +1,5 @@
-// The ranking sweep on a GPU: collect positives, rank them, bin the negatives, and the gradient pass. The number of launches depends
-// on the number of tensors alone. Streaming passes: targets once in collect, logits once in bin and once in backward.
+// The ranking sweep on a GPU: collect positives, rank them, bin the negatives, and the gradient pass. The number of launches
+// depends on the number of tensors alone. Streaming passes: targets once in collect, logits once in bin and once in backward.
 #include "ranking/ranking_device.cuh"
 
 namespace rsloss {
@@ -7,7 +7,8 @@ namespace {
 
 constexpr int kStreamThreads = 1024;
 
-// ---- collect -------------------------------------------------------------------------------------------------------------------
+// ---- collect
+// -------------------------------------------------------------------------------------------------------------------
 
 constexpr int kWordBits = 64;
 // A block takes tiles of one mask word per thread.
@@ -19,7 +20,9 @@ struct WordBits {
 };
 
 // Bits [from, to) of a word, 0 <= from < to <= 64.
-__device__ __forceinline__ uint64_t bit_range(int64_t from, int64_t to) { return (~uint64_t{0} >> (kWordBits - (to - from))) << from; }
+__device__ __forceinline__ uint64_t bit_range(int64_t from, int64_t to) {
+  return (~uint64_t{0} >> (kWordBits - (to - from))) << from;
+}
 
 // Classes of the targets of one mask word. Dense: by a whole warp (loads of 32 neighbours), `word` uniform.
 template <class Target>
@@ -55,16 +58,19 @@ __device__ __forceinline__ WordBits label_word(const CollectLevel& level, bool b
     const int64_t column = label - (background_first ? 1 : 0);
     const int64_t element = start + column;
     // A label above the classes is background; it is never used as an address.
-    if (column >= 0 && column < level.classes && element >= first && element < last) bits.positive |= uint64_t{1} << (element - first);
+    if (column >= 0 && column < level.classes && element >= first && element < last)
+      bits.positive |= uint64_t{1} << (element - first);
   }
   bits.negative &= ~bits.positive;
   return bits;
 }
 
-__device__ __forceinline__ int64_t words_of(const CollectLevel& level) { return (level.elements + kWordBits - 1) / kWordBits; }
+__device__ __forceinline__ int64_t words_of(const CollectLevel& level) {
+  return (level.elements + kWordBits - 1) / kWordBits;
+}
 
-// Reads the targets once, writes the mask (elements / 8 bytes) and two counts per block. A block owns a contiguous run of tiles, so
-// that the blocks' counts, scanned in order, are the places of its positives.
+// Reads the targets once, writes the mask (elements / 8 bytes) and two counts per block. A block owns a contiguous run of
+// tiles, so that the blocks' counts, scanned in order, are the places of its positives.
 template <class Target, bool kDense>
 __global__ void __launch_bounds__(kThreads, 4)
     ranking_mask_kernel(CollectLevel level, bool background_first, int64_t* block_positives, int64_t* block_negatives) {
@@ -143,7 +149,8 @@ __global__ void __launch_bounds__(kThreads, 4) ranking_pad_kernel(const int64_t*
 // negatives; writes 32 bytes per positive. offsets: the scanned counts of this level's blocks.
 template <class Target, bool kDense>
 __global__ void __launch_bounds__(kThreads, 4)
-    ranking_collect_kernel(CollectLevel level, bool background_first, const int64_t* offsets, int64_t capacity, double* positives) {
+    ranking_collect_kernel(CollectLevel level, bool background_first, const int64_t* offsets, int64_t capacity,
+                           double* positives) {
   __shared__ int64_t scratch[kWarpsPerBlock];
   int64_t base = offsets[blockIdx.x];
   if (base == offsets[blockIdx.x + 1]) return;
@@ -276,9 +283,9 @@ cudaError_t launch_ranking_collect(const CollectLevel* levels, int num_levels, b
   for (int i = 0; i < num_levels; ++i) {
     const int64_t grid = collect_grid(levels[i], limits);
     if (grid == 0) continue;
-    RSL_RETURN_IF_ERROR(dispatch_targets(
-        levels[i].targets_type, LaunchMask{levels[i], grid, background_first, tables.block_positives + first_block,
-                                           tables.block_negatives + first_block, stream}));
+    RSL_RETURN_IF_ERROR(dispatch_targets(levels[i].targets_type,
+                                         LaunchMask{levels[i], grid, background_first, tables.block_positives + first_block,
+                                                    tables.block_negatives + first_block, stream}));
     first_block += grid;
   }
   RSL_RETURN_IF_ERROR(launch(ranking_count_kernel, 1, kStreamThreads, 0, stream, blocks, tables.block_positives,
@@ -298,7 +305,8 @@ cudaError_t launch_ranking_collect(const CollectLevel* levels, int num_levels, b
   return cudaSuccess;
 }
 
-// ---- rank and breakpoints ------------------------------------------------------------------------------------------------------
+// ---- rank and breakpoints
+// ------------------------------------------------------------------------------------------------------
 
 namespace {
 
@@ -309,9 +317,9 @@ __device__ __forceinline__ int compare(double a, double b) {
   return static_cast<int>(isnan(a)) - static_cast<int>(isnan(b));
 }
 
-// The place of every positive is the number of those before it by (logit, quality, flat index), counted by one warp: about P^2 / 32
-// loads from cache, no sort. Reads 8 bytes per pair and moves 32 bytes per positive; pads the rest, clears the bins (32 bytes per
-// column).
+// The place of every positive is the number of those before it by (logit, quality, flat index), counted by one warp: about P^2
+// / 32 loads from cache, no sort. Reads 8 bytes per pair and moves 32 bytes per positive; pads the rest, clears the bins (32
+// bytes per column).
 __global__ void __launch_bounds__(kThreads, 4)
     ranking_rank_kernel(const double* positives, const int64_t* counts, int64_t capacity, double* ranked, int64_t* bins) {
   const int used = used_columns(counts, capacity);
@@ -342,11 +350,12 @@ __global__ void __launch_bounds__(kThreads, 4)
   for (int k = thread; k < 2 * capacity + 1; k += threads) bins[k] = bins[2 * capacity + 1 + k] = 0;
 }
 
-// A merge of two ascending lists by ranks: the place of lo_i is i plus the hi before it, and the other way round. Equal: lo first.
-// Reads log2(V) cached doubles per positive, writes 8 + 2 sizeof(T) bytes.
+// A merge of two ascending lists by ranks: the place of lo_i is i plus the hi before it, and the other way round. Equal: lo
+// first. Reads log2(V) cached doubles per positive, writes 8 + 2 sizeof(T) bytes.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 4)
-    ranking_breakpoints_kernel(const double* ranked, const int64_t* counts, int64_t capacity, double delta, Breakpoints<T> breakpoints) {
+    ranking_breakpoints_kernel(const double* ranked, const int64_t* counts, int64_t capacity, double delta,
+                               Breakpoints<T> breakpoints) {
   const int valid = valid_positives(ranked, counts, capacity);
   for (int i = static_cast<int>(grid_thread()); i < valid; i += static_cast<int>(grid_threads())) {
     const T lo = round_up_sum<T>(ranked[i], -delta);
@@ -362,7 +371,8 @@ __global__ void __launch_bounds__(kThreads, 4)
 
 // One block, a suffix sum of the 2V counts: reads and writes 16 bytes per breakpoint.
 __global__ void __launch_bounds__(kStreamThreads, 1)
-    ranking_count_from_slot_kernel(const double* ranked, const int64_t* counts, const int64_t* bins, int64_t capacity, int64_t* from_slot) {
+    ranking_count_from_slot_kernel(const double* ranked, const int64_t* counts, const int64_t* bins, int64_t capacity,
+                                   int64_t* from_slot) {
   __shared__ int64_t scratch[kStreamThreads / kWarp];
   const int edges = 2 * valid_positives(ranked, counts, capacity);
   const Share<int> share(edges, threadIdx.x, blockDim.x);
@@ -378,7 +388,8 @@ __global__ void __launch_bounds__(kStreamThreads, 1)
   if (threadIdx.x == 0) from_slot[edges] = 0;
 }
 
-// ---- streaming passes ----------------------------------------------------------------------------------------------------------
+// ---- streaming passes
+// ----------------------------------------------------------------------------------------------------------
 
 template <class Element, int kVector>
 struct alignas(sizeof(Element) * kVector) Pack {
@@ -415,9 +426,9 @@ struct Group {
   }
 };
 
-// Finds the last of `count` ascending edges at or below a value in about one step: a uniform grid of cells between the first and the
-// last edge narrows it to the edges of one cell, bisection does the rest. cell() is monotone, and the same operations place values
-// and edges, so this is exact whatever the rounding. starts[c] = number of edges in cells before c.
+// Finds the last of `count` ascending edges at or below a value in about one step: a uniform grid of cells between the first
+// and the last edge narrows it to the edges of one cell, bisection does the rest. cell() is monotone, and the same operations
+// place values and edges, so this is exact whatever the rounding. starts[c] = number of edges in cells before c.
 constexpr int kCells = 4096;
 constexpr int kStartsBytes = (kCells + 4) * static_cast<int>(sizeof(uint32_t));
 
@@ -464,9 +475,9 @@ struct Locator {
   }
 };
 
-// 64-bit sums in shared memory as two halves, because a native 64-bit atomic does not exist there (it is a compare-and-swap loop).
-// A wrap of the low half carries into the high one. fixed_point_bits() keeps the sum of all elements below 2^63, so neither the
-// high half nor, below 2^32 elements per block, the count ever wraps.
+// 64-bit sums in shared memory as two halves, because a native 64-bit atomic does not exist there (it is a compare-and-swap
+// loop). A wrap of the low half carries into the high one. fixed_point_bits() keeps the sum of all elements below 2^63, so
+// neither the high half nor, below 2^32 elements per block, the count ever wraps.
 struct SharedSums {
   uint32_t* low;
   uint32_t* high;
@@ -499,11 +510,12 @@ RSL_HOST_DEVICE int64_t bin_shared_bytes(int64_t edges, int64_t replicas) {
 // kUnroll groups are loaded before any is used: with one block of 1024 threads per processor 32 KiB are in flight.
 constexpr int kUnroll = 2;
 
-// Calls add(k, offset) for every negative at or above the first edge: k is the edge left of it, offset its fixed-point distance from
-// there. Returns the thread's number of NaN negatives. num_edges = 0: counts those only.
+// Calls add(k, offset) for every negative at or above the first edge: k is the edge left of it, offset its fixed-point distance
+// from there. Returns the thread's number of NaN negatives. num_edges = 0: counts those only.
 template <class Element, int kVector, class Located, class Add>
 __device__ __forceinline__ uint64_t stream_negatives(const Element* logits, const uint8_t* negatives, int64_t elements,
-                                                     const Located& locator, int num_edges, double scale, double most, Add add) {
+                                                     const Located& locator, int num_edges, double scale, double most,
+                                                     Add add) {
   using T = Arithmetic<Element>;
   unsigned nans = 0;
   const int64_t groups = (elements + kVector - 1) / kVector;
@@ -528,9 +540,10 @@ __device__ __forceinline__ uint64_t stream_negatives(const Element* logits, cons
   return nans;
 }
 
-// Streams the logits (sizeof(Element) + 1/8 bytes per element) and adds every negative at or above the first edge to its bin, in
-// shared memory; adds the block's bins to the global ones (2 atomics per non-empty bin). Small tables are replicated: lanes of a warp
-// that meet in one bin (P = 1: all of them) would queue up. Tables that do not fit go to the global bins element by element.
+// Streams the logits (sizeof(Element) + 1/8 bytes per element) and adds every negative at or above the first edge to its bin,
+// in shared memory; adds the block's bins to the global ones (2 atomics per non-empty bin). Small tables are replicated: lanes
+// of a warp that meet in one bin (P = 1: all of them) would queue up. Tables that do not fit go to the global bins element by
+// element.
 template <class Element, int kVector>
 __global__ void __launch_bounds__(kStreamThreads, 1)
     ranking_bin_kernel(const Element* logits, const uint8_t* negatives, int64_t elements, const double* ranked,
@@ -607,8 +620,8 @@ struct Lines {
 
 // Streams the logits and writes the gradient of one tensor: (2 sizeof(Element) + 1/8) bytes per element.
 template <class Element, int kVector, class Gradient>
-__device__ __forceinline__ void stream_gradient(const Element* logits, const uint8_t* negatives, int64_t elements, Gradient gradient_of,
-                                                Element* gradients) {
+__device__ __forceinline__ void stream_gradient(const Element* logits, const uint8_t* negatives, int64_t elements,
+                                                Gradient gradient_of, Element* gradients) {
   const int64_t groups = (elements + kVector - 1) / kVector;
   for (int64_t group = grid_thread(); group < groups; group += kUnroll * grid_threads()) {
     Group<Element, kVector> loaded[kUnroll];
@@ -641,8 +654,8 @@ RSL_HOST_DEVICE int64_t lines_shared_bytes(int64_t count) {
   return kStartsBytes + kLineRows * static_cast<int64_t>(sizeof(T)) * count;
 }
 
-// Gradient of every element but the positives, which ranking_scatter_kernel writes next. The lines live in shared memory where they
-// fit (3 sizeof(T) bytes per breakpoint), else they are read from the lines themselves, in double.
+// Gradient of every element but the positives, which ranking_scatter_kernel writes next. The lines live in shared memory where
+// they fit (3 sizeof(T) bytes per breakpoint), else they are read from the lines themselves, in double.
 template <class Element, int kVector>
 __global__ void __launch_bounds__(kStreamThreads, 1)
     ranking_backward_kernel(const Element* logits, const uint8_t* negatives, int64_t elements, const double* lines,
@@ -665,12 +678,14 @@ __global__ void __launch_bounds__(kStreamThreads, 1)
     Lines<T, T> of = {{}, table + kValue * count, table + kSlope * count, count};
     if (count > 0) of.locator.build(table, count, memory);
     stream_gradient<Element, kVector>(
-        logits, negatives, elements, [=](T value, bool is_negative) { return is_negative ? of(value) * factor : T(0); }, gradients);
+        logits, negatives, elements, [=](T value, bool is_negative) { return is_negative ? of(value) * factor : T(0); },
+        gradients);
   } else {
     Lines<T, double> of = {{}, lines + kValue * 2 * capacity, lines + kSlope * 2 * capacity, count};
     of.locator.build(lines, count, memory);
     stream_gradient<Element, kVector>(
-        logits, negatives, elements, [=](T value, bool is_negative) { return is_negative ? of(value) * factor : T(0); }, gradients);
+        logits, negatives, elements, [=](T value, bool is_negative) { return is_negative ? of(value) * factor : T(0); },
+        gradients);
   }
 }
 
@@ -691,8 +706,8 @@ __global__ void __launch_bounds__(kThreads, 4)
   }
 }
 
-// One block per processor, or as many as its threads and shared memory hold: tables are set up once per block and the logits are
-// walked in strides of the grid. Small inputs take a block per kUnroll groups of threads.
+// One block per processor, or as many as its threads and shared memory hold: tables are set up once per block and the logits
+// are walked in strides of the grid. Small inputs take a block per kUnroll groups of threads.
 int64_t stream_grid(int64_t elements, int vector, int64_t shared_bytes, const DeviceLimits& limits) {
   // A block's own bookkeeping takes 1 KiB of the processor's shared memory.
   const int64_t resident = std::max<int64_t>(
@@ -706,7 +721,8 @@ bool is_aligned(const void* pointer) {
 
 template <class Element>
 cudaError_t launch_bin_typed(const LogitsLevel* levels, int num_levels, const double* positives, const int64_t* counts,
-                             int64_t capacity, double delta, double* ranked, int64_t* bins, void* workspace, cudaStream_t stream) {
+                             int64_t capacity, double delta, double* ranked, int64_t* bins, void* workspace,
+                             cudaStream_t stream) {
   using T = Arithmetic<Element>;
   DeviceLimits limits;
   RSL_RETURN_IF_ERROR(device_limits(&limits));
@@ -752,7 +768,8 @@ cudaError_t launch_backward_typed(const BackwardLevel* levels, int num_levels, c
     const BackwardLevel& level = levels[i];
     if (level.elements == 0) continue;
     const bool is_vector = is_aligned(level.logits) && is_aligned(level.gradient);
-    const auto kernel = is_vector ? ranking_backward_kernel<Element, kFullVector<Element>> : ranking_backward_kernel<Element, 1>;
+    const auto kernel =
+        is_vector ? ranking_backward_kernel<Element, kFullVector<Element>> : ranking_backward_kernel<Element, 1>;
     const int64_t grid = stream_grid(level.elements, is_vector ? kFullVector<Element> : 1, shared, limits);
     Element* const out = static_cast<Element*>(level.gradient);
     RSL_RETURN_IF_ERROR(launch(kernel, grid, kStreamThreads, shared, stream, static_cast<const Element*>(level.logits),
@@ -770,12 +787,14 @@ template <class T>
 cudaError_t launch_breakpoints(const double* ranked, const int64_t* counts, int64_t capacity, double delta,
                                Breakpoints<T> breakpoints, cudaStream_t stream) {
   // A thread per positive of the capacity; there are few.
-  return launch(ranking_breakpoints_kernel<T>, ceil_div(capacity, kThreads), kThreads, 0, stream, ranked, counts, capacity, delta,
-                breakpoints);
+  return launch(ranking_breakpoints_kernel<T>, ceil_div(capacity, kThreads), kThreads, 0, stream, ranked, counts, capacity,
+                delta, breakpoints);
 }
 
-template cudaError_t launch_breakpoints<float>(const double*, const int64_t*, int64_t, double, Breakpoints<float>, cudaStream_t);
-template cudaError_t launch_breakpoints<double>(const double*, const int64_t*, int64_t, double, Breakpoints<double>, cudaStream_t);
+template cudaError_t launch_breakpoints<float>(const double*, const int64_t*, int64_t, double, Breakpoints<float>,
+                                               cudaStream_t);
+template cudaError_t launch_breakpoints<double>(const double*, const int64_t*, int64_t, double, Breakpoints<double>,
+                                                cudaStream_t);
 
 cudaError_t launch_count_from_slot(const double* ranked, const int64_t* counts, const int64_t* bins, int64_t capacity,
                                    int64_t* from_slot, cudaStream_t stream) {

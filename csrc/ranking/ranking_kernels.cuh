@@ -1,5 +1,5 @@
-// Launchers of the ranking sweep on a GPU. Pointers, sizes, a stream; no torch, no allocation, no synchronisation: every launch is
-// sized by shapes on the host, loops are bounded by counts on the device. Layouts: rsloss_kernels/losses/ranking/README.md.
+// Launchers of the ranking sweep on a GPU. Pointers, sizes, a stream; no torch, no allocation, no synchronisation: every launch
+// is sized by shapes on the host, loops are bounded by counts on the device. Layouts: rsloss_kernels/losses/ranking/README.md.
 // Capacities are below 2^29: positives and breakpoints are counted in int, elements in int64.
 // Each launcher enqueues on `stream` and returns the first error. Bitwise deterministic: integer atomics only.
 #pragma once
@@ -10,16 +10,16 @@ namespace rsloss {
 
 // One tensor of the logits list with its targets.
 struct CollectLevel {
-  const void* logits;    // [elements]
+  const void* logits;  // [elements]
   Type logits_type;
-  const void* targets;   // dense: floating [elements]; class indices: int32/int64 [elements / classes]
+  const void* targets;  // dense: floating [elements]; class indices: int32/int64 [elements / classes]
   Type targets_type;
-  const void* quality;   // floating [elements / classes], or null
+  const void* quality;  // floating [elements / classes], or null
   Type quality_type;
-  uint64_t* negatives;   // [ceil(elements / 64)], out
+  uint64_t* negatives;  // [ceil(elements / 64)], out
   int64_t elements;
-  int64_t classes;       // read with class indices only
-  int64_t first_index;   // flat index of element 0 over the concatenation
+  int64_t classes;      // read with class indices only
+  int64_t first_index;  // flat index of element 0 over the concatenation
 };
 
 // positives f64 [4, capacity], counts int64 [2], both out. workspace: collect_workspace_bytes(...) bytes.
@@ -42,7 +42,7 @@ cudaError_t launch_ranking_bin(const LogitsLevel* levels, int num_levels, Type l
 // The merged breakpoints of the valid positives. T: float or double, the arithmetic type of the logits.
 template <class T>
 struct Breakpoints {
-  T* edges;           // [2 capacity], ascending; first 2V used
+  T* edges;          // [2 capacity], ascending; first 2V used
   int32_t* lo_slot;  // [capacity], place of lo_i among the edges
   int32_t* hi_slot;  // [capacity]
 
@@ -72,8 +72,8 @@ struct BackwardLevel {
   int64_t first_index;
 };
 
-// gradients f64 [3, capacity], lines f64 [3, 2 capacity], counts int64 [2]; grad_first, grad_second: 0-d in the arithmetic type, or
-// null for zero. Writes every element of every gradient.
+// gradients f64 [3, capacity], lines f64 [3, 2 capacity], counts int64 [2]; grad_first, grad_second: 0-d in the arithmetic
+// type, or null for zero. Writes every element of every gradient.
 cudaError_t launch_ranking_backward(const BackwardLevel* levels, int num_levels, Type logits_type, const double* gradients,
                                     const double* lines, const int64_t* counts, int64_t capacity, const void* grad_first,
                                     const void* grad_second, cudaStream_t stream);

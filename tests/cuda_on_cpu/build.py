@@ -1,5 +1,7 @@
-"""Compiles the CUDA backend, kernels and glue, with g++ against cuda_emulator.h: one library that brings the overloads `.cuda` for CPU
-tensors. The whole test-suite can then run under `use_backend("cuda")` without a GPU, on the very sources that nvcc compiles.
+"""Compiles the CUDA backend, kernels and glue, with g++ against cuda_emulator.h.
+
+The library brings the overloads `.cuda` for CPU tensors. The whole test-suite can then run under `use_backend("cuda")` without a
+GPU, on the very sources that nvcc compiles.
 """
 import functools
 import hashlib
@@ -17,9 +19,10 @@ CSRC = ROOT / "csrc"
 CACHE = ROOT / "build" / "cuda_on_cpu"
 SANITIZERS = "address,undefined"
 _TORCH = pathlib.Path(torch.__file__).resolve().parent
-# longjmp between stacks is what a fortified longjmp refuses; without fused multiply-adds the arithmetic is that of the source.
+# A fortified longjmp refuses to jump between stacks; without fused multiply-adds the arithmetic is that of the source.
 _FLAGS = [
-    *("-std=c++20", "-fPIC", "-g1", "-U_FORTIFY_SOURCE", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
+    *("-std=c++20", "-fPIC", "-g1", "-U_FORTIFY_SOURCE", "-ffp-contract=off"),
+    *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
     *("-DRSL_CUDA_EMULATOR", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"),
     *(f"-I{CSRC}", f"-I{HERE}", f"-isystem{_TORCH / 'include'}"),
 ]
@@ -30,7 +33,7 @@ def sources() -> list[pathlib.Path]:
 
 
 def build(sanitize: bool = False) -> pathlib.Path:
-    """Compiles the backend, as far as it is not cached, and returns the library. Raises RuntimeError with the compiler's output."""
+    """Compiles the backend as far as it is not cached; returns the library. Raises RuntimeError with the compiler's output."""
     return compile_library("cuda_on_cpu", sources(), sanitize)
 
 

@@ -1,10 +1,11 @@
 // Stands in for the CUDA headers so that g++ compiles the unchanged .cu files, and runs their kernels on the CPU.
 //
-// Every CUDA thread of a block is a fiber; fibers switch at barriers and warp intrinsics only, blocks run one after another, all on the
-// calling thread. Barriers that not all threads of a block reach, and warp intrinsics that not the whole warp reaches, throw instead of
-// hanging. Shared memory is poisoned before every block. Not modelled: concurrency of blocks, memory ordering, time. Environment:
-//   RSL_EMULATOR_REVERSE=1      runs blocks, warps and lanes in the opposite order: a value of another thread that is read without a
-//                               barrier is missing in one of the two orders
+// Every CUDA thread of a block is a fiber; fibers switch at barriers and warp intrinsics only, blocks run one after another,
+// all on the calling thread. Barriers that not all threads of a block reach, and warp intrinsics that not the whole warp
+// reaches, throw instead of hanging. Shared memory is poisoned before every block. Not modelled: concurrency of blocks, memory
+// ordering, time. Environment:
+//   RSL_EMULATOR_REVERSE=1      runs blocks, warps and lanes in the opposite order: a value of another thread that is read
+//                               without a barrier is missing in one of the two orders
 //   RSL_EMULATOR_PROCESSORS     what the device reports, default 2
 //   RSL_EMULATOR_SHARED_BYTES   per block, default 99 KiB
 #pragma once
@@ -40,7 +41,8 @@ struct dim3 {
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
-// ---- the runtime API that the launchers use --------------------------------------------------------------------------------------
+// ---- the runtime API that the launchers use
+// --------------------------------------------------------------------------------------
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };
@@ -90,9 +92,12 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   }
   return cudaSuccess;
 }
-inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) {
+  return cudaSuccess;
+}
 
-// ---- fibers ----------------------------------------------------------------------------------------------------------------------
+// ---- fibers
+// ----------------------------------------------------------------------------------------------------------------------
 
 namespace cuda_emulator {
 
@@ -217,7 +222,8 @@ inline void run_block(bool reverse) {
     for (int w = 0; w < warps; ++w) done += run_warp((reverse ? warps - 1 - w : w) * kWarpSize, reverse);
     int waiting = 0;
     for (int i = 0; i < threads; ++i) waiting += b.fibers[i].state == State::kAtBlockBarrier;
-    // Unlike the hardware, which counts exited threads as arrived, this takes a barrier that some threads skipped for a mistake.
+    // Unlike the hardware, which counts exited threads as arrived, this takes a barrier that some threads skipped for a
+    // mistake.
     if (done != threads && waiting != threads) {
       abandon(b);
       throw std::runtime_error("cuda_emulator: threads of a block wait at different barriers, or some left before one");
@@ -285,7 +291,9 @@ T read(const uint64_t* words, int lane) {
   return value;
 }
 
-inline int lane() { return block().current % kWarpSize; }
+inline int lane() {
+  return block().current % kWarpSize;
+}
 
 }  // namespace cuda_emulator
 
@@ -302,13 +310,16 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   return cudaSuccess;
 }
 
-// ---- what kernels use ------------------------------------------------------------------------------------------------------------
+// ---- what kernels use
+// ------------------------------------------------------------------------------------------------------------
 
 using std::isfinite;
 using std::isinf;
 using std::isnan;
 
-inline void __syncthreads() { cuda_emulator::switch_away(cuda_emulator::State::kAtBlockBarrier); }
+inline void __syncthreads() {
+  cuda_emulator::switch_away(cuda_emulator::State::kAtBlockBarrier);
+}
 
 inline unsigned __ballot_sync(unsigned mask, bool predicate) {
   const uint64_t* votes = cuda_emulator::exchange(mask, predicate);
@@ -333,11 +344,18 @@ T atomicAdd(T* at, T value) {
   *at = before + value;
   return before;
 }
-inline int __popcll(uint64_t x) { return __builtin_popcountll(x); }
-inline int __ffs(int x) { return __builtin_ffs(x); }
-inline int __ffsll(long long x) { return __builtin_ffsll(x); }
+inline int __popcll(uint64_t x) {
+  return __builtin_popcountll(x);
+}
+inline int __ffs(int x) {
+  return __builtin_ffs(x);
+}
+inline int __ffsll(long long x) {
+  return __builtin_ffsll(x);
+}
 
-// ---- 16-bit floats, rounding to nearest even -------------------------------------------------------------------------------------
+// ---- 16-bit floats, rounding to nearest even
+// -------------------------------------------------------------------------------------
 
 struct __nv_bfloat16 {
   uint16_t bits;

@@ -1,4 +1,4 @@
-"""Runs the emulated CUDA backend under address and undefined-behaviour sanitizers; a program, because they must be loaded first.
+"""Runs the emulated CUDA backend under address and undefined-behaviour sanitizers; a program, as they must be loaded first.
 
 `python sanitized.py plant`: instead a kernel that writes behind the end of a buffer, which must be reported.
 """
