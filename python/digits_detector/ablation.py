@@ -14,7 +14,7 @@ from digits_detector.data import Canvases
 from digits_detector.losses import LOSSES
 from digits_detector.training import Settings, Trainer
 
-GRID = (1e-3, 3e-3, 1e-2)
+GRID = (5e-3, 1e-2, 2e-2)
 BOX_WEIGHTS = (1.0, 2.0)
 
 
