@@ -12,21 +12,6 @@
 namespace rsloss {
 namespace {
 
-// A GPU cannot size its outputs by what it finds, so the caller must name a capacity. The emulator runs the public functions on
-// CPU tensors, which name none there; it takes the capacity that they choose on a GPU.
-int64_t capacity_of(const char* op, std::optional<int64_t> max_positives, [[maybe_unused]] const Tensors& targets) {
-#ifdef RSL_CUDA_EMULATOR
-  if (!max_positives) {
-    const int64_t count = count_elements(targets);
-    return is_label(targets[0].scalar_type()) ? count : std::min<int64_t>(count, 16384);
-  }
-#endif
-  STD_TORCH_CHECK(max_positives.has_value(), op, ": max_positives must be an int on CUDA, got None");
-  STD_TORCH_CHECK(*max_positives >= 0 && *max_positives < (int64_t{1} << 29), op,
-                  ": max_positives must be within [0, 2^29), got ", *max_positives);
-  return *max_positives;
-}
-
 std::tuple<Tensor, Tensor, Tensor> ranking_collect(Tensors logits, Tensors targets, Tensors quality,
                                                    std::optional<Tensor> segments, int64_t num_segments,
                                                    std::optional<int64_t> max_positives, bool background_first) {
@@ -34,10 +19,7 @@ std::tuple<Tensor, Tensor, Tensor> ranking_collect(Tensors logits, Tensors targe
   check_logits(op, logits);
   check_collect_targets(op, logits, targets, quality);
   check_unsegmented(op, segments, num_segments);
-  const int64_t capacity = capacity_of(op, max_positives, targets);
-
   const CurrentStream stream(logits[0]);
-  Tensor positives = torch::stable::new_empty(logits[0], {kRecordRows, capacity}, ScalarType::Double);
   Tensor negatives = torch::stable::new_empty(logits[0], {mask_bytes(logits)}, ScalarType::Byte);
   Tensor counts = torch::stable::new_empty(logits[0], {kCounts}, ScalarType::Long);
 
@@ -64,8 +46,24 @@ std::tuple<Tensor, Tensor, Tensor> ranking_collect(Tensors logits, Tensors targe
   int64_t bytes = 0;
   check_cuda(op, collect_workspace_bytes(levels.data(), num_levels, &bytes));
   Tensor workspace = new_workspace(logits[0], bytes);
-  check_cuda(op, launch_ranking_collect(levels.data(), num_levels, background_first, capacity, output<double>(positives),
-                                        output<int64_t>(counts), output<void>(workspace), stream));
+  const auto collect_into = [&](int64_t capacity) {
+    Tensor positives = torch::stable::new_empty(logits[0], {kRecordRows, capacity}, ScalarType::Double);
+    check_cuda(op, launch_ranking_collect(levels.data(), num_levels, background_first, capacity, output<double>(positives),
+                                          output<int64_t>(counts), output<void>(workspace), stream));
+    return positives;
+  };
+#ifdef RSL_CUDA_EMULATOR
+  // The emulated kernels run on CPU tensors, for which None means as many as there are; nothing keeps the host from looking.
+  if (!max_positives) {
+    collect_into(0);
+    max_positives = input<int64_t>(counts)[kFound];
+  }
+#endif
+  // A GPU cannot size its outputs by what it finds, so the caller must name a capacity.
+  STD_TORCH_CHECK(max_positives.has_value(), op, ": max_positives must be an int on CUDA, got None");
+  STD_TORCH_CHECK(*max_positives >= 0 && *max_positives < (int64_t{1} << 29), op,
+                  ": max_positives must be within [0, 2^29), got ", *max_positives);
+  Tensor positives = collect_into(*max_positives);
   return {positives, negatives, counts};
 }
 
