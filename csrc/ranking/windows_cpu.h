@@ -19,8 +19,8 @@ inline int64_t count_valid(const double* ranked, int64_t capacity) {
 // Breakpoints of `count` ascending centres, all ascending, lo before hi where equal; and the slot of every lo and hi.
 struct Breakpoints {
   std::vector<double> edges;    // [2 V], values of T
-  std::vector<int32_t> lo_slot;  // [V]
-  std::vector<int32_t> hi_slot;  // [V]
+  std::vector<int32_t> lo_slot;  // [V], and one entry that the merge may write
+  std::vector<int32_t> hi_slot;  // likewise
 };
 
 // A breakpoint beyond the largest finite T is moved there, so that differences to it stay finite.
@@ -30,21 +30,23 @@ double breakpoint(double centre, double shift) {
   return edge < std::numeric_limits<T>::max() ? edge : std::numeric_limits<T>::max();
 }
 
+// The merge has no branch that depends on the data: it writes both slots and steps over one.
 template <class T>
 Breakpoints merge_breakpoints(const double* centre, int64_t count, double delta) {
-  Breakpoints merged{std::vector<double>(2 * count), std::vector<int32_t>(count), std::vector<int32_t>(count)};
+  Breakpoints merged{std::vector<double>(2 * count), std::vector<int32_t>(count + 1), std::vector<int32_t>(count + 1)};
+  std::vector<double> lo(count + 1), hi(count + 1);
+  for (int64_t i = 0; i < count; ++i) {
+    lo[i] = breakpoint<T>(centre[i], -delta);
+    hi[i] = breakpoint<T>(centre[i], delta);
+  }
+  lo[count] = hi[count] = std::numeric_limits<double>::infinity();
   int64_t next_lo = 0, next_hi = 0;
-  double lo = count ? breakpoint<T>(centre[0], -delta) : 0, hi = count ? breakpoint<T>(centre[0], delta) : 0;
   for (int32_t slot = 0; slot < 2 * count; ++slot) {
-    if (next_lo < count && lo <= hi) {
-      merged.edges[slot] = lo;
-      merged.lo_slot[next_lo++] = slot;
-      if (next_lo < count) lo = breakpoint<T>(centre[next_lo], -delta);
-    } else {
-      merged.edges[slot] = hi;
-      merged.hi_slot[next_hi++] = slot;
-      if (next_hi < count) hi = breakpoint<T>(centre[next_hi], delta);
-    }
+    const bool takes_lo = lo[next_lo] <= hi[next_hi];
+    merged.edges[slot] = takes_lo ? lo[next_lo] : hi[next_hi];
+    merged.lo_slot[next_lo] = merged.hi_slot[next_hi] = slot;
+    next_lo += takes_lo;
+    next_hi += !takes_lo;
   }
   return merged;
 }
