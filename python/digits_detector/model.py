@@ -27,8 +27,9 @@ class Detector(nn.Module):
         self.stage4 = nn.Sequential(_block(2 * width, 2 * width, 2), _block(2 * width, 2 * width))
         self.lateral3 = nn.Conv2d(2 * width, width, 1)
         self.lateral4 = nn.Conv2d(2 * width, width, 1)
-        self.class_tower = _block(width, width)
-        self.box_tower = _block(width, width)
+        # Both levels share the towers but not their statistics: running means of a batch norm would be those of neither.
+        self.class_tower = _block(width, width, norm=_group_norm)
+        self.box_tower = _block(width, width, norm=_group_norm)
         self.classify = nn.Conv2d(width, num_classes, 3, padding=1)
         self.regress = nn.Conv2d(width, 4, 3, padding=1)
         self.center = nn.Conv2d(width, 1, 3, padding=1)
@@ -56,5 +57,9 @@ def locations(height: int, width: int, stride: int, device) -> Tensor:
     return (torch.stack([x, y], -1).reshape(-1, 2) + 0.5) * stride
 
 
-def _block(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
+def _block(inputs: int, outputs: int, stride: int = 1, norm=nn.BatchNorm2d) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), norm(outputs), nn.ReLU(inplace=True))
+
+
+def _group_norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(8, channels)
