@@ -11,6 +11,7 @@ import pytest
 import torch
 
 SEED = int(os.environ.get("RSLOSS_TEST_SEED") or random.SystemRandom().randrange(2**31))
+os.environ["RSLOSS_TEST_SEED"] = str(SEED)  # for the workers of pytest-xdist, which must collect the same tests
 _reasons: dict[str, str | None] = {}
 
 # Triton's interpreter takes some 50 ms for a loss.
