@@ -15,6 +15,7 @@
 
 #include "common/checks.h"
 #include "common/isa.h"
+#include "common/new_tensor_cpu.h"
 #include "common/parallel.h"
 #include "common/sort_doubles.h"
 #include "rank_sort/rank_sort.h"
@@ -185,7 +186,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rank_sort_finalize(Tensors logits, Te
 
   const double scale = gradient_scale / static_cast<double>(std::max<int64_t>(count, 1));
   std::vector<double> coefficient(count), weight(count);
-  Tensor gradients = torch::stable::new_empty(logits[0], {kGradientRows, capacity}, ScalarType::Double);
+  Tensor gradients = new_cpu_tensor({kGradientRows, capacity}, ScalarType::Double);
   double* record = static_cast<double*>(gradients.mutable_data_ptr());
   double ranking = 0, sorting = 0;
   for (int64_t i = 0; i < count; ++i) {
@@ -208,12 +209,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rank_sort_finalize(Tensors logits, Te
     is_broken |= is_invalid;
     record[kFirst * capacity + i] = record[kSecond * capacity + i] = is_invalid ? nan : 0;
   }
-  Tensor lines = torch::stable::new_empty(logits[0], {kLineRows, 2 * capacity}, ScalarType::Double);
+  Tensor lines = new_cpu_tensor({kLineRows, 2 * capacity}, ScalarType::Double);
   write_lines(windows, coefficient.data(), static_cast<double*>(lines.mutable_data_ptr()), 2 * capacity);
 
   const double divisor = static_cast<double>(std::max<int64_t>(count, 1));
   const auto loss = [&](double sum) {
-    Tensor result = torch::stable::new_empty(logits[0], {}, is_double ? ScalarType::Double : ScalarType::Float);
+    Tensor result = new_cpu_tensor({}, is_double ? ScalarType::Double : ScalarType::Float);
     const double value = is_broken ? nan : sum / divisor;
     if (is_double) *static_cast<double*>(result.mutable_data_ptr()) = value;
     else *static_cast<float*>(result.mutable_data_ptr()) = static_cast<float>(value);

@@ -13,6 +13,7 @@
 #include "common/checks.h"
 #include "common/floating_cpu.h"
 #include "common/isa.h"
+#include "common/new_tensor_cpu.h"
 #include "common/parallel.h"
 #include "ranking/ranking.h"
 #include "ranking/ranking_sweep.h"
@@ -158,7 +159,7 @@ Tensors ranking_backward(Tensors logits, Tensor negatives, Tensor gradients, Ten
   const double first = upstream_value(op, "grad_first", grad_first), second = upstream_value(op, "grad_second", grad_second);
   const bool overflowed = static_cast<const int64_t*>(counts.const_data_ptr())[kFound] > capacity;
   Tensors results;
-  for (const Tensor& level : logits) results.push_back(torch::stable::empty_like(level));
+  for (const Tensor& level : logits) results.push_back(new_cpu_tensor_like(level));
   dispatch_floating(logits[0].scalar_type(), [&](auto tag) {
     using In = decltype(tag);
     if (overflowed) {

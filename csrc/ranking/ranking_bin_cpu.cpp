@@ -15,6 +15,7 @@
 #include "common/checks.h"
 #include "common/floating_cpu.h"
 #include "common/isa.h"
+#include "common/new_tensor_cpu.h"
 #include "common/parallel.h"
 #include "common/sort_doubles.h"
 #include "ranking/ranking.h"
@@ -169,8 +170,8 @@ std::tuple<Tensor, Tensor> ranking_bin(Tensors logits, Tensor negatives, Tensor 
   check_table(op, "positives", positives, logits[0], ScalarType::Double, kRecordRows, -1);
   check_delta(op, delta);
   const int64_t capacity = positives.size(1), columns = 2 * capacity + 1;
-  Tensor ranked = torch::stable::new_empty(logits[0], {kRecordRows, capacity}, ScalarType::Double);
-  Tensor bins = torch::stable::new_empty(logits[0], {2, columns}, ScalarType::Long);
+  Tensor ranked = new_cpu_tensor({kRecordRows, capacity}, ScalarType::Double);
+  Tensor bins = new_cpu_tensor({2, columns}, ScalarType::Long);
   double* sorted = static_cast<double*>(ranked.mutable_data_ptr());
   sort_records(static_cast<const double*>(positives.const_data_ptr()), sorted, capacity);
   const int64_t valid = count_valid(sorted, capacity);

@@ -14,6 +14,7 @@
 #include "common/checks.h"
 #include "common/floating_cpu.h"
 #include "common/isa.h"
+#include "common/new_tensor_cpu.h"
 #include "common/parallel.h"
 #include "ranking/ranking.h"
 #include "ranking/ranking_checks.h"
@@ -99,7 +100,7 @@ std::tuple<Tensor, Tensor, Tensor> ranking_collect(Tensors logits, Tensors targe
   check_unsegmented("ranking_collect", segments, num_segments);
   STD_TORCH_CHECK(!max_positives || *max_positives >= 0, "ranking_collect: max_positives must be None or at least 0, got ",
                   max_positives.value_or(0));
-  Tensor negatives = torch::stable::new_empty(logits[0], {mask_bytes(logits)}, ScalarType::Byte);
+  Tensor negatives = new_cpu_tensor({mask_bytes(logits)}, ScalarType::Byte);
   std::vector<std::vector<int64_t>> found;
   uint64_t* words = static_cast<uint64_t*>(negatives.mutable_data_ptr());
   int64_t found_count = 0;
@@ -122,7 +123,7 @@ std::tuple<Tensor, Tensor, Tensor> ranking_collect(Tensors logits, Tensors targe
     found_count += static_cast<int64_t>(found.back().size());
   }
   const int64_t capacity = max_positives.value_or(found_count);
-  Tensor positives = torch::stable::new_empty(logits[0], {kRecordRows, capacity}, ScalarType::Double);
+  Tensor positives = new_cpu_tensor({kRecordRows, capacity}, ScalarType::Double);
   double* records = static_cast<double*>(positives.mutable_data_ptr());
   int64_t slot = 0, first_index = 0;
   for (size_t level = 0; level < logits.size(); ++level) {
@@ -147,11 +148,10 @@ std::tuple<Tensor, Tensor, Tensor> ranking_collect(Tensors logits, Tensors targe
     records[kSegment * capacity + slot] = 0;
     records[kIndex * capacity + slot] = -1;
   }
-  Tensor counts = torch::stable::new_empty(logits[0], {kCounts}, ScalarType::Long);
+  Tensor counts = new_cpu_tensor({kCounts}, ScalarType::Long);
   int64_t* count = static_cast<int64_t*>(counts.mutable_data_ptr());
   count[kFound] = found_count;
-  count[kNegatives] = 0;
-  for (const uint64_t* word = static_cast<uint64_t*>(negatives.mutable_data_ptr()); word < words; ++word) count[kNegatives] += __builtin_popcountll(*word);
+  count[kNegatives] = RSL_ISA_CALL(count_bits, static_cast<const uint64_t*>(negatives.const_data_ptr()), mask_bytes(logits) / 8);
   return {positives, negatives, counts};
 }
 

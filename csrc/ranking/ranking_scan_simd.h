@@ -41,3 +41,9 @@ static void scan_targets(const In* targets, int64_t count, uint64_t* negatives, 
     scan_word(targets + word * 64, left < 64 ? left : 64, negatives[word], positives[word]);
   }
 }
+
+static int64_t count_bits(const uint64_t* words, int64_t count) {
+  int64_t bits = 0;
+  for (int64_t i = 0; i < count; ++i) bits += __builtin_popcountll(words[i]);
+  return bits;
+}

@@ -1,0 +1,39 @@
+// New CPU tensors straight from the C interface: a call through the dispatcher costs several times as much, and a small loss makes ten.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <vector>
+
+namespace rsloss {
+
+// Uninitialised and contiguous; float16, bfloat16, float32, float64, int64 or uint8.
+inline torch::stable::Tensor new_cpu_tensor(const std::vector<int64_t>& sizes, torch::headeronly::ScalarType type) {
+  using torch::headeronly::ScalarType;
+  const int32_t dtype = type == ScalarType::Half       ? aoti_torch_dtype_float16()
+                        : type == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
+                        : type == ScalarType::Float    ? aoti_torch_dtype_float32()
+                        : type == ScalarType::Double   ? aoti_torch_dtype_float64()
+                        : type == ScalarType::Long     ? aoti_torch_dtype_int64()
+                                                       : aoti_torch_dtype_uint8();
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t d = sizes.size(); d-- > 0;) {
+    strides[d] = stride;
+    stride *= sizes[d] > 0 ? sizes[d] : 1;
+  }
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype,
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  return torch::stable::Tensor(handle);
+}
+
+inline torch::stable::Tensor new_cpu_tensor_like(const torch::stable::Tensor& tensor) {
+  std::vector<int64_t> sizes;
+  for (int64_t d = 0; d < tensor.dim(); ++d) sizes.push_back(tensor.size(d));
+  return new_cpu_tensor(sizes, tensor.scalar_type());
+}
+
+}  // namespace rsloss
