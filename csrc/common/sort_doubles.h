@@ -1,4 +1,4 @@
-// Stable sort of numbered doubles, ascending: by digits of 11 bits for many, by comparison for few.
+// Stable sort of numbered doubles, ascending: by digits for many, by comparison for few.
 #pragma once
 
 #include <algorithm>
@@ -23,15 +23,10 @@ inline uint64_t ordered_bits(double value) {
   return bits >> 63 ? ~bits : bits | (uint64_t{1} << 63);
 }
 
-// keys come with ascending slots, which break ties.
-inline void sort_keys(std::vector<SortKey>& keys) {
-  constexpr int kDigitBits = 11, kDigits = 6;
+template <int kDigitBits>
+inline void sort_by_digits(std::vector<SortKey>& keys) {
+  constexpr int kDigits = (64 + kDigitBits - 1) / kDigitBits;
   constexpr uint64_t kMask = (uint64_t{1} << kDigitBits) - 1;
-  if (keys.size() < 512) {
-    std::sort(keys.begin(), keys.end(),
-              [](const SortKey& a, const SortKey& b) { return a.bits != b.bits ? a.bits < b.bits : a.slot < b.slot; });
-    return;
-  }
   std::vector<std::array<uint32_t, kMask + 1>> counts(kDigits);
   for (const SortKey& key : keys)
     for (int digit = 0; digit < kDigits; ++digit) ++counts[digit][key.bits >> (digit * kDigitBits) & kMask];
@@ -48,6 +43,18 @@ inline void sort_keys(std::vector<SortKey>& keys) {
     }
     for (const SortKey& key : keys) other[counts[digit][key.bits >> shift & kMask]++] = key;
     keys.swap(other);
+  }
+}
+
+// keys come with ascending slots, which break ties.
+inline void sort_keys(std::vector<SortKey>& keys) {
+  if (keys.size() < 256) {
+    std::sort(keys.begin(), keys.end(),
+              [](const SortKey& a, const SortKey& b) { return a.bits != b.bits ? a.bits < b.bits : a.slot < b.slot; });
+  } else if (keys.size() < 8192) {
+    sort_by_digits<8>(keys);
+  } else {
+    sort_by_digits<11>(keys);
   }
 }
 

@@ -11,6 +11,8 @@
 
 namespace rsloss {
 
+constexpr int64_t kMostCells = int64_t{1} << 18;
+
 struct CellGrid {
   float scale;      // cells per logit unit, a power of two
   float origin;     // start of cell 0 in cells, an integer
@@ -63,11 +65,11 @@ inline int32_t count_edges(const T* edges, int32_t num_edges, int32_t from, T va
   return low;
 }
 
-// About 16 cells per edge leave few cells with several edges; fewer when there are not enough elements to pay for writing them.
-inline CellGrid make_grid(const std::vector<float>& edges, int64_t elements) {
+// Many cells per edge leave few cells with several edges; fewer when there are not enough elements to pay for writing them.
+inline CellGrid make_grid(const std::vector<float>& edges, int64_t cells_per_edge, int64_t elements) {
   const int64_t last = static_cast<int64_t>(edges.size()) - 1;
-  const int64_t wanted = std::max<int64_t>(64, std::min<int64_t>(16 * (last + 1), std::max<int64_t>(elements / 8, 2 * (last + 1))));
-  const int64_t cells = std::min<int64_t>(wanted, int64_t{1} << 18);
+  const int64_t wanted = std::max<int64_t>(64, std::min<int64_t>(cells_per_edge * (last + 1), std::max<int64_t>(elements / 8, 2 * (last + 1))));
+  const int64_t cells = std::min(wanted, kMostCells - 4);
   // The whole range of the edges, unless a few outliers stretch it far beyond the bulk: then they share the outermost cells.
   const double bulk_low = edges[last / 16], bulk_high = edges[last - last / 16], reach = 4 * (bulk_high - bulk_low);
   const double from = std::max<double>(edges[0], bulk_low - reach), to = std::min<double>(edges[last], bulk_high + reach);

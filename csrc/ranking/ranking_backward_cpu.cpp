@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <optional>
 #include <vector>
 
@@ -61,12 +62,12 @@ struct GradientTables {
   }
 
   void build_cells(double tolerance, int64_t elements) {
-    grid = make_grid(edges, elements);
-    cells.resize(num_cells(grid));
+    grid = make_grid(edges, 8, elements);
+    cells.reset(new CellLine[num_cells(grid)]);
     for_cells(
         grid, edges,
         [&](int32_t begin, int32_t end, int32_t before) {
-          RSL_ISA_CALL(fill_line_cells, cells.data() + begin, int64_t{end - begin}, at(before, start_of_cell(grid, begin)),
+          RSL_ISA_CALL(fill_line_cells, &cells[begin], int64_t{end - begin}, at(before, start_of_cell(grid, begin)),
                        exact[before].slope * grid.width);
         },
         [&](int32_t cell, int32_t begin, int32_t end) {
@@ -92,14 +93,14 @@ struct GradientTables {
   }
 
   GradientPass<T> pass() const {
-    return {edges.data(), static_cast<int32_t>(edges.size()), lines.data(), std::numeric_limits<T>::max(), grid, cells.data()};
+    return {edges.data(), static_cast<int32_t>(edges.size()), lines.data(), std::numeric_limits<T>::max(), grid, cells.get()};
   }
 
   std::vector<T> edges;
   std::vector<Line<double>> exact;  // by bin
   std::vector<Line<T>> lines;       // the same in T
   CellGrid grid{};
-  std::vector<CellLine> cells;
+  std::unique_ptr<CellLine[]> cells;
 };
 
 template <class In>

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -63,12 +64,12 @@ struct BinTables {
 
   void build_cells(double unit, int64_t elements) {
     constexpr float nan = std::numeric_limits<float>::quiet_NaN();
-    grid = make_grid(edges, elements);
-    cells.resize(num_cells(grid));
+    grid = make_grid(edges, 16, elements);
+    cells.reset(new BinCell[num_cells(grid)]);
     for_cells(
         grid, edges,
         [&](int32_t begin, int32_t end, int32_t before) {
-          std::fill(cells.begin() + begin, cells.begin() + end, BinCell{nan, static_cast<uint32_t>(before)});
+          std::fill(&cells[begin], &cells[end], BinCell{nan, static_cast<uint32_t>(before)});
         },
         [&](int32_t cell, int32_t begin, int32_t end) {
           const bool is_crowded = end - begin > 1 || (cell == 0 && grid.cuts_low) || (cell + 1 == num_cells(grid) && grid.cuts_high);
@@ -86,7 +87,7 @@ struct BinTables {
   BinPass<T> pass(BinSums* sums) const {
     const int32_t count = static_cast<int32_t>(edges.size());
     if constexpr (std::is_same_v<T, float>)
-      return {edges.data(), count, grid, cells.data(), origin, far, origin * far.scale, near, sums, sums + count + 1};
+      return {edges.data(), count, grid, cells.get(), origin, far, origin * far.scale, near, sums, sums + count + 1};
     else
       return {edges.data(), count, near, sums + count + 1};
   }
@@ -94,19 +95,21 @@ struct BinTables {
   // Sums of one task: [2, edges + 1], far offsets before near ones.
   int64_t num_sums() const { return 2 * (static_cast<int64_t>(edges.size()) + 1); }
 
-  // The sum of the offsets from the left breakpoint of bin `bin` > 0, in near units, of all its elements.
+  // The sum of the offsets from the left breakpoint of bin `bin` > 0, which a window covers, in near units, of all its elements. The
+  // breakpoint may lie below the grid. Terms may wrap around, the sum cannot.
   int64_t near_sum(const BinSums* sums, int64_t bin) const {
     const BinSums& distant = sums[bin];
     const int64_t searched = sums[edges.size() + 1 + bin].sum;
     if (distant.count == 0) return searched;
-    const int64_t left = fixed_point_offset(static_cast<double>(edges[bin - 1]) - origin, far.scale, far.most);
-    return ((distant.sum - distant.count * left) << far_steps) + searched;
+    const auto left = static_cast<int64_t>(std::floor((static_cast<double>(edges[bin - 1]) - origin) * far.scale));
+    const uint64_t sum = static_cast<uint64_t>(distant.sum) - static_cast<uint64_t>(distant.count) * static_cast<uint64_t>(left);
+    return static_cast<int64_t>(sum << far_steps) + searched;
   }
 
   std::vector<T> edges;
   OffsetScale near, far{};
   CellGrid grid{};
-  std::vector<BinCell> cells;
+  std::unique_ptr<BinCell[]> cells;
   double origin = 0;
   int64_t far_steps = 0;  // log2 of the far unit over the near one
 };
@@ -123,7 +126,7 @@ void write_bins(const BinTables<T>& tables, const BinSums* sums, const Breakpoin
     if (slot + 1 < slots && points.edges[slot + 1] == points.edges[slot]) continue;
     counts[slot + 1] = sums[bin].count + sums[num_bins + bin].count;
     const bool is_covered = 2 * opened > slot + 1;
-    if (is_covered) offsets[slot + 1] = tables.near_sum(sums, bin);
+    if (is_covered && tables.near.scale > 0) offsets[slot + 1] = tables.near_sum(sums, bin);
   }
 }
 

@@ -41,6 +41,7 @@ static inline void bin_buffer(const BinPass<float>& pass, BinBuffer& buffer, int
       buffer.offset[lane] = 0;
     }
   }
+#pragma GCC unroll 8
   for (int i = 0; i < filled; ++i) {
     BinSums& bin = pass.sums[buffer.bin[i]];
     bin.count += 1;
