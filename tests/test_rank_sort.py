@@ -205,3 +205,19 @@ def test_published_example():
     truth = oracles.rank_sort(oracles.read_dense(logits, targets), 0.5)
     assert truth.losses == (pytest.approx(2 / 3, rel=1e-15), 0.0)
     assert truth.gradient().tolist() == pytest.approx([-2 / 3, 2 / 3], rel=1e-15)
+
+
+@pytest.mark.parametrize("spread", [1e-3, 1e-2, 0.3])
+@pytest.mark.parametrize("distance", [0.3, 0.9, 5.0, 30.0])
+def test_positives_apart_from_a_tight_cluster(backend, generator, distance, spread):
+    """A look-up table sized for the cluster must not lose windows of the others that reach into it."""
+    cluster = torch.randn(40, generator=generator) * spread
+    for delta in (0.01, 0.5, 20.0):
+        apart = torch.tensor([-distance, distance]) * max(delta, spread)
+        positives = torch.cat([cluster, apart])
+        negatives = positives[torch.randint(0, 42, (300,), generator=generator)]
+        negatives = negatives + torch.randn(300, generator=generator) * max(delta, spread)
+        logits = torch.cat([positives, negatives])
+        targets = torch.cat([torch.rand(42, generator=generator) * 0.9 + 0.1, torch.zeros(300)])
+        truth = oracles.rank_sort(oracles.read_dense(logits, targets), delta)
+        assert_gates(backend, evaluate(backend, logits, targets, delta=delta), truth.losses, truth.gradient(), f"delta {delta}")
