@@ -208,7 +208,7 @@ def test_published_example():
 
 
 @pytest.mark.parametrize("spread", [1e-3, 1e-2, 0.3])
-@pytest.mark.parametrize("distance", [0.3, 0.9, 5.0, 30.0])
+@pytest.mark.parametrize("distance", [0.3, 0.9, 5.0, 8.5, 9.0, 9.5, 30.0])
 def test_positives_apart_from_a_tight_cluster(backend, generator, distance, spread):
     """A look-up table sized for the cluster must not lose windows of the others that reach into it."""
     cluster = torch.randn(40, generator=generator) * spread
