@@ -8,6 +8,7 @@ import hashlib
 import os
 import pathlib
 import subprocess
+from collections.abc import Sequence
 
 import torch
 
@@ -37,9 +38,11 @@ def build(sanitize: bool = False) -> pathlib.Path:
     return compile_library("cuda_on_cpu", sources(), sanitize)
 
 
-def compile_library(name: str, files: list[pathlib.Path], sanitize: bool = False) -> pathlib.Path:
+def compile_library(
+    name: str, files: list[pathlib.Path], sanitize: bool = False, flags: Sequence[str] = ()
+) -> pathlib.Path:
     """Compiles `files` into one library, cached by their content, all headers and the flags."""
-    flags = [*_FLAGS, "-O1", f"-fsanitize={SANITIZERS}", "-fno-omit-frame-pointer"] if sanitize else [*_FLAGS, "-O2"]
+    flags = [*_FLAGS, *flags, "-O1", f"-fsanitize={SANITIZERS}", "-fno-omit-frame-pointer"] if sanitize else [*_FLAGS, *flags, "-O2"]
     common = hashlib.sha256(" ".join([torch.__version__, *flags]).encode())
     for path in sorted([*CSRC.glob("*/*.h"), *CSRC.glob("*/*.cuh"), *HERE.glob("*.h")]):
         common.update(path.read_bytes())

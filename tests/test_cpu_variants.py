@@ -1,0 +1,44 @@
+"""The C++ backend in the forms that a run on this machine does not take by itself: for lesser processors, and under sanitizers.
+
+Each form takes the tests of the loss again, in a process of its own.
+"""
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+from cuda_on_cpu import build
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "rsloss_kernels"
+
+
+def run_tests(*selection: str, cwd: pathlib.Path = ROOT, **environment: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *selection]
+    environment = {**os.environ, "RSLOSS_TEST_BACKENDS": "cpp", **environment}
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    report = done.stdout + done.stderr
+    assert done.returncode == 0 and " passed" in done.stdout, report[-8000:]
+    assert "runtime error" not in report and "AddressSanitizer" not in report, report[-8000:]
+
+
+@pytest.mark.parametrize("capability", ["avx2", "plain"])
+def test_lesser_processors(capability):
+    tests = [ROOT / "tests" / name for name in ("test_rank_sort.py", "test_rank_sort_edge_cases.py")]
+    run_tests(*map(str, tests), "-k", "cpp", RSLOSS_CPU_CAPABILITY=capability)
+
+
+@pytest.mark.parametrize("capability", ["avx512", "plain"])
+def test_sanitizers_find_nothing(tmp_path, capability):
+    shutil.copytree(PACKAGE, tmp_path / "rsloss_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    sources = sorted((ROOT / "csrc").glob("*/*_cpu.cpp"))
+    # GCC 12 takes the undefined halves of its own AVX-512 intrinsics for variables that were never set.
+    library = build.compile_library("ops_cpu", sources, sanitize=True, flags=["-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-psabi"])
+    shutil.copy(library, tmp_path / "rsloss_kernels" / "_ops_cpu.so")
+    tests = [ROOT / "tests" / name for name in ("test_rank_sort.py", "test_rank_sort_edge_cases.py")]
+    selection = "cpp and (apart or finite or nothing or dense or labels or capacity)"
+    run_tests(
+        *map(str, tests), "-k", selection, cwd=tmp_path, RSLOSS_CPU_CAPABILITY=capability, **build.sanitizer_environment()
+    )
