@@ -1,7 +1,7 @@
 # make env     .venv with tested versions, and the package compiled in place; repeated only when something changed
 # make test    env, then the test suite          make test-triton   env, then the suite's Triton part under the interpreter
 # make demo    env, then trains a small detector make bench         env, then the benchmarks
-# make lint    env, then ruff                    make clean         removes what these made
+# make lint    env, ruff, clang-format              make clean         removes what these made
 #
 # PYTHON=python3.12 picks the interpreter. TORCH= (empty) takes the torch that the interpreter or .venv has already, with whatever
 # versions of the rest fit it. Other switches: README.md.
@@ -12,6 +12,7 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
 VENV := .venv
 PY := $(VENV)/bin/python
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
@@ -49,11 +50,11 @@ env:
 	fi
 
 test: env
-	@$(PY) -m pytest tests $(PYTEST_FLAGS)
+	@$(PY) -m pytest tests -n $(JOBS) $(PYTEST_FLAGS)
 
 # Triton decides at import whether it interprets or compiles, so this needs a run of its own.
 test-triton: env
-	@TRITON_INTERPRET=1 RSLOSS_TEST_BACKENDS=triton $(PY) -m pytest tests -k triton-cpu $(PYTEST_FLAGS)
+	@TRITON_INTERPRET=1 RSLOSS_TEST_BACKENDS=triton $(PY) -m pytest tests -n $(JOBS) -k triton-cpu $(PYTEST_FLAGS)
 
 demo: env
 	@$(PY) python/train_detector.py $(DEMO_FLAGS)
@@ -64,6 +65,7 @@ bench: env
 lint: env
 	@$(PY) -m pip install -q -r requirements/lint.txt
 	$(PY) -m ruff check .
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' 'tests/*.cu' | xargs $(PY) -m clang_format --dry-run -Werror
 
 clean:
 	@rm -rf build dist *.egg-info rsloss_kernels/*.so $(VENV)

@@ -54,8 +54,8 @@ inline void check_logits(const char* op, const Tensors& logits) {
 }
 
 // A table that another operator made; columns < 0: any number.
-inline void check_table(const char* op, const char* name, const Tensor& table, const Tensor& logits, ScalarType type, int64_t rows,
-                        int64_t columns) {
+inline void check_table(const char* op, const char* name, const Tensor& table, const Tensor& logits, ScalarType type,
+                        int64_t rows, int64_t columns) {
   check_placement(op, name, table, logits);
   check_dtype(op, name, table, type);
   STD_TORCH_CHECK(table.dim() == 2 && table.size(0) == rows && (columns < 0 || table.size(1) == columns), op, ": ", name,
@@ -72,13 +72,14 @@ inline void check_vector(const char* op, const char* name, const Tensor& vector,
 }
 
 inline void check_delta(const char* op, double delta) {
-  STD_TORCH_CHECK(delta == 0 || (delta >= 1e-30 && delta <= 1e30), op, ": delta must be 0 or within [1e-30, 1e30], got ", delta);
+  STD_TORCH_CHECK(delta == 0 || (delta >= 1e-30 && delta <= 1e30), op, ": delta must be 0 or within [1e-30, 1e30], got ",
+                  delta);
 }
 
 // Segments are part of the schemas; ranking within segments is not available.
 inline void check_unsegmented(const char* op, const std::optional<Tensor>& segments, int64_t num_segments) {
-  STD_TORCH_CHECK(!segments.has_value() && num_segments == 1, op, ": segments must be None and num_segments 1, got num_segments ",
-                  num_segments);
+  STD_TORCH_CHECK(!segments.has_value() && num_segments == 1, op,
+                  ": segments must be None and num_segments 1, got num_segments ", num_segments);
 }
 
 inline int64_t count_elements(const Tensors& logits) {

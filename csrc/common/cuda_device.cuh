@@ -20,18 +20,10 @@ inline int64_t resident_grid(int64_t blocks, const DeviceLimits& limits) {
   return std::min<int64_t>(blocks, static_cast<int64_t>(limits.processors) * kBlocksPerProcessor);
 }
 
-__device__ __forceinline__ int64_t grid_thread() {
-  return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-}
-__device__ __forceinline__ int64_t grid_threads() {
-  return static_cast<int64_t>(gridDim.x) * blockDim.x;
-}
-__device__ __forceinline__ int grid_warp() {
-  return static_cast<int>(grid_thread() / kWarp);
-}
-__device__ __forceinline__ int grid_warps() {
-  return static_cast<int>(grid_threads() / kWarp);
-}
+__device__ __forceinline__ int64_t grid_thread() { return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; }
+__device__ __forceinline__ int64_t grid_threads() { return static_cast<int64_t>(gridDim.x) * blockDim.x; }
+__device__ __forceinline__ int grid_warp() { return static_cast<int>(grid_thread() / kWarp); }
+__device__ __forceinline__ int grid_warps() { return static_cast<int>(grid_threads() / kWarp); }
 
 // The type in which a logit is compared and its gradient computed.
 template <class Element>
@@ -45,31 +37,15 @@ struct ArithmeticOf<double> {
 template <class Element>
 using Arithmetic = typename ArithmeticOf<Element>::type;
 
-__device__ __forceinline__ float widen(__half x) {
-  return __half2float(x);
-}
-__device__ __forceinline__ float widen(__nv_bfloat16 x) {
-  return __bfloat162float(x);
-}
-__device__ __forceinline__ float widen(float x) {
-  return x;
-}
-__device__ __forceinline__ double widen(double x) {
-  return x;
-}
+__device__ __forceinline__ float widen(__half x) { return __half2float(x); }
+__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ double widen(double x) { return x; }
 
-__device__ __forceinline__ void narrow(float x, __half* out) {
-  *out = __float2half_rn(x);
-}
-__device__ __forceinline__ void narrow(float x, __nv_bfloat16* out) {
-  *out = __float2bfloat16_rn(x);
-}
-__device__ __forceinline__ void narrow(float x, float* out) {
-  *out = x;
-}
-__device__ __forceinline__ void narrow(double x, double* out) {
-  *out = x;
-}
+__device__ __forceinline__ void narrow(float x, __half* out) { *out = __float2half_rn(x); }
+__device__ __forceinline__ void narrow(float x, __nv_bfloat16* out) { *out = __float2bfloat16_rn(x); }
+__device__ __forceinline__ void narrow(float x, float* out) { *out = x; }
+__device__ __forceinline__ void narrow(double x, double* out) { *out = x; }
 
 // One element of an array whose floating type is known at run time only; for the few elements that are positives.
 __device__ __forceinline__ double load_as_double(const void* array, Type type, int64_t index) {

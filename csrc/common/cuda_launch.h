@@ -59,9 +59,7 @@ inline cudaError_t device_limits(DeviceLimits* limits) {
   return cudaDeviceGetAttribute(&limits->shared_per_processor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
 }
 
-inline int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Hands out 16-byte aligned arrays from one allocation. With a null base it only adds up the bytes.
 class Workspace {

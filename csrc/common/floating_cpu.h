@@ -25,10 +25,14 @@ using Arithmetic = std::conditional_t<std::is_same_v<In, double>, double, float>
 template <class Body>
 inline void dispatch_floating(ScalarType type, const Body& body) {
   switch (type) {
-    case ScalarType::Double: return body(double{});
-    case ScalarType::Half: return body(Half{});
-    case ScalarType::BFloat16: return body(BFloat16{});
-    default: return body(float{});
+    case ScalarType::Double:
+      return body(double{});
+    case ScalarType::Half:
+      return body(Half{});
+    case ScalarType::BFloat16:
+      return body(BFloat16{});
+    default:
+      return body(float{});
   }
 }
 

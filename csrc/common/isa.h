@@ -39,9 +39,9 @@ inline Isa isa() {
 
 // Calls `function` of the namespace of the instruction set at hand; the arguments follow in parentheses.
 #if RSL_HAS_X86_VARIANTS
-#define RSL_ISA_CALL(function, ...)                                                     \
-  (::rsloss::isa() == ::rsloss::Isa::kAvx512 ? ::rsloss::avx512::function(__VA_ARGS__)  \
-   : ::rsloss::isa() == ::rsloss::Isa::kAvx2 ? ::rsloss::avx2::function(__VA_ARGS__)    \
+#define RSL_ISA_CALL(function, ...)                                                    \
+  (::rsloss::isa() == ::rsloss::Isa::kAvx512 ? ::rsloss::avx512::function(__VA_ARGS__) \
+   : ::rsloss::isa() == ::rsloss::Isa::kAvx2 ? ::rsloss::avx2::function(__VA_ARGS__)   \
                                              : ::rsloss::plain::function(__VA_ARGS__))
 #else
 #define RSL_ISA_CALL(function, ...) ::rsloss::plain::function(__VA_ARGS__)

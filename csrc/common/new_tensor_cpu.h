@@ -1,4 +1,5 @@
-// New CPU tensors straight from the C interface: a call through the dispatcher costs several times as much, and a small loss makes ten.
+// New CPU tensors straight from the C interface: a call through the dispatcher costs several times as much, and a small loss
+// makes ten.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>

@@ -16,12 +16,12 @@ struct QualitySums {
 };
 
 struct RankSortTerms {
-  double ranking_error;       // Eq. 3
-  double sorting_error;       // Eq. 6 minus Eq. 7
-  double coefficient;         // share of the ranking error per unit of H that a negative takes
-  double weight;              // share of the sorting error per unit of H that a worse positive takes
-  double ranking_gradient;    // of the positive itself, before the division by P
-  double sorting_gradient;    // likewise, without what better positives push onto it
+  double ranking_error;     // Eq. 3
+  double sorting_error;     // Eq. 6 minus Eq. 7
+  double coefficient;       // share of the ranking error per unit of H that a negative takes
+  double weight;            // share of the sorting error per unit of H that a worse positive takes
+  double ranking_gradient;  // of the positive itself, before the division by P
+  double sorting_gradient;  // likewise, without what better positives push onto it
 };
 
 RSL_HOST_DEVICE double not_negative(double x) { return x > 0 ? x : 0; }

@@ -1,6 +1,6 @@
 // The last step of Rank & Sort on the CPU: losses and gradient tables from ranked positives and bins.
-// The sums over positives go by blocks in order of quality: prefix sums over all worse (or better) blocks, all pairs inside a block;
-// O(P^1.5) time, 64 bytes per positive and thread.
+// The sums over positives go by blocks in order of quality: prefix sums over all worse (or better) blocks, all pairs inside a
+// block; O(P^1.5) time, 64 bytes per positive and thread.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -27,8 +27,8 @@
 namespace rsloss {
 namespace {
 
-constexpr int64_t kPadding = 8;           // pair_sums reads whole vectors
-constexpr int64_t kAllPairs = 192;        // up to here one block: comparing all pairs is fastest
+constexpr int64_t kPadding = 8;     // pair_sums reads whole vectors
+constexpr int64_t kAllPairs = 192;  // up to here one block: comparing all pairs is fastest
 constexpr int64_t kPositivesPerTask = 256;
 
 // The positives in ascending order of quality, cut into blocks that never split a tie.
@@ -44,8 +44,13 @@ struct ByQuality {
 
 ByQuality order_by_quality(const Windows& windows, const double* quality) {
   const int32_t count = static_cast<int32_t>(windows.count);
-  ByQuality by{std::vector<int32_t>(count), std::vector<int32_t>(count), std::vector<int32_t>(count), std::vector<int32_t>(count),
-               {0}, std::vector<double>(count + kPadding), std::vector<double>(count + kPadding)};
+  ByQuality by{std::vector<int32_t>(count),
+               std::vector<int32_t>(count),
+               std::vector<int32_t>(count),
+               std::vector<int32_t>(count),
+               {0},
+               std::vector<double>(count + kPadding),
+               std::vector<double>(count + kPadding)};
   std::vector<SortKey> keys(count);
   for (int32_t r = 0; r < count; ++r) keys[r] = {ordered_bits(quality[r]), r};
   sort_keys(keys);
@@ -115,16 +120,16 @@ std::vector<QualitySums> compare_qualities(const Windows& windows, const ByQuali
           worse_quality[by.rank[p]] = sums.quality;
         }
       }
-      RSL_ISA_CALL(add_worse_in_block, by.logit.data(), by.quality.data(), by.group_begin.data(), by.rank.data(), begin, end, slope,
-                   worse.data(), worse_quality.data());
+      RSL_ISA_CALL(add_worse_in_block, by.logit.data(), by.quality.data(), by.group_begin.data(), by.rank.data(), begin, end,
+                   slope, worse.data(), worse_quality.data());
     }
   });
   std::vector<QualitySums> sums(count);
   for (int32_t i = 0; i < count; ++i) {
     const HSums all = look_up(total.data(), windows, i, slope);
     const double better = all.plain - worse[i];
-    sums[i] = clamp_sums({worse[i], quality[i] * worse[i] - worse_quality[i], better,
-                          all.quality - worse_quality[i] - quality[i] * better});
+    sums[i] = clamp_sums(
+        {worse[i], quality[i] * worse[i] - worse_quality[i], better, all.quality - worse_quality[i] - quality[i] * better});
   }
   return sums;
 }
@@ -152,16 +157,16 @@ std::vector<double> pull_of_better(const Windows& windows, const ByQuality& by, 
           pull[j] = prefix[2 * windows.full_end[j]] + 0.5 * inside - (high[1] - low[1] - inside * windows.offset[j]) * slope;
         }
       }
-      RSL_ISA_CALL(add_pull_in_block, by.logit.data(), by_quality.data(), by.group_end.data(), by.rank.data(), begin, end, slope,
-                   pull.data());
+      RSL_ISA_CALL(add_pull_in_block, by.logit.data(), by_quality.data(), by.group_end.data(), by.rank.data(), begin, end,
+                   slope, pull.data());
     }
   });
   return pull;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> rank_sort_finalize(Tensors logits, Tensor negatives, Tensor ranked, Tensor counts, Tensor bins,
-                                                              std::optional<Tensor> segments, int64_t num_segments, double delta,
-                                                              double gradient_scale, bool) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> rank_sort_finalize(Tensors logits, Tensor negatives, Tensor ranked, Tensor counts,
+                                                              Tensor bins, std::optional<Tensor> segments, int64_t num_segments,
+                                                              double delta, double gradient_scale, bool) {
   const char* op = "rank_sort_finalize";
   check_logits(op, logits);
   check_unsegmented(op, segments, num_segments);

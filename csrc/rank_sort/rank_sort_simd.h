@@ -1,4 +1,5 @@
-// Sums of H over pairs of positives and prefix sums over blocks of them, compiled once per instruction set (common/for_each_isa.h).
+// Sums of H over pairs of positives and prefix sums over blocks of them, compiled once per instruction set
+// (common/for_each_isa.h).
 
 typedef double Doubles __attribute__((vector_size(64)));
 typedef double FourDoubles __attribute__((vector_size(32)));
@@ -27,13 +28,15 @@ static inline Doubles step_lanes(const Doubles& x, double slope) {
 
 static inline double add_lanes(const Doubles& v) { return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7])); }
 
-// The sum of H(sign (s_k - centre)) and of the same times value_k, over k < count. Reads up to 7 entries beyond count, which must be finite.
+// The sum of H(sign (s_k - centre)) and of the same times value_k, over k < count. Reads up to 7 entries beyond count, which
+// must be finite.
 struct PairSums {
   double plain;
   double weighted;
 };
 
-static inline PairSums pair_sums(double centre, double sign, double slope, const double* s, const double* value, int64_t count) {
+static inline PairSums pair_sums(double centre, double sign, double slope, const double* s, const double* value,
+                                 int64_t count) {
   const Doubles lane = {0, 1, 2, 3, 4, 5, 6, 7}, zero = {};
   Doubles plain = {}, weighted = {};
   for (int64_t k = 0; k < count; k += 8) {
@@ -59,11 +62,13 @@ static void prefix_rows(const double* rows, const int32_t* position, int64_t cou
   }
 }
 
-static void prefix_qualities(const double* rows, const int32_t* position, int64_t count, int32_t from, int32_t to, double* prefix) {
+static void prefix_qualities(const double* rows, const int32_t* position, int64_t count, int32_t from, int32_t to,
+                             double* prefix) {
   prefix_rows<FourDoubles>(rows, position, count, from, to, prefix);
 }
 
-static void prefix_weights(const double* rows, const int32_t* position, int64_t count, int32_t from, int32_t to, double* prefix) {
+static void prefix_weights(const double* rows, const int32_t* position, int64_t count, int32_t from, int32_t to,
+                           double* prefix) {
   prefix_rows<TwoDoubles>(rows, position, count, from, to, prefix);
 }
 
@@ -78,8 +83,8 @@ static void add_worse_in_block(const double* s, const double* y, const int32_t* 
 }
 
 // The pull of the better ones inside the block, [group_end_j, end), on every member j.
-static void add_pull_in_block(const double* s, const double* weight, const int32_t* group_end, const int32_t* rank, int32_t first,
-                              int32_t end, double slope, double* pull) {
+static void add_pull_in_block(const double* s, const double* weight, const int32_t* group_end, const int32_t* rank,
+                              int32_t first, int32_t end, double slope, double* pull) {
   for (int32_t p = first; p < end; ++p) {
     const int32_t from = group_end[p];
     pull[rank[p]] += pair_sums(s[p], -1, slope, s + from, weight + from, end - from).weighted;

@@ -1,6 +1,7 @@
 // A uniform grid over the breakpoints: from a float32 logit to its bin, or to the line of its gradient, with one look-up.
-// Exact, because logits and breakpoints are put into cells by the same monotone arithmetic. The width of a cell is a power of two and the
-// grid starts at a multiple of it, so scaling is exact and the distance of a logit from the start of its cell comes out of one fma.
+// Exact, because logits and breakpoints are put into cells by the same monotone arithmetic. The width of a cell is a power of
+// two and the grid starts at a multiple of it, so scaling is exact and the distance of a logit from the start of its cell comes
+// out of one fma.
 #pragma once
 
 #include <algorithm>
@@ -25,7 +26,8 @@ struct CellGrid {
 
 inline int32_t num_cells(const CellGrid& grid) { return static_cast<int32_t>(grid.last_cell) + 1; }
 
-// In vector code: fmsub, max with 0, min with last_cell, truncate. The product is exact, so a fused multiply changes nothing. NaN: cell 0.
+// In vector code: fmsub, max with 0, min with last_cell, truncate. The product is exact, so a fused multiply changes nothing.
+// NaN: cell 0.
 inline float position_of(const CellGrid& grid, float value) {
   const float position = value * grid.scale - grid.origin;
   return position > 0 ? (position < grid.last_cell ? position : grid.last_cell) : 0.0f;
@@ -37,8 +39,8 @@ inline double start_of_cell(const CellGrid& grid, int32_t cell) {
   return (static_cast<double>(grid.origin) + cell) * grid.width;
 }
 
-// The distinct ones of the ascending `edges`. Without any the passes still look for NaN: one edge at the largest finite value keeps them free
-// of a case of their own. It meets +inf only, whose sums nobody reads and whose line is 0.
+// The distinct ones of the ascending `edges`. Without any the passes still look for NaN: one edge at the largest finite value
+// keeps them free of a case of their own. It meets +inf only, whose sums nobody reads and whose line is 0.
 template <class T>
 std::vector<T> distinct_edges(const double* edges, int64_t count) {
   if (count == 0) return {std::numeric_limits<T>::max()};
@@ -60,7 +62,8 @@ inline int32_t count_edges(const T* edges, int32_t num_edges, int32_t from, T va
   int32_t high = std::min(low + reach - 1, num_edges);
   while (low < high) {
     const int32_t middle = low + (high - low) / 2;
-    if (edges[middle] <= value) low = middle + 1; else high = middle;
+    if (edges[middle] <= value) low = middle + 1;
+    else high = middle;
   }
   return low;
 }
@@ -68,7 +71,8 @@ inline int32_t count_edges(const T* edges, int32_t num_edges, int32_t from, T va
 // Many cells per edge leave few cells with several edges; fewer when there are not enough elements to pay for writing them.
 inline CellGrid make_grid(const std::vector<float>& edges, int64_t cells_per_edge, int64_t elements) {
   const int64_t last = static_cast<int64_t>(edges.size()) - 1;
-  const int64_t wanted = std::max<int64_t>(64, std::min<int64_t>(cells_per_edge * (last + 1), std::max<int64_t>(elements / 8, 2 * (last + 1))));
+  const int64_t wanted =
+      std::max<int64_t>(64, std::min<int64_t>(cells_per_edge * (last + 1), std::max<int64_t>(elements / 8, 2 * (last + 1))));
   const int64_t cells = std::min(wanted, kMostCells - 4);
   // The whole range of the edges, unless a few outliers stretch it far beyond the bulk: then they share the outermost cells.
   const double bulk_low = edges[last / 16], bulk_high = edges[last - last / 16], reach = 4 * (bulk_high - bulk_low);
@@ -85,7 +89,8 @@ inline CellGrid make_grid(const std::vector<float>& edges, int64_t cells_per_edg
   return grid;
 }
 
-// Calls clean(first cell, one past the last, edges before) and occupied(cell, first edge, one past the last) in ascending order.
+// Calls clean(first cell, one past the last, edges before) and occupied(cell, first edge, one past the last) in ascending
+// order.
 template <class Clean, class Occupied>
 void for_cells(const CellGrid& grid, const std::vector<float>& edges, const Clean& clean, const Occupied& occupied) {
   int32_t cell = 0, edge = 0;

@@ -19,7 +19,8 @@ enum CountEntry { kFound = 0, kNegatives = 1, kCounts = 2 };
 // A false-positive sum, or a sum over worse positives, at or below this shares out no error (eps of the authors' code).
 constexpr double kEps = 1e-10;
 
-// The next float or double above a finite value. Bits, because a call to nextafter for every other breakpoint shows in the timings.
+// The next float or double above a finite value. Bits, because a call to nextafter for every other breakpoint shows in the
+// timings.
 RSL_HOST_DEVICE float next_up(float value) {
   const float unsigned_zero = value + 0.0f;
   int32_t bits;
@@ -52,8 +53,8 @@ RSL_HOST_DEVICE T round_up_sum(double centre, double shift) {
   return too_small ? next_up(rounded) : rounded;
 }
 
-// Offsets inside a bin are summed in units of a power of two, 2^(ceil(log2(2 delta)) - bits). `bits` per offset: as many as cannot
-// overflow int64 when all `count` elements share a bin, at most 44. GPUs sum float32 offsets in 31 bits.
+// Offsets inside a bin are summed in units of a power of two, 2^(ceil(log2(2 delta)) - bits). `bits` per offset: as many as
+// cannot overflow int64 when all `count` elements share a bin, at most 44. GPUs sum float32 offsets in 31 bits.
 constexpr int kNarrowBits = 31;
 
 RSL_HOST_DEVICE int fixed_point_bits(int64_t count) {
@@ -90,16 +91,16 @@ RSL_HOST_DEVICE double step_over_width(double x, double inverse_width) {
   return h < 0 ? 0 : (h > 1 ? 1 : h);
 }
 
-// FP_i from the bins: `above` negatives at or right of hi_i; `inside` negatives in the window, whose sum of (s - origin) is `moment`;
-// `centre` is s_i - origin, `origin` the first breakpoint of the cluster.
+// FP_i from the bins: `above` negatives at or right of hi_i; `inside` negatives in the window, whose sum of (s - origin) is
+// `moment`; `centre` is s_i - origin, `origin` the first breakpoint of the cluster.
 RSL_HOST_DEVICE double false_positives(double above, double inside, double moment, double centre, double delta) {
   if (delta == 0) return above;
   const double partial = 0.5 * inside + (moment - inside * centre) / (2 * delta);
   return above + (partial > 0 ? partial : 0);
 }
 
-// Gradient of a negative at a breakpoint: `closed` = sum of c_i with hi_i at or left of it, `opened` = sum of c_i whose window holds it,
-// `moment` = sum of c_i (s_i - origin) over the same, `distance` = breakpoint - origin.
+// Gradient of a negative at a breakpoint: `closed` = sum of c_i with hi_i at or left of it, `opened` = sum of c_i whose window
+// holds it, `moment` = sum of c_i (s_i - origin) over the same, `distance` = breakpoint - origin.
 RSL_HOST_DEVICE double line_value(double closed, double opened, double moment, double distance, double delta) {
   if (delta == 0) return closed;
   return closed + 0.5 * opened + (opened * distance - moment) / (2 * delta);

@@ -50,7 +50,8 @@ struct GradientTables {
     exact.reserve(edges.size() + 1);
     exact.push_back({0, 0});
     for (int64_t slot = 0; slot < slots; ++slot)
-      if (slot + 1 == slots || table[slot + 1] != table[slot]) exact.push_back({upstream * value[slot], upstream * slope[slot]});
+      if (slot + 1 == slots || table[slot + 1] != table[slot])
+        exact.push_back({upstream * value[slot], upstream * slope[slot]});
     if (slots == 0) exact.push_back({0, 0});
     lines.reserve(exact.size());
     for (const Line<double>& line : exact) lines.push_back({static_cast<T>(line.value), static_cast<T>(line.slope)});
@@ -110,7 +111,8 @@ void fill_nan(const Tensor& tensor) {
 }
 
 template <class In>
-void stream_gradient(const Tensors& logits, const uint64_t* words, const GradientPass<Arithmetic<In>>& pass, const Tensors& gradients) {
+void stream_gradient(const Tensors& logits, const uint64_t* words, const GradientPass<Arithmetic<In>>& pass,
+                     const Tensors& gradients) {
   for (size_t level = 0; level < logits.size(); ++level) {
     const In* data = static_cast<const In*>(logits[level].const_data_ptr());
     In* gradient = static_cast<In*>(gradients[level].mutable_data_ptr());
@@ -118,7 +120,8 @@ void stream_gradient(const Tensors& logits, const uint64_t* words, const Gradien
     const int64_t tasks = task_count(level_words, kWordsPerTask);
     run_tasks(tasks, [&](int64_t task) {
       const int64_t begin = task_begin(level_words, tasks, task), end = task_begin(level_words, tasks, task + 1);
-      RSL_ISA_CALL(write_gradient, data + begin * 64, std::min(end * 64, count) - begin * 64, words + begin, pass, gradient + begin * 64);
+      RSL_ISA_CALL(write_gradient, data + begin * 64, std::min(end * 64, count) - begin * 64, words + begin, pass,
+                   gradient + begin * 64);
     });
     words += level_words;
   }
@@ -127,7 +130,8 @@ void stream_gradient(const Tensors& logits, const uint64_t* words, const Gradien
 double largest_gradient(const double* records, int64_t capacity, double first, double second) {
   double largest = 0;
   for (int64_t slot = 0; slot < capacity; ++slot)
-    largest = std::fmax(largest, std::fabs(first * records[kFirst * capacity + slot] + second * records[kSecond * capacity + slot]));
+    largest =
+        std::fmax(largest, std::fabs(first * records[kFirst * capacity + slot] + second * records[kSecond * capacity + slot]));
   return largest;
 }
 

@@ -1,5 +1,5 @@
-// Ranks the positives and bins the negatives on the CPU: one threaded pass over the logits. Per thread 64 bytes of sums per breakpoint,
-// combined as integers, so that the result does not depend on the number of threads.
+// Ranks the positives and bins the negatives on the CPU: one threaded pass over the logits. Per thread 64 bytes of sums per
+// breakpoint, combined as integers, so that the result does not depend on the number of threads.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -72,7 +72,8 @@ struct BinTables {
           std::fill(&cells[begin], &cells[end], BinCell{nan, static_cast<uint32_t>(before)});
         },
         [&](int32_t cell, int32_t begin, int32_t end) {
-          const bool is_crowded = end - begin > 1 || (cell == 0 && grid.cuts_low) || (cell + 1 == num_cells(grid) && grid.cuts_high);
+          const bool is_crowded =
+              end - begin > 1 || (cell == 0 && grid.cuts_low) || (cell + 1 == num_cells(grid) && grid.cuts_high);
           cells[cell] = is_crowded ? BinCell{nan, kCrowded | static_cast<uint32_t>(begin)}
                                    : BinCell{edges[begin], static_cast<uint32_t>(begin)};
         });
@@ -88,21 +89,21 @@ struct BinTables {
     const int32_t count = static_cast<int32_t>(edges.size());
     if constexpr (std::is_same_v<T, float>)
       return {edges.data(), count, grid, cells.get(), origin, far, origin * far.scale, near, sums, sums + count + 1};
-    else
-      return {edges.data(), count, near, sums + count + 1};
+    else return {edges.data(), count, near, sums + count + 1};
   }
 
   // Sums of one task: [2, edges + 1], far offsets before near ones.
   int64_t num_sums() const { return 2 * (static_cast<int64_t>(edges.size()) + 1); }
 
-  // The sum of the offsets from the left breakpoint of bin `bin` > 0, which a window covers, in near units, of all its elements. The
-  // breakpoint may lie below the grid. Terms may wrap around, the sum cannot.
+  // The sum of the offsets from the left breakpoint of bin `bin` > 0, which a window covers, in near units, of all its
+  // elements. The breakpoint may lie below the grid. Terms may wrap around, the sum cannot.
   int64_t near_sum(const BinSums* sums, int64_t bin) const {
     const BinSums& distant = sums[bin];
     const int64_t searched = sums[edges.size() + 1 + bin].sum;
     if (distant.count == 0) return searched;
     const auto left = static_cast<int64_t>(std::floor((static_cast<double>(edges[bin - 1]) - origin) * far.scale));
-    const uint64_t sum = static_cast<uint64_t>(distant.sum) - static_cast<uint64_t>(distant.count) * static_cast<uint64_t>(left);
+    const uint64_t sum =
+        static_cast<uint64_t>(distant.sum) - static_cast<uint64_t>(distant.count) * static_cast<uint64_t>(left);
     return static_cast<int64_t>(sum << far_steps) + searched;
   }
 
@@ -138,7 +139,8 @@ int64_t stream_negatives(const Tensors& logits, const uint64_t* words, const Bre
   const BinTables<Arithmetic<In>> tables(points, unit, most, elements);
   const int64_t num_sums = tables.num_sums();
   // Every further thread costs a table and its clearing.
-  const int64_t tasks = std::min(task_count(mask_words(elements), kWordsPerTask), std::max<int64_t>(2, elements / (4 * num_sums)));
+  const int64_t tasks =
+      std::min(task_count(mask_words(elements), kWordsPerTask), std::max<int64_t>(2, elements / (4 * num_sums)));
   std::vector<BinSums> sums(static_cast<size_t>(tasks * num_sums));
   std::vector<int64_t> nan_counts(tasks, 0);
   for (const Tensor& level : logits) {
@@ -148,7 +150,8 @@ int64_t stream_negatives(const Tensors& logits, const uint64_t* words, const Bre
       const int64_t begin = task_begin(level_words, tasks, task), end = task_begin(level_words, tasks, task + 1);
       if (begin == end) return;
       const auto pass = tables.pass(sums.data() + task * num_sums);
-      nan_counts[task] += RSL_ISA_CALL(bin_negatives, data + begin * 64, std::min(end * 64, count) - begin * 64, words + begin, pass);
+      nan_counts[task] +=
+          RSL_ISA_CALL(bin_negatives, data + begin * 64, std::min(end * 64, count) - begin * 64, words + begin, pass);
     });
     words += level_words;
   }
@@ -185,7 +188,8 @@ std::tuple<Tensor, Tensor> ranking_bin(Tensors logits, Tensor negatives, Tensor 
   dispatch_floating(logits[0].scalar_type(), [&](auto tag) {
     using In = decltype(tag);
     const Breakpoints points = merge_breakpoints<Arithmetic<In>>(sorted, valid, delta);
-    bin_counts[0] = stream_negatives<In>(logits, static_cast<const uint64_t*>(negatives.const_data_ptr()), points, unit, most, bin_counts, bin_counts + columns);
+    bin_counts[0] = stream_negatives<In>(logits, static_cast<const uint64_t*>(negatives.const_data_ptr()), points, unit, most,
+                                         bin_counts, bin_counts + columns);
   });
   return {ranked, bins};
 }

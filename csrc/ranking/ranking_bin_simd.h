@@ -1,6 +1,7 @@
 // Negatives at or above the first breakpoint -> counts and fixed-point sums. Reads 4 bytes and 1 bit per element.
-// Compiled once per instruction set (common/for_each_isa.h). Elements come in words of 64, one bit of the mask each: full words of 16- or
-// 32-bit floats take the vector path; float64 and the last, partial word take the scalar one, which computes the same.
+// Compiled once per instruction set (common/for_each_isa.h). Elements come in words of 64, one bit of the mask each: full words
+// of 16- or 32-bit floats take the vector path; float64 and the last, partial word take the scalar one, which computes the
+// same.
 #include "ranking/ranking_simd.h"
 
 template <class In, class T>
@@ -23,7 +24,8 @@ struct BinBuffer {
   alignas(64) int64_t offset[kBuffer + 64 + kLanes];
 };
 
-// Three loops over the whole buffer, so that no load waits for a store just before it: cells and offsets; bins; the scattered additions.
+// Three loops over the whole buffer, so that no load waits for a store just before it: cells and offsets; bins; the scattered
+// additions.
 static inline void bin_buffer(const BinPass<float>& pass, BinBuffer& buffer, int filled) {
   for (int i = 0; i < filled; i += kLanes) {
     const Floats x = load(buffer.value + i);
@@ -51,7 +53,8 @@ static inline void bin_buffer(const BinPass<float>& pass, BinBuffer& buffer, int
 
 // Gathers the relevant values of many words in a buffer that stays in the first-level cache.
 template <class In>
-static void bin_full_words(const In* logits, const uint64_t* negatives, int64_t words, const BinPass<float>& pass, int64_t& nan_count) {
+static void bin_full_words(const In* logits, const uint64_t* negatives, int64_t words, const BinPass<float>& pass,
+                           int64_t& nan_count) {
   BinBuffer buffer;
   for (int i = 0; i < kBuffer + 64 + kLanes; i += kLanes) store(buffer.value + i, broadcast(0));
   int filled = 0;

@@ -5,9 +5,7 @@
 
 namespace rsloss {
 
-inline bool is_label(ScalarType type) {
-  return type == ScalarType::Int || type == ScalarType::Long;
-}
+inline bool is_label(ScalarType type) { return type == ScalarType::Int || type == ScalarType::Long; }
 
 // Class indices have the shape of the logits without the last dimension, dense targets the whole shape.
 inline void check_collect_targets(const char* op, const Tensors& logits, const Tensors& targets, const Tensors& quality) {

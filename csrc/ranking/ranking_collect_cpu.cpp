@@ -69,7 +69,8 @@ void clear_bits(uint64_t* words, int64_t begin, int64_t end) {
 
 // The same from class indices. Tasks own multiples of 64 rows, so that no two touch the same word.
 template <class Label>
-std::vector<int64_t> scan_labels(const Label* labels, int64_t rows, int64_t classes, bool background_first, uint64_t* negatives) {
+std::vector<int64_t> scan_labels(const Label* labels, int64_t rows, int64_t classes, bool background_first,
+                                 uint64_t* negatives) {
   const int64_t words = mask_words(rows * classes), groups = (rows + 63) / 64;
   std::memset(negatives, 0xff, words * 8);
   clear_bits(negatives, rows * classes, words * 64);
@@ -93,8 +94,9 @@ std::vector<int64_t> scan_labels(const Label* labels, int64_t rows, int64_t clas
   return std::move(found[0]);
 }
 
-std::tuple<Tensor, Tensor, Tensor> ranking_collect(Tensors logits, Tensors targets, Tensors quality, std::optional<Tensor> segments,
-                                                   int64_t num_segments, std::optional<int64_t> max_positives, bool background_first) {
+std::tuple<Tensor, Tensor, Tensor> ranking_collect(Tensors logits, Tensors targets, Tensors quality,
+                                                   std::optional<Tensor> segments, int64_t num_segments,
+                                                   std::optional<int64_t> max_positives, bool background_first) {
   check_logits("ranking_collect", logits);
   check_collect_targets("ranking_collect", logits, targets, quality);
   check_unsegmented("ranking_collect", segments, num_segments);
@@ -115,9 +117,10 @@ std::tuple<Tensor, Tensor, Tensor> ranking_collect(Tensors logits, Tensors targe
       found.push_back(scan_dense(target, words));
     } else {
       const int64_t classes = logits[level].size(logits[level].dim() - 1), rows = count / classes;
-      found.push_back(target.scalar_type() == ScalarType::Int
-                          ? scan_labels(static_cast<const int32_t*>(target.const_data_ptr()), rows, classes, background_first, words)
-                          : scan_labels(static_cast<const int64_t*>(target.const_data_ptr()), rows, classes, background_first, words));
+      found.push_back(
+          target.scalar_type() == ScalarType::Int
+              ? scan_labels(static_cast<const int32_t*>(target.const_data_ptr()), rows, classes, background_first, words)
+              : scan_labels(static_cast<const int64_t*>(target.const_data_ptr()), rows, classes, background_first, words));
     }
     words += mask_words(count);
     found_count += static_cast<int64_t>(found.back().size());
@@ -151,7 +154,8 @@ std::tuple<Tensor, Tensor, Tensor> ranking_collect(Tensors logits, Tensors targe
   Tensor counts = new_cpu_tensor({kCounts}, ScalarType::Long);
   int64_t* count = static_cast<int64_t*>(counts.mutable_data_ptr());
   count[kFound] = found_count;
-  count[kNegatives] = RSL_ISA_CALL(count_bits, static_cast<const uint64_t*>(negatives.const_data_ptr()), mask_bytes(logits) / 8);
+  count[kNegatives] =
+      RSL_ISA_CALL(count_bits, static_cast<const uint64_t*>(negatives.const_data_ptr()), mask_bytes(logits) / 8);
   return {positives, negatives, counts};
 }
 

@@ -1,6 +1,7 @@
 // Lines -> gradient of every element, 0 where the mask says so. Reads 4 bytes and 1 bit, writes 4 bytes per element.
-// Compiled once per instruction set (common/for_each_isa.h). Elements come in words of 64, one bit of the mask each: full words of 16- or
-// 32-bit floats take the vector path; float64 and the last, partial word take the scalar one, which computes the same.
+// Compiled once per instruction set (common/for_each_isa.h). Elements come in words of 64, one bit of the mask each: full words
+// of 16- or 32-bit floats take the vector path; float64 and the last, partial word take the scalar one, which computes the
+// same.
 #include "ranking/ranking_simd.h"
 
 template <class In, class T>
@@ -15,7 +16,8 @@ constexpr int kBlock = 1024;
 static inline Floats gradient_lanes(const GradientPass<float>& pass, Floats x, const int32_t* cells, uint32_t relevant) {
   const Entries entries = gather_pairs(pass.cells, cells);
   const Floats value = as_floats(entries.first), slope = as_floats(entries.second);
-  const Floats t = multiply_subtract(at_most(broadcast(pass.grid.top), x), broadcast(pass.grid.scale), starts_of(pass.grid, cells));
+  const Floats t =
+      multiply_subtract(at_most(broadcast(pass.grid.top), x), broadcast(pass.grid.scale), starts_of(pass.grid, cells));
   const Floats result = multiply_add(slope, t, value);
   uint32_t searched = relevant & is_nan(value);
   if (!searched) return result;
@@ -32,7 +34,8 @@ static inline Floats gradient_lanes(const GradientPass<float>& pass, Floats x, c
 
 // A block of words: the cells of all its logits first, then the lines.
 template <class In>
-static void gradient_full_words(const In* logits, const uint64_t* negatives, int64_t words, const GradientPass<float>& pass, In* gradient) {
+static void gradient_full_words(const In* logits, const uint64_t* negatives, int64_t words, const GradientPass<float>& pass,
+                                In* gradient) {
   alignas(64) int32_t cells[kBlock];
   const Floats lowest = broadcast(pass.edges[0]);
   for (int64_t first = 0; first < words; first += kBlock / 64) {
@@ -41,7 +44,8 @@ static void gradient_full_words(const In* logits, const uint64_t* negatives, int
     for (int64_t i = first * 64; i < last * 64; i += kLanes) {
       const Floats x = load(logits + i);
       const uint32_t relevant = static_cast<uint32_t>(negatives[i / 64] >> i % 64) & kAllLanes & not_below(x, lowest);
-      store(gradient + i, relevant ? select(relevant, gradient_lanes(pass, x, cells + i - first * 64, relevant)) : broadcast(0));
+      store(gradient + i,
+            relevant ? select(relevant, gradient_lanes(pass, x, cells + i - first * 64, relevant)) : broadcast(0));
     }
   }
 }
@@ -50,11 +54,13 @@ static void gradient_full_words(const In* logits, const uint64_t* negatives, int
 
 // cells[i] = {value + step * i, step}
 static void fill_line_cells(CellLine* cells, int64_t count, double value, double step) {
-  for (int64_t i = 0; i < count; ++i) cells[i] = {static_cast<float>(value + step * static_cast<double>(i)), static_cast<float>(step)};
+  for (int64_t i = 0; i < count; ++i)
+    cells[i] = {static_cast<float>(value + step * static_cast<double>(i)), static_cast<float>(step)};
 }
 // logits, gradient: [count]. negatives: [words of count].
 template <class In, class T>
-static void write_gradient(const In* logits, int64_t count, const uint64_t* negatives, const GradientPass<T>& pass, In* gradient) {
+static void write_gradient(const In* logits, int64_t count, const uint64_t* negatives, const GradientPass<T>& pass,
+                           In* gradient) {
   int64_t word = 0;
 #if RSL_ISA != 0
   if constexpr (has_vectors<In>()) {

@@ -65,9 +65,7 @@ __device__ __forceinline__ WordBits label_word(const CollectLevel& level, bool b
   return bits;
 }
 
-__device__ __forceinline__ int64_t words_of(const CollectLevel& level) {
-  return (level.elements + kWordBits - 1) / kWordBits;
-}
+__device__ __forceinline__ int64_t words_of(const CollectLevel& level) { return (level.elements + kWordBits - 1) / kWordBits; }
 
 // Reads the targets once, writes the mask (elements / 8 bytes) and two counts per block. A block owns a contiguous run of
 // tiles, so that the blocks' counts, scanned in order, are the places of its positives.
@@ -715,9 +713,7 @@ int64_t stream_grid(int64_t elements, int vector, int64_t shared_bytes, const De
   return std::min(ceil_div(elements, static_cast<int64_t>(vector) * kUnroll * kStreamThreads), limits.processors * resident);
 }
 
-bool is_aligned(const void* pointer) {
-  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
-}
+bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 template <class Element>
 cudaError_t launch_bin_typed(const LogitsLevel* levels, int num_levels, const double* positives, const int64_t* counts,

@@ -1,6 +1,7 @@
 // Dense targets -> bit masks of negatives and positives. Reads 4 bytes, writes 2 bits per element.
-// Compiled once per instruction set (common/for_each_isa.h). Elements come in words of 64, one bit of the mask each: full words of 16- or
-// 32-bit floats take the vector path; float64 and the last, partial word take the scalar one, which computes the same.
+// Compiled once per instruction set (common/for_each_isa.h). Elements come in words of 64, one bit of the mask each: full words
+// of 16- or 32-bit floats take the vector path; float64 and the last, partial word take the scalar one, which computes the
+// same.
 #include "ranking/ranking_simd.h"
 
 template <class In>

@@ -1,5 +1,5 @@
-// Vectors of 32-bit floats, and the grid in vector form: what the streaming passes are written in. Part of their bodies, compiled once per
-// instruction set (common/for_each_isa.h).
+// Vectors of 32-bit floats, and the grid in vector form: what the streaming passes are written in. Part of their bodies,
+// compiled once per instruction set (common/for_each_isa.h).
 
 #if RSL_ISA == 512
 
@@ -7,9 +7,7 @@ constexpr int kLanes = 16;
 using Floats = __m512;
 
 static inline Floats load(const float* p) { return _mm512_loadu_ps(p); }
-static inline Floats load(const Half* p) {
-  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-}
+static inline Floats load(const Half* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 static inline Floats load(const BFloat16* p) {
   const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
@@ -34,8 +32,8 @@ struct Entries {
   __m512i second;  // high 32 bits
 };
 
-// 16 pairs of 32-bit values, two to a register: faster than the gather instructions, which take a load a lane anyway. The indices come from
-// memory, and must have been written well before: a vector store does not forward to narrower loads at once.
+// 16 pairs of 32-bit values, two to a register: faster than the gather instructions, which take a load a lane anyway. The
+// indices come from memory, and must have been written well before: a vector store does not forward to narrower loads at once.
 static inline Entries gather_pairs(const void* base, const int32_t* at) {
   const double* pairs = static_cast<const double*>(base);
   const auto two = [&](int i) { return _mm_castpd_ps(_mm_loadh_pd(_mm_load_sd(pairs + at[i]), pairs + at[i + 1])); };
@@ -63,11 +61,13 @@ static inline void store_cells(const CellGrid& grid, Floats x, int32_t* cells) {
   _mm512_storeu_si512(cells, _mm512_cvttps_epi32(positions(grid, x)));
 }
 
-// Both terms of the fused subtraction are exact, so this is what the scalar code computes. Offsets of crowded cells may be garbage.
+// Both terms of the fused subtraction are exact, so this is what the scalar code computes. Offsets of crowded cells may be
+// garbage.
 static inline void store_offsets(const BinPass<float>& pass, Floats x, int64_t* offsets) {
   for (int half = 0; half < 2; ++half) {
     const __m256 value = half ? _mm512_extractf32x8_ps(x, 1) : _mm512_castps512_ps256(x);
-    const __m512d offset = _mm512_fmsub_pd(_mm512_cvtps_pd(value), _mm512_set1_pd(pass.far.scale), _mm512_set1_pd(pass.scaled_origin));
+    const __m512d offset =
+        _mm512_fmsub_pd(_mm512_cvtps_pd(value), _mm512_set1_pd(pass.far.scale), _mm512_set1_pd(pass.scaled_origin));
     _mm512_storeu_si512(offsets + 8 * half, _mm512_cvttpd_epi64(_mm512_min_pd(offset, _mm512_set1_pd(pass.far.most))));
   }
 }
@@ -165,8 +165,10 @@ static inline __m256i to_int64(__m256d x) {
 static inline void store_offsets(const BinPass<float>& pass, Floats x, int64_t* offsets) {
   for (int half = 0; half < 2; ++half) {
     const __m128 value = half ? _mm256_extractf128_ps(x, 1) : _mm256_castps256_ps128(x);
-    const __m256d offset = _mm256_fmsub_pd(_mm256_cvtps_pd(value), _mm256_set1_pd(pass.far.scale), _mm256_set1_pd(pass.scaled_origin));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(offsets + 4 * half), to_int64(_mm256_min_pd(offset, _mm256_set1_pd(pass.far.most))));
+    const __m256d offset =
+        _mm256_fmsub_pd(_mm256_cvtps_pd(value), _mm256_set1_pd(pass.far.scale), _mm256_set1_pd(pass.scaled_origin));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(offsets + 4 * half),
+                        to_int64(_mm256_min_pd(offset, _mm256_set1_pd(pass.far.most))));
   }
 }
 

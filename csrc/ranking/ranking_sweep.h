@@ -1,5 +1,5 @@
-// What the two streaming passes of the CPU backend work on, and what they do with one element. The vector code in ranking_simd.h does
-// the same with many. Bins are numbered by distinct breakpoints here: bin d has d of them at or below it.
+// What the two streaming passes of the CPU backend work on, and what they do with one element. The vector code in
+// ranking_simd.h does the same with many. Bins are numbered by distinct breakpoints here: bin d has d of them at or below it.
 #pragma once
 
 #include <cstdint>
@@ -20,10 +20,12 @@ struct OffsetScale {
   double most;   // largest offset
 };
 
-// ---- binning -----------------------------------------------------------------------------------------------------------------
+// ---- binning
+// -----------------------------------------------------------------------------------------------------------------
 
-// A cell: its only breakpoint (NaN if there is none) and the number of distinct breakpoints before it. A crowded cell has several, or
-// lies at an end of the grid where offsets from the grid's origin would not fit: kCrowded is set, and its elements are searched for.
+// A cell: its only breakpoint (NaN if there is none) and the number of distinct breakpoints before it. A crowded cell has
+// several, or lies at an end of the grid where offsets from the grid's origin would not fit: kCrowded is set, and its elements
+// are searched for.
 struct BinCell {
   float breakpoint;
   uint32_t before;
@@ -39,12 +41,12 @@ struct BinPass<float> {
   int32_t num_edges;
   CellGrid grid;
   const BinCell* cells;
-  double origin;        // of the offsets in `sums`
-  OffsetScale far;      // their scale
+  double origin;         // of the offsets in `sums`
+  OffsetScale far;       // their scale
   double scaled_origin;  // origin * far.scale
-  OffsetScale near;     // scale of the offsets in `searched`, from the left breakpoint of the bin
-  BinSums* sums;        // [num_edges + 1]
-  BinSums* searched;    // [num_edges + 1]
+  OffsetScale near;      // scale of the offsets in `searched`, from the left breakpoint of the bin
+  BinSums* sums;         // [num_edges + 1]
+  BinSums* searched;     // [num_edges + 1]
 };
 
 template <>
@@ -78,7 +80,8 @@ inline void bin_one(const BinPass<float>& pass, float value) {
 
 inline void bin_one(const BinPass<double>& pass, double value) { bin_searched<double>(pass, 0, value); }
 
-// ---- gradient ----------------------------------------------------------------------------------------------------------------
+// ---- gradient
+// ----------------------------------------------------------------------------------------------------------------
 
 // value + slope * (s - left breakpoint) inside a bin.
 template <class T>
@@ -87,8 +90,8 @@ struct Line {
   T slope;
 };
 
-// value + slope * t inside a cell, t in cells from its start. Where one line is not good enough, value is NaN and the bits of slope hold the
-// number of distinct breakpoints before the cell.
+// value + slope * t inside a cell, t in cells from its start. Where one line is not good enough, value is NaN and the bits of
+// slope hold the number of distinct breakpoints before the cell.
 struct CellLine {
   float value;
   float slope;
@@ -96,7 +99,7 @@ struct CellLine {
 
 template <class T>
 struct GradientPass {
-  const T* edges;        // [num_edges] ascending, distinct
+  const T* edges;  // [num_edges] ascending, distinct
   int32_t num_edges;
   const Line<T>* lines;  // [num_edges + 1] by bin, upstream gradient folded in
   T highest;             // largest finite value; +inf is treated as this: the last line is flat

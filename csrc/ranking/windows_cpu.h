@@ -18,7 +18,7 @@ inline int64_t count_valid(const double* ranked, int64_t capacity) {
 
 // Breakpoints of `count` ascending centres, all ascending, lo before hi where equal; and the slot of every lo and hi.
 struct Breakpoints {
-  std::vector<double> edges;    // [2 V], values of T
+  std::vector<double> edges;     // [2 V], values of T
   std::vector<int32_t> lo_slot;  // [V], and one entry that the merge may write
   std::vector<int32_t> hi_slot;  // likewise
 };
@@ -64,8 +64,14 @@ struct Windows {
 
 template <class T>
 Windows make_windows(const double* centre, int64_t count, double delta) {
-  Windows windows{centre, count, delta, merge_breakpoints<T>(centre, count, delta), std::vector<int32_t>(count),
-                  std::vector<int32_t>(count), {}, std::vector<double>(count)};
+  Windows windows{centre,
+                  count,
+                  delta,
+                  merge_breakpoints<T>(centre, count, delta),
+                  std::vector<int32_t>(count),
+                  std::vector<int32_t>(count),
+                  {},
+                  std::vector<double>(count)};
   const Breakpoints& points = windows.breakpoints;
   int32_t lower = 0, upper = 0;
   double cluster = 0;
@@ -108,8 +114,9 @@ inline std::vector<double> false_positives(const Windows& windows, const int64_t
     const bool is_lo = next_lo < windows.count && points.lo_slot[next_lo] == slot;
     if (is_lo) origin[next_lo++] = cluster;
     open += is_lo ? 1 : -1;
-    const double gained =
-        open > 0 ? static_cast<double>(sums[slot + 1]) * unit + static_cast<double>(counts[slot + 1]) * (points.edges[slot] - cluster) : 0;
+    const double gained = open > 0 ? static_cast<double>(sums[slot + 1]) * unit +
+                                         static_cast<double>(counts[slot + 1]) * (points.edges[slot] - cluster)
+                                   : 0;
     moment[slot + 1] = moment[slot] + gained;
   }
   std::vector<double> result(windows.count);

@@ -92,9 +92,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   }
   return cudaSuccess;
 }
-inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) {
-  return cudaSuccess;
-}
+inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
 
 // ---- fibers
 // ----------------------------------------------------------------------------------------------------------------------
@@ -291,9 +289,7 @@ T read(const uint64_t* words, int lane) {
   return value;
 }
 
-inline int lane() {
-  return block().current % kWarpSize;
-}
+inline int lane() { return block().current % kWarpSize; }
 
 }  // namespace cuda_emulator
 
@@ -317,9 +313,7 @@ using std::isfinite;
 using std::isinf;
 using std::isnan;
 
-inline void __syncthreads() {
-  cuda_emulator::switch_away(cuda_emulator::State::kAtBlockBarrier);
-}
+inline void __syncthreads() { cuda_emulator::switch_away(cuda_emulator::State::kAtBlockBarrier); }
 
 inline unsigned __ballot_sync(unsigned mask, bool predicate) {
   const uint64_t* votes = cuda_emulator::exchange(mask, predicate);
@@ -344,15 +338,9 @@ T atomicAdd(T* at, T value) {
   *at = before + value;
   return before;
 }
-inline int __popcll(uint64_t x) {
-  return __builtin_popcountll(x);
-}
-inline int __ffs(int x) {
-  return __builtin_ffs(x);
-}
-inline int __ffsll(long long x) {
-  return __builtin_ffsll(x);
-}
+inline int __popcll(uint64_t x) { return __builtin_popcountll(x); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __ffsll(long long x) { return __builtin_ffsll(x); }
 
 // ---- 16-bit floats, rounding to nearest even
 // -------------------------------------------------------------------------------------
