@@ -1,8 +1,8 @@
 """What every test of a loss shares: the backends under test, one way to evaluate a loss, and the precision gates.
 
-`RSLOSS_TEST_BACKENDS` (comma list) names the backends that must run; one that cannot fails every
-test that promised it. A backend that computes on CPU tensors here (the emulated CUDA kernels, Triton's interpreter) is tested on those; where there is a GPU, `cuda` and
-`triton` are tested on CUDA tensors.
+`RSLOSS_TEST_BACKENDS` (comma list) names the backends that must run; one that cannot fails every test that promised it. A backend
+that computes on CPU tensors here (the emulated CUDA kernels, Triton's interpreter) is tested on those; where there is a GPU, `cuda`
+and `triton` are tested on CUDA tensors.
 """
 import dataclasses
 import importlib
