@@ -65,7 +65,7 @@ bench: env
 lint: env
 	@$(PY) -m pip install -q -r requirements/lint.txt
 	$(PY) -m ruff check .
-	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' 'tests/*.cu' | xargs $(PY) -m clang_format --dry-run -Werror
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' 'tests/*.cu' | xargs $(VENV)/bin/clang-format --dry-run -Werror
 
 clean:
 	@rm -rf build dist *.egg-info rsloss_kernels/*.so $(VENV)
