@@ -15,6 +15,11 @@ from digits_detector.training import Settings, Trainer
 # Canvases on which thresholds are found are part of the training pool.
 THRESHOLD_CANVASES = 300
 SHOWN_CANVASES = 6
+LEGEND = (
+    "AP, AP50, AP75: COCO average precision on held-out canvases, percent. F1: percent, IoU 0.5, at the threshold of the score that\n"
+    f"is best on training canvases. At {evaluation.FIXED_THRESHOLD}: of the detections that score at least as much. Times are\n"
+    "medians of this run; on a busy machine they cannot be compared between losses that were trained one after the other."
+)
 
 
 @dataclasses.dataclass
@@ -95,19 +100,20 @@ def run(options: argparse.Namespace) -> dict:
 
     text = results_table(results["runs"])
     print(text)
+    print(LEGEND)
     for one in runs:
         print(
             f"{one.settings.loss} seed {one.settings.seed}: best F1 on training canvases {100 * one.train_f1:.1f} at score "
             f"{one.threshold:.4f}, which gives {100 * one.f1:.1f} on held-out canvases; score {evaluation.FIXED_THRESHOLD} gives "
             f"{100 * one.f1_at_fixed_threshold:.1f}"
         )
-    print("F1 at the threshold found on training canvases, and at a fixed score of 0.05: a ranking loss fixes the order of the")
-    print("scores, not their level, so its threshold must be found and none can be assumed.")
+    print("For every loss the threshold has to be found. A ranking loss fixes the order of the scores, not their level,")
+    print("and does not even suggest one.")
     figures.draw_loss_curves([one.summary() for one in runs], options.out / "loss_curves.png")
     figures.draw_precision_recall([one.summary() for one in runs], options.out / "precision_recall.png")
     first = [one for one in runs if one.settings.seed == options.seed]
     figures.draw_detections(first, held_out.take(slice(0, SHOWN_CANVASES)), options.out / "detections.png")
-    (options.out / "results.md").write_text(results_table(results["runs"], markdown=True) + "\n")
+    (options.out / "results.md").write_text(results_table(results["runs"], markdown=True) + f"\n\n{LEGEND}\n")
     report.write_json(options.out / "results.json", results)
     print(f"pictures, results.json and results.md are in {options.out}")
     return results

@@ -17,7 +17,8 @@ from digits_detector.evaluation import FIXED_THRESHOLD  # noqa: E402
 COLOURS = {"focal": "#0072B2", "focal_centerness": "#E69F00", "rank_sort": "#D55E00"}
 NAMES = {"focal": "focal", "focal_centerness": "focal + centerness", "rank_sort": "Rank & Sort"}
 PARTS = ("#444444", "#009E73", "#CC79A7")
-STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False}
+STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25}
+STYLE |= {"axes.axisbelow": True, "legend.frameon": False}
 BOX_COLOURS = plt.get_cmap("tab10")
 MOST_BOXES_DRAWN = 60
 # Labels stand on their box, or inside where the canvas ends; in pixels of the canvas.
@@ -43,13 +44,16 @@ def draw_loss_curves(runs: list[dict], path: pathlib.Path) -> None:
         figure, axes = plt.subplots(1, len(names), figsize=(4.4 * len(names), 3.6), squeeze=False, layout="constrained")
         for axis, name in zip(axes[0], names, strict=True):
             for run in (run for run in runs if run["loss"] == name):
+                # Self-balancing gives the box loss the value of the reference, so its curve says nothing of the boxes.
+                is_balanced = name == "rank_sort" and run["box_weight"] is None
                 for (part, values), colour in zip(run["curves"].items(), PARTS, strict=False):
                     is_first = run["seed"] == runs[0]["seed"]
+                    title = "box, scaled to ranking + sorting" if is_balanced and part == "box" else part
                     axis.plot(
                         *_smoothed(values, 25),
                         color=colour,
                         lw=1.4,
-                        label=part if is_first else None,
+                        label=title if is_first else None,
                         alpha=1 if is_first else 0.4,
                     )
             axis.set(title=NAMES[name], xlabel="step", ylim=(0, None))
@@ -66,7 +70,7 @@ def draw_comparison(compared, path: pathlib.Path) -> None:
         steps = np.arange(1, len(compared.differences) + 1)
         curves.plot(steps, compared.loop_loss, color="#999999", lw=4, label="published loop")
         curves.plot(steps, compared.our_loss, color=COLOURS["rank_sort"], lw=1.2, label="rsloss_kernels")
-        curves.set(title="Trained apart, from one seed", xlabel="step", ylabel="ranking + sorting loss")
+        curves.set(title="Trained apart from one seed (rounding adds up)", xlabel="step", ylabel="ranking + sorting loss")
         curves.legend()
         gradients.semilogy(steps, np.maximum(compared.differences, 1e-9), ".", color=COLOURS["rank_sort"], ms=4)
         gradients.axhline(1e-5, color="#444444", lw=1, ls="--")
@@ -75,15 +79,15 @@ def draw_comparison(compared, path: pathlib.Path) -> None:
             title="Gradients on the same logits", xlabel="step", ylabel="difference / largest entry", ylim=(1e-9, 1e-4)
         )
         bars = {
-            "loss: loop": compared.loop_ms,
-            "loss: ours": compared.our_ms,
-            "step: loop": compared.loop_step_ms,
-            "step: ours": compared.our_step_ms,
+            "loss,\npublished loop": compared.loop_ms,
+            "loss,\nrsloss_kernels": compared.our_ms,
+            "whole step,\npublished loop": compared.loop_step_ms,
+            "whole step,\nrsloss_kernels": compared.our_step_ms,
         }
         colours = ["#999999", COLOURS["rank_sort"]] * 2
         drawn = times.barh(list(bars)[::-1], list(bars.values())[::-1], color=colours[::-1])
         times.bar_label(drawn, fmt="%.1f ms", padding=3)
-        times.set(title="Median time", xlabel="ms", xlim=(0, 1.3 * max(bars.values())))
+        times.set(title="Median time of a step", xlabel="ms", xlim=(0, 1.3 * max(bars.values())))
         times.grid(axis="y", visible=False)
         _save(figure, path)
 
@@ -95,12 +99,12 @@ def draw_precision_recall(runs: list[dict], path: pathlib.Path) -> None:
         for axis, threshold in zip(axes, ("0.50", "0.75"), strict=True):
             for name in dict.fromkeys(run["loss"] for run in runs):
                 curves = np.array([run["precision"][threshold] for run in runs if run["loss"] == name])
-                label = f"{NAMES[name]} (AP {100 * curves.mean():.1f})"
+                label = f"{NAMES[name]} (AP{threshold[2:]} {100 * curves.mean():.1f})"
                 axis.plot(recall, curves.mean(0), color=COLOURS[name], lw=1.8, label=label)
                 if len(curves) > 1:
                     axis.fill_between(recall, curves.min(0), curves.max(0), color=COLOURS[name], alpha=0.15, lw=0)
             axis.set(title=f"held-out canvases, IoU {threshold}", xlabel="recall", xlim=(0, 1), ylim=(0, 1.02))
-            axis.legend(loc="lower left" if threshold == "0.50" else "upper right")
+            axis.legend(loc="best")
         axes[0].set_ylabel("precision, mean over classes")
         _save(figure, path)
 
@@ -128,8 +132,10 @@ def draw_detections(runs: list, canvases: Canvases, path: pathlib.Path) -> None:
                 found = run.held_out.above(threshold)
                 kept = found.keep[column]
                 boxes, labels = found.boxes[column][kept], found.labels[column][kept]
-                axis.set_xlabel(f"{len(boxes)} box{'' if len(boxes) == 1 else 'es'}", fontsize=8, labelpad=2)
-            for (x1, y1, x2, y2), label in list(zip(boxes.tolist(), labels.tolist(), strict=True))[:MOST_BOXES_DRAWN]:
+                cut = f", the best {MOST_BOXES_DRAWN} drawn" if len(boxes) > MOST_BOXES_DRAWN else ""
+                axis.set_xlabel(f"{len(boxes)} box{'' if len(boxes) == 1 else 'es'}{cut}", fontsize=8, labelpad=2)
+            # By falling score: the best are drawn last, on top.
+            for (x1, y1, x2, y2), label in list(zip(boxes.tolist(), labels.tolist(), strict=True))[:MOST_BOXES_DRAWN][::-1]:
                 colour = BOX_COLOURS(label % 10)
                 axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=colour, lw=1.5))
                 axis.text(
