@@ -4,7 +4,7 @@
 #   bash bench/gpu_check.sh [output folder]
 #
 # Every stage has a share of the time; what one leaves over the next may use. A stage that fails is reported, the later ones still run,
-# and the exit status is 1. Results go to the folder given, else to $OUT, else to bench/results/<gpu>. Logs of all stages go there too.
+# and the exit status is 1. Results go to the folder given, else to bench/results/<gpu>. Logs of all stages go there too.
 set -u -o pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 export PYTHONUNBUFFERED=1 RSLOSS_TEST_EXAMPLES="${RSLOSS_TEST_EXAMPLES:-15}"
@@ -15,7 +15,7 @@ failures=0
 summary=""
 
 slug="$("$python" -c 'from bench.harness import machine_slug; print(machine_slug("cuda"))' 2>/dev/null || echo no-gpu)"
-out="${1:-${OUT:-bench/results/$slug}}"
+out="${1:-bench/results/$slug}"
 mkdir -p "$out"
 log="$out/gpu_check.log"
 : > "$log"

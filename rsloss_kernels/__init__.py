@@ -1,5 +1,5 @@
-"""Exact, fast ranking, gradient-harmonised, long-tail and dynamic losses for object detectors."""
-from rsloss_kernels import _ext
+"""Ranking losses for object detectors as fused kernels: Rank & Sort loss, self-balancing and score weights."""
+from rsloss_kernels import _backends, _ext
 
 _ext.load()
 
@@ -9,6 +9,8 @@ from rsloss_kernels.losses.rank_sort import op as _rank_sort_op  # noqa: E402, F
 from rsloss_kernels.losses.rank_sort.api import RankSortLoss, RankSortLosses, rank_sort_loss  # noqa: E402
 from rsloss_kernels.losses.self_balancing.api import SelfBalancing, score_weights  # noqa: E402
 from rsloss_kernels.version import __version__  # noqa: E402
+
+_backends.look_up_reasons()
 
 __all__ = [
     "RankSortLoss",

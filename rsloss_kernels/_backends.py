@@ -5,10 +5,9 @@ Automatic choice: CPU tensors take cpp, else reference; CUDA tensors take cuda, 
 """
 import contextlib
 import importlib.util
+import itertools
 import os
 from collections.abc import Iterator
-
-import torch
 
 from rsloss_kernels import _ext, _library
 
@@ -37,16 +36,20 @@ def usable(operator: str, device_type: str) -> list[str]:
     return [backend for backend in _library.BACKENDS if why_not(operator, backend, device_type) is None]
 
 
-@torch.compiler.assume_constant_result
 def why_not(operator: str, backend: str, device_type: str) -> str | None:
-    """None if `backend` can run `operator` on `device_type`, else the reason in words. Compiled code guards on `_forced` alone."""
+    """None if `backend` can run `operator` on `device_type`, else the reason in words."""
     key = (operator, backend, device_type)
-    if key not in _reasons:
-        _reasons[key] = _find_reason(operator, backend, device_type)
-    return _reasons[key]
+    return _reasons[key] if key in _reasons else _find_reason(*key)
 
 
+# Filled once for all that is defined, not as it is asked for: compiled code guards on what it reads here.
 _reasons: dict[tuple[str, str, str], str | None] = {}
+
+
+def look_up_reasons() -> None:
+    """Looks at the loaded libraries; to be called after defining operators or loading a library."""
+    for key in itertools.product(_library.defined, _library.BACKENDS, _PREFERENCE):
+        _reasons[key] = _find_reason(*key)
 
 
 def _find_reason(operator: str, backend: str, device_type: str) -> str | None:
@@ -61,11 +64,6 @@ def _find_reason(operator: str, backend: str, device_type: str) -> str | None:
     if _library.has_native_kernel(operator, backend, device_type):
         return None
     return _ext.why_not_loaded(backend) or f"it has no kernel for {device_type} tensors"
-
-
-def forget_reasons() -> None:
-    """Looks at the loaded libraries anew; to be called after loading one."""
-    _reasons.clear()
 
 
 def _validated(name: str, source: str) -> str:

@@ -63,7 +63,9 @@ def cxx_flags() -> list[str]:
     # Python's own flags, which come first, hold -g and -Wall. GCC 12 warns falsely about its own AVX-512 intrinsics, and about
     # vectors returned by functions that are all inlined.
     optimisation = ["-O0", "-g"] if is_on("DEBUG") else ["-O3", "-g0"]
-    return [*optimisation, "-std=c++17", "-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-psabi", *STABLE_ABI]
+    # Error messages name the file that checks, without the folder it was compiled in.
+    prefix = f"-fmacro-prefix-map={source_root()}/="
+    return [*optimisation, "-std=c++17", prefix, "-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-psabi", *STABLE_ABI]
 
 
 def nvcc_flags() -> list[str]:

@@ -21,6 +21,7 @@ def check_logits(function: str, logits: Tensor) -> None:
     check_tensor(function, "logits", logits)
     if logits.dtype not in LOGIT_TYPES:
         raise TypeError(f"{function}: logits must be float16, bfloat16, float32 or float64, got {logits.dtype}")
+    check_strided(function, "logits", logits)
 
 
 def check_device(function: str, name: str, value: Tensor, logits: Tensor) -> None:
@@ -36,7 +37,7 @@ def check_shape(function: str, name: str, value: Tensor, wanted: tuple[int, ...]
 
 
 def check_delta(function: str, delta: float) -> float:
-    if isinstance(delta, Tensor) or not isinstance(delta, (int, float)):
+    if isinstance(delta, (Tensor, bool)) or not isinstance(delta, (int, float)):
         raise TypeError(f"{function}: delta must be a float, got {type(delta).__name__}")
     # NaN fails both comparisons (and torch.compile cannot trace math.isnan).
     if not (delta == 0 or 1e-30 <= delta <= 1e30):
@@ -53,3 +54,22 @@ def is_index_form(targets: Tensor, logits: Tensor) -> bool:
     """Class indices iff the dtype is integral and the shape is that of logits without its last dimension."""
     is_integral = not targets.dtype.is_floating_point and not targets.dtype.is_complex and targets.dtype != torch.bool
     return is_integral and logits.dim() > 0 and targets.shape == logits.shape[:-1]
+
+
+def as_labels(function: str, targets: Tensor) -> Tensor:
+    """Class indices of any integral dtype as int32 or int64, so that no comparison or subtraction wraps around."""
+    if targets.dtype in (torch.int32, torch.int64):
+        return targets
+    if targets.dtype == torch.uint64:
+        raise TypeError(f"{function}: targets must be class indices that int64 can hold, got torch.uint64")
+    return targets.to(torch.int64 if targets.dtype == torch.uint32 else torch.int32)
+
+
+def check_floating(function: str, name: str, value: Tensor) -> None:
+    if value.dtype not in LOGIT_TYPES:
+        raise TypeError(f"{function}: {name} must have a floating dtype, float16, bfloat16, float32 or float64, got {value.dtype}")
+
+
+def check_strided(function: str, name: str, value: Tensor) -> None:
+    if value.layout != torch.strided:
+        raise TypeError(f"{function}: {name} must be a strided tensor, got layout {value.layout}")

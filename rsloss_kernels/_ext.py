@@ -70,7 +70,10 @@ def _from_cache(backend: str, cause: str) -> str | None:
                 f"RSLOSS_JIT=1 asked to compile it, which failed: {error}"
             ) from error
     else:
-        library = _jit.cached(backend)
+        try:
+            library = _jit.cached(backend)
+        except (OSError, RuntimeError) as error:  # no home folder, or one that cannot be read
+            return f"{cause} (its cache cannot be used: {error}); {_build.HOW_TO_COMPILE}"
         if library is None:
             return f"{cause}; {_build.HOW_TO_COMPILE}"
     failure = _try(backend, library)

@@ -14,6 +14,7 @@ import torch
 
 NAMESPACE = "rsloss_kernels"
 BACKENDS = ("reference", "cpp", "cuda", "triton")
+defined: list[str] = []
 _PYTHON_MODULES = {"reference": "reference", "triton": "triton_impl"}
 
 
@@ -33,6 +34,7 @@ def define(
     `losses/<stem>/op_checks.py` gets the same arguments and raises on bad ones; a compiled backend checks for itself. Tensors on
     different devices are refused by the fake implementation too: with a meta tensor among them the dispatcher calls that.
     """
+    defined.append(name)
     for backend in BACKENDS:
         qualified = f"{NAMESPACE}::{name}.{backend}"
         torch.library.define(qualified, schema)
@@ -70,6 +72,17 @@ def has_native_kernel(name: str, backend: str, device_type: str) -> bool:
     return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}.{backend}", key)
 
 
+class _Unpacked:
+    """A context whose saved tensors were taken out already: hooks that do so (activation checkpointing) must see autograd."""
+
+    def __init__(self, ctx):
+        self._ctx = ctx
+        self.saved_tensors = ctx.saved_tensors
+
+    def __getattr__(self, name):
+        return getattr(self._ctx, name)
+
+
 def _eager_function(overload: Callable, setup_context: Callable, backward: Callable) -> type[torch.autograd.Function]:
     # forward with ctx rather than a separate setup_context: torch binds the arguments of the latter by inspection on every call.
     class EagerFunction(torch.autograd.Function):
@@ -84,9 +97,10 @@ def _eager_function(overload: Callable, setup_context: Callable, backward: Calla
 
         @staticmethod
         def backward(ctx, *grads):
+            unpacked = _Unpacked(ctx)
             # With create_graph=True the operators inside must see autograd, to refuse a second derivative.
             with contextlib.nullcontext() if torch.is_grad_enabled() else torch._C._AutoDispatchBelowAutograd():
-                grad_logits = backward(ctx, *grads)[0]
+                grad_logits = backward(unpacked, *grads)[0]
             return (*[None] * (ctx.num_args + 1), *grad_logits)
 
     EagerFunction.__name__ = EagerFunction.__qualname__ = f"Eager_{overload.name()}"

@@ -74,7 +74,7 @@ def _emulate_cuda() -> None:
     """Compiles the CUDA sources for the host and loads them as kernels of the `.cuda` overloads for CPU tensors, once."""
     if not _library.has_native_kernel("ranking_bin", "cuda", "cpu"):
         importlib.import_module("cuda_on_cpu.build").load_emulated_cuda()
-        _backends.forget_reasons()
+        _backends.look_up_reasons()
 
 
 def backends_under_test() -> list[Backend]:

@@ -107,7 +107,7 @@ COMPILED_SAMPLES = [
 def test_compile_once_for_all_shapes(backend, generator, loss, sample):
     """One graph, whatever the number of rows and of positives, forward and backward."""
     torch._dynamo.reset()
-    rsloss_kernels._backends.forget_reasons()
+    rsloss_kernels._backends.look_up_reasons()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(LOSSES[loss].function, backend=counter, fullgraph=True, dynamic=True)
     frames = []

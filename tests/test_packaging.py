@@ -187,10 +187,12 @@ def test_build_without_torch_installs_the_pure_package(tree, tmp_path):
     assert (tmp_path / "b" / "lib" / "rsloss_kernels" / "csrc" / "ranking" / "ranking.h").exists()
 
 
-def test_import_is_quick(installed):
-    script = "import time, torch; start = time.perf_counter(); import rsloss_kernels; print(time.perf_counter() - start)"
-    seconds = min(float(run("-c", script, cwd=installed).stdout) for _ in range(3))
-    assert seconds < 0.3
+def test_import_brings_in_nothing_heavy(installed):
+    script = "import sys, torch; before = set(sys.modules); import rsloss_kernels; print(*sorted(set(sys.modules) - before))"
+    added = run("-c", script, cwd=installed).stdout.split()
+    assert "rsloss_kernels" in added
+    heavy = ("triton", "torch._dynamo", "torch._inductor", "torch.utils.cpp_extension", "setuptools", "sympy")
+    assert not [name for name in added if name.startswith(heavy)]
 
 
 @pytest.mark.parametrize("program", ["collect_env", "selfcheck"])

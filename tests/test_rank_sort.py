@@ -114,6 +114,13 @@ def test_labels_of_any_integral_dtype(backend, generator, label_dtype):
     assert_agrees_with_oracle(backend, sample, generator)
 
 
+def test_labels_that_int32_cannot_hold_are_background(backend, generator):
+    logits = torch.randn((4, 3), generator=generator)
+    expected = evaluate(backend, logits, torch.tensor([0, 3, 2, 3]))
+    assert evaluate(backend, logits, torch.tensor([0, 2**32 - 1, 2, 3], dtype=torch.uint32)) == expected
+    assert evaluate(backend, logits, torch.tensor([0, 2**63 - 1, 2, 3])) == expected
+
+
 def test_integral_and_bool_dense_targets(backend, generator):
     inputs = RankingSample("dense", quality_levels=1).draw(generator)
     expected = evaluate(backend, inputs.logits, inputs.targets)

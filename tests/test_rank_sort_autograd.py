@@ -4,10 +4,12 @@ import copy
 import pickle
 import threading
 
+import oracles
 import pytest
 import rsloss_kernels
 import torch
-from harness import evaluate
+import torch.utils.checkpoint
+from harness import assert_within, evaluate
 from rsloss_kernels import RankSortLoss, rank_sort_loss, use_backend
 from samples import RankingSample
 
@@ -257,3 +259,49 @@ def test_module_passes_every_keyword_on(backend, generator):
     assert torch.equal(gradient.cpu(), expected.gradient)
     with pytest.raises(ValueError, match="max_positives must be"), use_backend(backend.name):
         RankSortLoss(max_positives=0)(*arguments)
+
+
+@pytest.mark.parametrize("upstream", [(torch.nan, 1.0), (torch.inf, 1.0), (-torch.inf, 0.0), (3e38, 1.0), (1.0, torch.nan), (1e-40, 1.0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_upstream_gradients_that_are_not_finite_or_huge(backend, generator, dtype, upstream):
+    """A GradScaler and a broken loss send them; products are as in floating-point arithmetic, and nothing is read out of bounds."""
+    inputs = RankingSample("upstream", 60, 500, 30, dtype=dtype).draw(generator)
+    elements = oracles.read(inputs.logits, inputs.targets)
+    truth = oracles.rank_sort(elements, 0.5)
+    ranking, sorting = truth.gradient(1.0, 0.0), truth.gradient(0.0, 1.0)
+    # Negatives have no sorting gradient, and ignored elements none at all.
+    wanted = torch.where(elements.is_positive, ranking * upstream[0] + sorting * upstream[1], ranking * upstream[0])
+    wanted = torch.where(elements.is_positive | elements.is_negative, wanted, 0.0).to(dtype).double()
+    got = evaluate(backend, *inputs.arguments, upstream=upstream).gradient.double()
+    assert torch.equal(got.isnan(), wanted.isnan())
+    assert torch.equal(got.isinf(), wanted.isinf())
+    finite = wanted.isfinite()
+    largest = wanted[finite].abs().amax() if finite.any() else torch.tensor(0.0)
+    assert_within(got[finite], wanted[finite], 1e-6 * largest + 1e-44, "finite entries")
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_activation_checkpointing(backend, generator, use_reentrant):
+    logits, *others = drawn(backend, generator)
+    expected = evaluate(backend, logits, *others).gradient
+
+    def head(values):
+        return sum(losses_of(backend, values * 1.0, *others))
+
+    torch.utils.checkpoint.checkpoint(head, logits, use_reentrant=use_reentrant).backward()
+    assert torch.equal(logits.grad.cpu(), expected)
+
+
+def test_hooks_on_saved_tensors_see_autograd(backend, generator):
+    logits, *others = drawn(backend, generator)
+    seen = []
+
+    def unpack(value):
+        with torch.enable_grad():
+            seen.append((torch.ones(1, requires_grad=True) * 2).requires_grad)
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda value: value, unpack):
+        total = sum(losses_of(backend, logits, *others))
+    total.backward()
+    assert seen and all(seen)

@@ -267,3 +267,9 @@ LOGITS = torch.zeros(4, 3)
 def test_bad_input_names_function_argument_wanted_and_got(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64], ids=str)
+def test_score_weights_of_more_classes_than_the_label_type_can_count(dtype):
+    logits, labels = torch.randn(4, 300), torch.tensor([0, 5, 100, -1 if dtype.is_signed else 7]).to(dtype)
+    assert torch.equal(score_weights(logits, labels) > 0, labels >= 0)

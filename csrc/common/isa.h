@@ -22,10 +22,14 @@ inline Isa detect_isa() {
   const bool at_most_avx2 = wanted != nullptr && std::strcmp(wanted, "avx2") == 0;
   if (wanted != nullptr && std::strcmp(wanted, "plain") == 0) return Isa::kPlain;
   __builtin_cpu_init();
-  if (!at_most_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
-    return Isa::kAvx512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::kAvx2;
+  // All that common/for_each_isa.h compiles for; hypervisors mask single features.
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+                        __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt") &&
+                        __builtin_cpu_supports("lzcnt");
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+  if (has_avx512 && !at_most_avx2) return Isa::kAvx512;
+  if (has_avx2) return Isa::kAvx2;
 #endif
   return Isa::kPlain;
 }

@@ -16,6 +16,11 @@ inline int64_t task_count(int64_t items, int64_t grain) {
   return std::max<int64_t>(1, std::min(threads, items / grain));
 }
 
+// Tasks that each hold a table of `bytes`: four at least, more while their tables stay below half a megabyte in all.
+inline int64_t limit_by_memory(int64_t tasks, int64_t bytes) {
+  return std::min(tasks, std::max<int64_t>(4, (int64_t{1} << 19) / std::max<int64_t>(bytes, 1)));
+}
+
 // Runs body(task) for task in [0, tasks). Tasks must not depend on each other nor on the number of threads.
 template <class Body>
 void run_tasks(int64_t tasks, const Body& body) {

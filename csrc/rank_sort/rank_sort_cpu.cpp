@@ -1,6 +1,6 @@
 // The last step of Rank & Sort on the CPU: losses and gradient tables from ranked positives and bins.
 // The sums over positives go by blocks in order of quality: prefix sums over all worse (or better) blocks, all pairs inside a
-// block; O(P^1.5) time, 64 bytes per positive and thread.
+// block; O(P^1.5) time, 32 bytes per positive and thread.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -19,6 +19,7 @@
 #include "common/parallel.h"
 #include "common/sort_doubles.h"
 #include "rank_sort/rank_sort.h"
+#include "ranking/ranking_checks.h"
 #include "ranking/windows_cpu.h"
 
 #define RSL_SIMD_BODY "rank_sort/rank_sort_simd.h"
@@ -76,7 +77,8 @@ ByQuality order_by_quality(const Windows& windows, const double* quality) {
 template <class Body>
 void for_blocks(const ByQuality& by, const Body& body) {
   const int64_t blocks = static_cast<int64_t>(by.block_begin.size()) - 1;
-  const int64_t tasks = std::min(blocks, task_count(static_cast<int64_t>(by.rank.size()), kPositivesPerTask));
+  const int64_t count = static_cast<int64_t>(by.rank.size());
+  const int64_t tasks = limit_by_memory(std::min(blocks, task_count(count, kPositivesPerTask)), 32 * count);
   if (blocks == 0) return;
   run_tasks(tasks, [&](int64_t task) { body(task_begin(blocks, tasks, task), task_begin(blocks, tasks, task + 1)); });
 }
@@ -168,13 +170,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rank_sort_finalize(Tensors logits, Te
                                                               Tensor bins, std::optional<Tensor> segments, int64_t num_segments,
                                                               double delta, double gradient_scale, bool) {
   const char* op = "rank_sort_finalize";
-  check_logits(op, logits);
-  check_unsegmented(op, segments, num_segments);
   check_delta(op, delta);
-  check_vector(op, "negatives", negatives, logits[0], ScalarType::Byte, mask_bytes(logits));
-  check_vector(op, "counts", counts, logits[0], ScalarType::Long, kCounts);
-  check_table(op, "ranked", ranked, logits[0], ScalarType::Double, kRecordRows, -1);
-  const int64_t capacity = ranked.size(1), columns = 2 * capacity + 1;
+  const int64_t capacity =
+      check_collected(op, logits, negatives, counts, segments, num_segments, "ranked", ranked, kRecordRows);
+  const int64_t columns = 2 * capacity + 1;
   check_table(op, "bins", bins, logits[0], ScalarType::Long, 2, columns);
 
   const bool is_double = logits[0].scalar_type() == ScalarType::Double;

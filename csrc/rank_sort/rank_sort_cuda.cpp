@@ -5,6 +5,7 @@
 #include "common/cuda_glue.h"
 #include "rank_sort/rank_sort_kernels.cuh"
 #include "ranking/ranking.h"
+#include "ranking/ranking_checks.h"
 
 namespace rsloss {
 namespace {
@@ -13,13 +14,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rank_sort_finalize(Tensors logits, Te
                                                               Tensor bins, std::optional<Tensor> segments, int64_t num_segments,
                                                               double delta, double gradient_scale, bool /*upstream_parity*/) {
   const char* op = "rank_sort_finalize";
-  check_logits(op, logits);
-  check_unsegmented(op, segments, num_segments);
   check_delta(op, delta);
-  check_vector(op, "negatives", negatives, logits[0], ScalarType::Byte, mask_bytes(logits));
-  check_vector(op, "counts", counts, logits[0], ScalarType::Long, kCounts);
-  check_table(op, "ranked", ranked, logits[0], ScalarType::Double, kRecordRows, -1);
-  const int64_t capacity = ranked.size(1);
+  const int64_t capacity =
+      check_collected(op, logits, negatives, counts, segments, num_segments, "ranked", ranked, kRecordRows);
   check_table(op, "bins", bins, logits[0], ScalarType::Long, 2, 2 * capacity + 1);
 
   const CurrentStream stream(logits[0]);

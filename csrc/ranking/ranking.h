@@ -54,9 +54,7 @@ RSL_HOST_DEVICE T round_up_sum(double centre, double shift) {
 }
 
 // Offsets inside a bin are summed in units of a power of two, 2^(ceil(log2(2 delta)) - bits). `bits` per offset: as many as
-// cannot overflow int64 when all `count` elements share a bin, at most 44. GPUs sum float32 offsets in 31 bits.
-constexpr int kNarrowBits = 31;
-
+// cannot overflow int64 when all `count` elements share a bin, at most 44.
 RSL_HOST_DEVICE int fixed_point_bits(int64_t count) {
   int log_count = 0;
   while (log_count < 31 && (int64_t{1} << log_count) < count) ++log_count;
@@ -77,14 +75,7 @@ RSL_HOST_DEVICE int64_t fixed_point_offset(double distance, double scale, double
   return static_cast<int64_t>(offset > 0 ? (offset < most ? offset : most) : 0.0);
 }
 
-// H(x) = clamp(x / (2 delta) + 1/2, 0, 1); delta = 0: 1 where x >= 0.
-RSL_HOST_DEVICE double step(double x, double delta) {
-  if (delta == 0) return x >= 0 ? 1 : 0;
-  const double h = x / (2 * delta) + 0.5;
-  return h < 0 ? 0 : (h > 1 ? 1 : h);
-}
-
-// The same where many steps share one width: inverse_width = 1 / (2 delta), 0 for delta = 0. Saves the division per pair.
+// H(x) = clamp(x / (2 delta) + 1/2, 0, 1); delta = 0: 1 where x >= 0. inverse_width = 1 / (2 delta), 0 for delta = 0.
 RSL_HOST_DEVICE double step_over_width(double x, double inverse_width) {
   if (inverse_width == 0) return x >= 0 ? 1 : 0;
   const double h = x * inverse_width + 0.5;

@@ -17,6 +17,7 @@
 #include "common/new_tensor_cpu.h"
 #include "common/parallel.h"
 #include "ranking/ranking.h"
+#include "ranking/ranking_checks.h"
 #include "ranking/ranking_sweep.h"
 
 #define RSL_SIMD_BODY "ranking/ranking_gradient_simd.h"
@@ -39,23 +40,30 @@ double upstream_value(const char* op, const char* name, const std::optional<Tens
 
 // A cell may hold one line in place of several if that is wrong by at most this share of the largest gradient of a positive.
 constexpr double kLineTolerance = 0x1p-26;
+// A line is evaluated far inside the range of its type.
+constexpr double kSafeFactor = 1e-6;
 
-// Everything a gradient pass reads. lines: the operator's, [3, columns].
+// Everything a gradient pass reads. lines: the operator's, [3, columns]. The upstream gradient is folded into the lines, unless
+// it is not finite or so large that a line would overflow: then `factor` remains to be applied to every negative.
 template <class T>
 struct GradientTables {
-  GradientTables(const double* table, int64_t columns, double upstream, double largest, int64_t elements) {
+  GradientTables(const double* table, int64_t columns, double upstream, double largest_positive, int64_t elements) {
     const int64_t slots = std::lower_bound(table, table + columns, std::numeric_limits<double>::infinity()) - table;
     const double *value = table + columns, *slope = table + 2 * columns;
     edges = distinct_edges<T>(table, slots);
+    double largest = 0;
+    for (int64_t slot = 0; slot < slots; ++slot) largest = std::max({largest, std::fabs(value[slot]), std::fabs(slope[slot])});
+    const bool is_folded = std::fabs(upstream) * std::max(largest, 1.0) < kSafeFactor * std::numeric_limits<T>::max();
+    const double folded = is_folded ? upstream : 1;
+    factor = is_folded ? 1 : upstream;
     exact.reserve(edges.size() + 1);
     exact.push_back({0, 0});
     for (int64_t slot = 0; slot < slots; ++slot)
-      if (slot + 1 == slots || table[slot + 1] != table[slot])
-        exact.push_back({upstream * value[slot], upstream * slope[slot]});
+      if (slot + 1 == slots || table[slot + 1] != table[slot]) exact.push_back({folded * value[slot], folded * slope[slot]});
     if (slots == 0) exact.push_back({0, 0});
     lines.reserve(exact.size());
     for (const Line<double>& line : exact) lines.push_back({static_cast<T>(line.value), static_cast<T>(line.slope)});
-    if constexpr (std::is_same_v<T, float>) build_cells(kLineTolerance * largest, elements);
+    if constexpr (std::is_same_v<T, float>) build_cells(kLineTolerance * std::fabs(folded) * largest_positive, elements);
   }
 
   double at(int32_t bin, double s) const {
@@ -97,6 +105,7 @@ struct GradientTables {
     return {edges.data(), static_cast<int32_t>(edges.size()), lines.data(), std::numeric_limits<T>::max(), grid, cells.get()};
   }
 
+  double factor;
   std::vector<T> edges;
   std::vector<Line<double>> exact;  // by bin
   std::vector<Line<T>> lines;       // the same in T
@@ -127,11 +136,23 @@ void stream_gradient(const Tensors& logits, const uint64_t* words, const Gradien
   }
 }
 
-double largest_gradient(const double* records, int64_t capacity, double first, double second) {
+// Multiplies the gradient of every negative.
+template <class In>
+void scale_negatives(const uint64_t* words, double factor, const Tensors& gradients) {
+  using T = Arithmetic<In>;
+  for (const Tensor& level : gradients) {
+    In* gradient = static_cast<In*>(level.mutable_data_ptr());
+    for (int64_t i = 0; i < level.numel(); ++i)
+      if (words[i / 64] >> i % 64 & 1) gradient[i] = In(static_cast<T>(static_cast<double>(widen(gradient[i])) * factor));
+    words += mask_words(level.numel());
+  }
+}
+
+// The largest gradient of a positive for an upstream gradient of 1 of the first loss, `ratio` of the second.
+double largest_gradient(const double* records, int64_t capacity, double ratio) {
   double largest = 0;
   for (int64_t slot = 0; slot < capacity; ++slot)
-    largest =
-        std::fmax(largest, std::fabs(first * records[kFirst * capacity + slot] + second * records[kSecond * capacity + slot]));
+    largest = std::fmax(largest, std::fabs(records[kFirst * capacity + slot] + ratio * records[kSecond * capacity + slot]));
   return largest;
 }
 
@@ -154,12 +175,8 @@ Tensors ranking_backward(Tensors logits, Tensor negatives, Tensor gradients, Ten
                          std::optional<Tensor> segments, int64_t num_segments, std::optional<Tensor> grad_first,
                          std::optional<Tensor> grad_second) {
   const char* op = "ranking_backward";
-  check_logits(op, logits);
-  check_unsegmented(op, segments, num_segments);
-  check_vector(op, "negatives", negatives, logits[0], ScalarType::Byte, mask_bytes(logits));
-  check_vector(op, "counts", counts, logits[0], ScalarType::Long, kCounts);
-  check_table(op, "gradients", gradients, logits[0], ScalarType::Double, kGradientRows, -1);
-  const int64_t capacity = gradients.size(1);
+  const int64_t capacity =
+      check_collected(op, logits, negatives, counts, segments, num_segments, "gradients", gradients, kGradientRows);
   check_table(op, "lines", lines, logits[0], ScalarType::Double, kLineRows, 2 * capacity);
   const double first = upstream_value(op, "grad_first", grad_first), second = upstream_value(op, "grad_second", grad_second);
   const bool overflowed = static_cast<const int64_t*>(counts.const_data_ptr())[kFound] > capacity;
@@ -172,9 +189,12 @@ Tensors ranking_backward(Tensors logits, Tensor negatives, Tensor gradients, Ten
       return;
     }
     const double* records = static_cast<const double*>(gradients.const_data_ptr());
+    const uint64_t* words = static_cast<const uint64_t*>(negatives.const_data_ptr());
+    const double ratio = first != 0 && std::isfinite(second / first) ? second / first : 0;
     const GradientTables<Arithmetic<In>> tables(static_cast<const double*>(lines.const_data_ptr()), 2 * capacity, first,
-                                                largest_gradient(records, capacity, first, second), count_elements(logits));
-    stream_gradient<In>(logits, static_cast<const uint64_t*>(negatives.const_data_ptr()), tables.pass(), results);
+                                                largest_gradient(records, capacity, ratio), count_elements(logits));
+    stream_gradient<In>(logits, words, tables.pass(), results);
+    if (tables.factor != 1) scale_negatives<In>(words, tables.factor, results);
     scatter_positives<In>(records, capacity, first, second, results);
   });
   return results;

@@ -20,6 +20,7 @@
 #include "common/parallel.h"
 #include "common/sort_doubles.h"
 #include "ranking/ranking.h"
+#include "ranking/ranking_checks.h"
 #include "ranking/ranking_sweep.h"
 #include "ranking/windows_cpu.h"
 
@@ -139,8 +140,9 @@ int64_t stream_negatives(const Tensors& logits, const uint64_t* words, const Bre
   const BinTables<Arithmetic<In>> tables(points, unit, most, elements);
   const int64_t num_sums = tables.num_sums();
   // Every further thread costs a table and its clearing.
-  const int64_t tasks =
-      std::min(task_count(mask_words(elements), kWordsPerTask), std::max<int64_t>(2, elements / (4 * num_sums)));
+  const int64_t worthwhile = std::max<int64_t>(2, elements / (4 * num_sums));
+  const int64_t tasks = limit_by_memory(std::min(task_count(mask_words(elements), kWordsPerTask), worthwhile),
+                                        num_sums * static_cast<int64_t>(sizeof(BinSums)));
   std::vector<BinSums> sums(static_cast<size_t>(tasks * num_sums));
   std::vector<int64_t> nan_counts(tasks, 0);
   for (const Tensor& level : logits) {
@@ -169,13 +171,10 @@ int64_t stream_negatives(const Tensors& logits, const uint64_t* words, const Bre
 std::tuple<Tensor, Tensor> ranking_bin(Tensors logits, Tensor negatives, Tensor positives, Tensor counts,
                                        std::optional<Tensor> segments, int64_t num_segments, double delta) {
   const char* op = "ranking_bin";
-  check_logits(op, logits);
-  check_unsegmented(op, segments, num_segments);
-  check_vector(op, "negatives", negatives, logits[0], ScalarType::Byte, mask_bytes(logits));
-  check_vector(op, "counts", counts, logits[0], ScalarType::Long, kCounts);
-  check_table(op, "positives", positives, logits[0], ScalarType::Double, kRecordRows, -1);
   check_delta(op, delta);
-  const int64_t capacity = positives.size(1), columns = 2 * capacity + 1;
+  const int64_t capacity =
+      check_collected(op, logits, negatives, counts, segments, num_segments, "positives", positives, kRecordRows);
+  const int64_t columns = 2 * capacity + 1;
   Tensor ranked = new_cpu_tensor({kRecordRows, capacity}, ScalarType::Double);
   Tensor bins = new_cpu_tensor({2, columns}, ScalarType::Long);
   double* sorted = static_cast<double*>(ranked.mutable_data_ptr());

@@ -92,6 +92,10 @@ static int64_t bin_negatives(const In* logits, int64_t count, const uint64_t* ne
     bin_full_words(logits, negatives, word, pass, nan_count);
   }
 #endif
-  for (; word * 64 < count; ++word) bin_word(logits + word * 64, negatives[word], pass, nan_count);
+  for (; word * 64 < count; ++word) {
+    const int64_t left = count - word * 64;
+    const uint64_t inside = left < 64 ? (uint64_t{1} << left) - 1 : ~uint64_t{0};
+    bin_word(logits + word * 64, negatives[word] & inside, pass, nan_count);
+  }
   return nan_count;
 }

@@ -1,7 +1,8 @@
-// Checks of the arguments of `ranking_collect` that depend on the two forms of targets.
+// Checks of the arguments of the ranking operators, for the CPU and the CUDA glue alike.
 #pragma once
 
 #include "common/checks.h"
+#include "ranking/ranking.h"
 
 namespace rsloss {
 
@@ -31,6 +32,22 @@ inline void check_collect_targets(const char* op, const Tensors& logits, const T
     STD_TORCH_CHECK(shape_of(quality[level]) == shape_of(targets[level]), op, ": quality must have the shape of targets, ",
                     shape_of(targets[level]), ", got ", shape_of(quality[level]));
   }
+}
+
+// Slots are numbered in 32 bits, three to a positive.
+constexpr int64_t kMostPositives = int64_t{1} << 29;
+
+// What every operator behind `ranking_collect` gets; returns the capacity, the columns of `table`.
+inline int64_t check_collected(const char* op, const Tensors& logits, const Tensor& negatives, const Tensor& counts,
+                               const std::optional<Tensor>& segments, int64_t num_segments, const char* name,
+                               const Tensor& table, int64_t rows) {
+  check_logits(op, logits);
+  check_unsegmented(op, segments, num_segments);
+  check_vector(op, "negatives", negatives, logits[0], ScalarType::Byte, mask_bytes(logits));
+  check_vector(op, "counts", counts, logits[0], ScalarType::Long, kCounts);
+  check_table(op, name, table, logits[0], ScalarType::Double, rows, -1);
+  STD_TORCH_CHECK(table.size(1) < kMostPositives, op, ": ", name, " must have fewer than 2^29 columns, got ", table.size(1));
+  return table.size(1);
 }
 
 }  // namespace rsloss

@@ -80,10 +80,12 @@ std::vector<int64_t> scan_labels(const Label* labels, int64_t rows, int64_t clas
     const int64_t end = std::min(rows, 64 * task_begin(groups, tasks, task + 1));
     for (int64_t row = 64 * task_begin(groups, tasks, task); row < end; ++row) {
       const int64_t label = static_cast<int64_t>(labels[row]);
-      const int64_t column = background_first ? label - 1 : label;
       if (label < 0) {
         clear_bits(negatives, row * classes, (row + 1) * classes);
-      } else if (column >= 0 && column < classes) {
+        continue;
+      }
+      const int64_t column = background_first ? label - 1 : label;
+      if (column >= 0 && column < classes) {
         const int64_t index = row * classes + column;
         negatives[index / 64] &= ~(uint64_t{1} << index % 64);
         found[task].push_back(index);

@@ -70,13 +70,9 @@ std::tuple<Tensor, Tensor, Tensor> ranking_collect(Tensors logits, Tensors targe
 std::tuple<Tensor, Tensor> ranking_bin(Tensors logits, Tensor negatives, Tensor positives, Tensor counts,
                                        std::optional<Tensor> segments, int64_t num_segments, double delta) {
   const char* op = "ranking_bin";
-  check_logits(op, logits);
-  check_unsegmented(op, segments, num_segments);
   check_delta(op, delta);
-  check_vector(op, "negatives", negatives, logits[0], ScalarType::Byte, mask_bytes(logits));
-  check_vector(op, "counts", counts, logits[0], ScalarType::Long, kCounts);
-  check_table(op, "positives", positives, logits[0], ScalarType::Double, kRecordRows, -1);
-  const int64_t capacity = positives.size(1);
+  const int64_t capacity =
+      check_collected(op, logits, negatives, counts, segments, num_segments, "positives", positives, kRecordRows);
 
   const CurrentStream stream(logits[0]);
   Tensor ranked = torch::stable::empty_like(positives);
@@ -109,12 +105,8 @@ Tensors ranking_backward(Tensors logits, Tensor negatives, Tensor gradients, Ten
                          std::optional<Tensor> segments, int64_t num_segments, std::optional<Tensor> grad_first,
                          std::optional<Tensor> grad_second) {
   const char* op = "ranking_backward";
-  check_logits(op, logits);
-  check_unsegmented(op, segments, num_segments);
-  check_vector(op, "negatives", negatives, logits[0], ScalarType::Byte, mask_bytes(logits));
-  check_vector(op, "counts", counts, logits[0], ScalarType::Long, kCounts);
-  check_table(op, "gradients", gradients, logits[0], ScalarType::Double, kGradientRows, -1);
-  const int64_t capacity = gradients.size(1);
+  const int64_t capacity =
+      check_collected(op, logits, negatives, counts, segments, num_segments, "gradients", gradients, kGradientRows);
   check_table(op, "lines", lines, logits[0], ScalarType::Double, kLineRows, 2 * capacity);
   const void* const first = upstream(op, "grad_first", grad_first, logits[0]);
   const void* const second = upstream(op, "grad_second", grad_second, logits[0]);

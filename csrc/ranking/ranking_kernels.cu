@@ -56,10 +56,10 @@ __device__ __forceinline__ WordBits label_word(const CollectLevel& level, bool b
     const int64_t to = start + level.classes < last ? start + level.classes : last;
     bits.negative |= bit_range(from - first, to - first);
     const int64_t column = label - (background_first ? 1 : 0);
-    const int64_t element = start + column;
     // A label above the classes is background; it is never used as an address.
-    if (column >= 0 && column < level.classes && element >= first && element < last)
-      bits.positive |= uint64_t{1} << (element - first);
+    if (column < 0 || column >= level.classes) continue;
+    const int64_t element = start + column;
+    if (element >= first && element < last) bits.positive |= uint64_t{1} << (element - first);
   }
   bits.negative &= ~bits.positive;
   return bits;

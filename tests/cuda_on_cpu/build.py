@@ -67,7 +67,7 @@ def compile_library(
 def load_emulated_cuda(sanitize: bool = False) -> None:
     """Loads the emulated CUDA backend for CPU tensors, once. Raises RuntimeError with the compiler's output."""
     torch.ops.load_library(str(build(sanitize)))
-    _backends.forget_reasons()
+    _backends.look_up_reasons()
 
 
 def sanitizer_environment() -> dict[str, str]:

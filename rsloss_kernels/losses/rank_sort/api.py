@@ -106,6 +106,8 @@ class RankSortLoss(nn.Module):
         delta: float = 0.5,
         *,
         background: str = "last",
+        segments: Tensor | int | str | None = None,
+        num_segments: int | None = None,
         max_positives: int | None = None,
         process_group: object | None = None,
         average_gradients: bool = True,
@@ -115,6 +117,8 @@ class RankSortLoss(nn.Module):
         super().__init__()
         self.delta = delta
         self.background = background
+        self.segments = segments
+        self.num_segments = num_segments
         self.max_positives = max_positives
         self.process_group = process_group
         self.average_gradients = average_gradients
@@ -128,6 +132,8 @@ class RankSortLoss(nn.Module):
             quality,
             delta=self.delta,
             background=self.background,
+            segments=self.segments,
+            num_segments=self.num_segments,
             max_positives=self.max_positives,
             process_group=self.process_group,
             average_gradients=self.average_gradients,

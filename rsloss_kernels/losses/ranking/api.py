@@ -53,7 +53,7 @@ def rank_positives(
     data = [level.detach()]
     capacity = capacity_of(logits, targets, max_positives)
     if _checks.debug_checks():
-        check_values(function, logits, targets, quality, background, capacity)
+        check_values(function, logits, targets, quality, background, max_positives if capacity is None else capacity)
     with torch.no_grad():
         positives, negatives, counts = _library.operator("ranking_collect", backend)(
             data, [targets], quality, None, 1, capacity, background == "first"
@@ -66,15 +66,15 @@ def read_targets(
     function: str, logits: Tensor, targets: Tensor, quality: Tensor | None
 ) -> tuple[Tensor, list[Tensor]]:
     """Class indices as int32/int64, or dense targets in a floating dtype; and the list of qualities, empty if there are none."""
+    _checks.check_strided(function, "targets", targets)
     _checks.check_device(function, "targets", targets, logits)
     if _checks.is_index_form(targets, logits):
-        if targets.dtype not in (torch.int32, torch.int64):
-            targets = targets.to(torch.int32)
+        targets = _checks.as_labels(function, targets)
         if quality is None:
             return targets.contiguous(), []
         _checks.check_tensor(function, "quality", quality)
-        if not quality.is_floating_point():
-            raise TypeError(f"{function}: quality must have a floating dtype, got {quality.dtype}")
+        _checks.check_floating(function, "quality", quality)
+        _checks.check_strided(function, "quality", quality)
         _checks.check_device(function, "quality", quality, logits)
         _checks.check_shape(function, "quality", quality, targets.shape, "the shape of targets")
         return targets.contiguous(), [quality.detach().contiguous()]
@@ -90,6 +90,7 @@ def read_targets(
     if targets.is_complex():
         raise TypeError(f"{function}: targets must be real, got {targets.dtype}")
     dense = targets if targets.is_floating_point() else targets.to(torch.float32)
+    _checks.check_floating(function, "targets", dense)
     return dense.detach().contiguous(), []
 
 

@@ -1,6 +1,7 @@
-"""Checks of the arguments of the ranking operators, for the backends written in Python. The compiled backends check the same in C++.
+"""Checks of the arguments of the ranking operators, for the backends written in Python.
 
-The functions named after an operator take its arguments. The public functions hand over good arguments; these keep a direct call through torch.ops from reading or writing out of bounds.
+The compiled backends check the same in C++.  The functions named after an operator take its arguments. The public functions
+hand over good arguments; these keep a direct call through torch.ops from reading or writing out of bounds.
 """
 import torch
 from torch import Tensor

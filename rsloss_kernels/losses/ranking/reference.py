@@ -1,7 +1,7 @@
 """The shared ranking operators in plain PyTorch: the readable form, and the fallback on any device.
 
-Breakpoints, bins and lines as in README.md beside this file; float64 inside. The logits are streamed in chunks, so that nothing of
-their size is allocated but the bit mask and the gradient.
+Breakpoints, bins and lines as in README.md beside this file; float64 inside. The logits are streamed in chunks: besides the bit
+mask and the gradient only collecting makes tensors of their size, of one byte per element.
 """
 import math
 from collections.abc import Iterator

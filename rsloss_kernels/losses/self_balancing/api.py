@@ -125,7 +125,8 @@ def score_weights(logits: Tensor, targets: Tensor, *, background: str = "last") 
     classes = logits.shape[-1]
     if _checks.is_index_form(targets, logits):
         first = int(background == "first")
-        is_positive = (targets >= first) & (targets < classes + first)
+        labels = _checks.as_labels("score_weights", targets)
+        is_positive = (labels >= first) & (labels < classes + first)
     else:
         meaning = "the shape of logits (dense), or be integers with that shape less its last dimension (class indices)"
         _checks.check_shape("score_weights", "targets", targets, logits.shape, meaning)
