@@ -16,7 +16,7 @@ from digits_detector.losses import FIRST_LOGIT, make_loss
 from digits_detector.model import Detector, Predictions
 
 # The middle of the grid that the ablation searches.
-LEARNING_RATES = {"focal": 1e-2, "focal_centerness": 1e-2, "rank_sort": 1e-2}
+LEARNING_RATES = {"focal": 1e-2, "focal_centerness": 1e-2, "rank_sort": 2e-2}
 WARMUP_STEPS = 100
 WEIGHT_DECAY = 1e-2
 
