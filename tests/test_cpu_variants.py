@@ -37,6 +37,11 @@ def test_sanitizers_find_nothing(tmp_path, capability):
     # GCC 12 takes the undefined halves of its own AVX-512 intrinsics for variables that were never set.
     library = build.compile_library("ops_cpu", sources, sanitize=True, flags=["-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-psabi"])
     shutil.copy(library, tmp_path / "rsloss_kernels" / "_ops_cpu.so")
+    # The tests below would pass with the installed library too: it must be this one that a process in this folder loads.
+    script = "import rsloss_kernels; print([line.split()[-1] for line in open('/proc/self/maps') if '_ops_cpu' in line][0])"
+    environment = {**build.sanitizer_environment(), "RSLOSS_CPU_CAPABILITY": capability}
+    loaded = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert pathlib.Path(loaded.stdout.strip()).parent == tmp_path / "rsloss_kernels"
     tests = [ROOT / "tests" / name for name in ("test_rank_sort.py", "test_rank_sort_edge_cases.py")]
     selection = "cpp and (apart or finite or nothing or dense or labels or capacity)"
     run_tests(

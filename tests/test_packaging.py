@@ -120,6 +120,15 @@ def test_nothing_compiled_still_works_and_says_so(installed):
     assert "was not compiled" in report_line(done.stdout, "cuda")
 
 
+def test_a_user_without_a_home_folder_can_import(installed):
+    """Containers run under user ids that no file knows."""
+    forget = "import os, pathlib\nos.environ.pop('XDG_CACHE_HOME', None), os.environ.pop('TORCH_EXTENSIONS_DIR', None)\n"
+    forget += "def home(*arguments): raise RuntimeError('Could not determine home directory.')\npathlib.Path.home = home\n"
+    done = run("-c", forget + LOSS, cwd=installed, RSLOSS_JIT="")
+    assert done.returncode == 0, done.stderr
+    assert "home directory" in report_line(done.stdout, "cpp")
+
+
 @pytest.mark.parametrize("name", ["cpp", "cuda"])
 def test_forced_backend_that_is_missing_raises(installed, name):
     done = run("-c", LOSS, cwd=installed, RSLOSS_BACKEND=name)
