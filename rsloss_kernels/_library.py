@@ -6,6 +6,7 @@ overload of the same backend. Schemas are defined here in Python, so that the op
 compiled libraries only add kernels to the overloads `.cpp` and `.cuda`, which the dispatcher then calls directly.
 """
 import contextlib
+import copy
 import functools
 import importlib
 from collections.abc import Callable
@@ -25,8 +26,9 @@ def define(
     fake: Callable,
     setup_context: Callable | None = None,
     make_backward: Callable[[str], Callable] | None = None,
+    num_tables: int = 0,
 ) -> None:
-    """Defines `name` for every backend.
+    """Defines `name` for every backend. Its last `num_tables` outputs are for its own backward only.
 
     The Python backends are looked up on the first call as the function `name` of `losses/<stem>/reference.py` and
     `losses/<stem>/triton_impl.py`, so that importing the library imports neither. `make_backward(backend)` returns the
@@ -44,21 +46,25 @@ def define(
         if make_backward is not None:
             backward = make_backward(backend)
             torch.library.register_autograd(qualified, backward, setup_context=setup_context)
-            _functions[name, backend] = _eager_function(operator(name, backend), setup_context, backward)
+            _num_tables[name] = num_tables
+            _functions[name, backend] = _eager_function(operator(name, backend), setup_context, backward, num_tables)
 
 
 _functions: dict[tuple[str, str], type[torch.autograd.Function]] = {}
+_num_tables: dict[str, int] = {}
 
 
 def differentiable(name: str, backend: str, logits: list[torch.Tensor], *args) -> tuple[torch.Tensor, ...]:
-    """Calls the operator `name`, whose first argument is the list of logits, the only one with a gradient.
+    """Calls the operator `name`, whose first argument is the list of logits, the only one with a gradient; returns its outputs
+    without the tables of its backward.
 
     Outside of tracing this takes a plain autograd function with the operator's own formula: the wrapper that PyTorch puts around a
     formula with tensor lists costs more than a small loss.
     """
     if torch.compiler.is_compiling():
-        return operator(name, backend)(logits, *args)
-    return _functions[name, backend].apply(len(args), *args, *logits)
+        outputs = operator(name, backend)(logits, *args)
+        return outputs[: len(outputs) - _num_tables[name]]
+    return _functions[name, backend].apply(args, *logits)
 
 
 def operator(name: str, backend: str) -> torch._ops.OpOverload:
@@ -72,36 +78,55 @@ def has_native_kernel(name: str, backend: str, device_type: str) -> bool:
     return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}.{backend}", key)
 
 
-class _Unpacked:
-    """A context whose saved tensors were taken out already: hooks that do so (activation checkpointing) must see autograd."""
+class _Context:
+    """What the formula of an operator sees in place of autograd's own context, outside of tracing.
 
-    def __init__(self, ctx):
-        self._ctx = ctx
-        self.saved_tensors = ctx.saved_tensors
+    Autograd keeps the logits, for its hooks (activation checkpointing) and its check of in-place edits. Tables that only this
+    call knows stay here, which is cheaper. Holds nothing of autograd's context: a cycle would keep the logits alive.
+    """
 
-    def __getattr__(self, name):
-        return getattr(self._ctx, name)
+    non_differentiable: tuple[torch.Tensor, ...] = ()
+    saved_tensors: tuple[torch.Tensor | None, ...] = ()
+
+    def mark_non_differentiable(self, *outputs: torch.Tensor) -> None:
+        self.non_differentiable = outputs
+
+    def set_materialize_grads(self, value: bool) -> None:
+        pass  # never done, which is what every formula wants
+
+    def save_for_backward(self, *tensors: torch.Tensor | None) -> None:
+        self.saved_tensors = tensors
 
 
-def _eager_function(overload: Callable, setup_context: Callable, backward: Callable) -> type[torch.autograd.Function]:
+def _eager_function(
+    overload: Callable, setup_context: Callable, backward: Callable, num_tables: int
+) -> type[torch.autograd.Function]:
     # forward with ctx rather than a separate setup_context: torch binds the arguments of the latter by inspection on every call.
     class EagerFunction(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, num_args, *inputs):
-            logits, args = list(inputs[num_args:]), inputs[:num_args]
+        def forward(ctx, args, *logits):
             with torch._C._AutoDispatchBelowAutograd():
                 output = overload(logits, *args)
-            ctx.num_args = num_args
-            setup_context(ctx, (logits, *args), output)
-            return output
+            context = _Context()
+            setup_context(context, (logits, *args), output)
+            ctx.save_for_backward(*context.saved_tensors[: len(logits)])
+            context.saved_tensors = context.saved_tensors[len(logits) :]
+            ctx.context = context
+            ctx.set_materialize_grads(False)
+            returned = output[: len(output) - num_tables]
+            ctx.mark_non_differentiable(*context.non_differentiable[: len(context.non_differentiable) - num_tables])
+            return returned
 
         @staticmethod
         def backward(ctx, *grads):
-            unpacked = _Unpacked(ctx)
+            context = copy.copy(ctx.context)
+            # Hooks that unpack tensors run here, where they see autograd.
+            context.saved_tensors = (*ctx.saved_tensors, *context.saved_tensors)
+            missing = (None,) * num_tables
             # With create_graph=True the operators inside must see autograd, to refuse a second derivative.
             with contextlib.nullcontext() if torch.is_grad_enabled() else torch._C._AutoDispatchBelowAutograd():
-                grad_logits = backward(unpacked, *grads)[0]
-            return (*[None] * (ctx.num_args + 1), *grad_logits)
+                grad_logits = backward(context, *grads, *missing)[0]
+            return (None, *grad_logits)
 
     EagerFunction.__name__ = EagerFunction.__qualname__ = f"Eager_{overload.name()}"
     return EagerFunction

@@ -13,6 +13,7 @@
 namespace rsloss {
 
 constexpr int64_t kMostCells = int64_t{1} << 18;
+constexpr int64_t kCellsPerTask = 1 << 12;
 
 struct CellGrid {
   float scale;      // cells per logit unit, a power of two
@@ -90,19 +91,24 @@ inline CellGrid make_grid(const std::vector<float>& edges, int64_t cells_per_edg
 }
 
 // Calls clean(first cell, one past the last, edges before) and occupied(cell, first edge, one past the last) in ascending
-// order.
+// order, for the cells from `from` to one before `to`.
 template <class Clean, class Occupied>
-void for_cells(const CellGrid& grid, const std::vector<float>& edges, const Clean& clean, const Occupied& occupied) {
-  int32_t cell = 0, edge = 0;
+void for_cells(const CellGrid& grid, const std::vector<float>& edges, int32_t from, int32_t to, const Clean& clean,
+               const Occupied& occupied) {
   const int32_t count = static_cast<int32_t>(edges.size());
+  int32_t cell = from;
+  int32_t edge = static_cast<int32_t>(
+      std::partition_point(edges.begin(), edges.end(), [&](float value) { return cell_of(grid, value) < from; }) -
+      edges.begin());
   while (edge < count) {
     const int32_t at = cell_of(grid, edges[edge]), begin = edge;
+    if (at >= to) break;
     if (cell < at) clean(cell, at, edge);
     while (edge < count && cell_of(grid, edges[edge]) == at) ++edge;
     occupied(at, begin, edge);
     cell = at + 1;
   }
-  if (cell < num_cells(grid)) clean(cell, num_cells(grid), count);
+  if (cell < to) clean(cell, to, edge);
 }
 
 }  // namespace rsloss

@@ -73,18 +73,20 @@ struct GradientTables {
   void build_cells(double tolerance, int64_t elements) {
     grid = make_grid(edges, 8, elements);
     cells.reset(new CellLine[num_cells(grid)]);
-    for_cells(
-        grid, edges,
-        [&](int32_t begin, int32_t end, int32_t before) {
-          RSL_ISA_CALL(fill_line_cells, &cells[begin], int64_t{end - begin}, at(before, start_of_cell(grid, begin)),
-                       exact[before].slope * grid.width);
-        },
-        [&](int32_t cell, int32_t begin, int32_t end) {
-          if (!fit_line(cell, begin, end, tolerance)) {
-            cells[cell].value = std::numeric_limits<float>::quiet_NaN();
-            std::memcpy(&cells[cell].slope, &begin, sizeof begin);
-          }
-        });
+    for_cell_ranges(grid, [&](int32_t from, int32_t to) {
+      for_cells(
+          grid, edges, from, to,
+          [&](int32_t begin, int32_t end, int32_t before) {
+            RSL_ISA_CALL(fill_line_cells, &cells[begin], int64_t{end - begin}, at(before, start_of_cell(grid, begin)),
+                         exact[before].slope * grid.width);
+          },
+          [&](int32_t cell, int32_t begin, int32_t end) {
+            if (!fit_line(cell, begin, end, tolerance)) {
+              cells[cell].value = std::numeric_limits<float>::quiet_NaN();
+              std::memcpy(&cells[cell].slope, &begin, sizeof begin);
+            }
+          });
+    });
   }
 
   // The chord over the cell, if it is good enough at both sides of every breakpoint inside.

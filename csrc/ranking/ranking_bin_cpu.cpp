@@ -67,17 +67,19 @@ struct BinTables {
     constexpr float nan = std::numeric_limits<float>::quiet_NaN();
     grid = make_grid(edges, 16, elements);
     cells.reset(new BinCell[num_cells(grid)]);
-    for_cells(
-        grid, edges,
-        [&](int32_t begin, int32_t end, int32_t before) {
-          std::fill(&cells[begin], &cells[end], BinCell{nan, static_cast<uint32_t>(before)});
-        },
-        [&](int32_t cell, int32_t begin, int32_t end) {
-          const bool is_crowded =
-              end - begin > 1 || (cell == 0 && grid.cuts_low) || (cell + 1 == num_cells(grid) && grid.cuts_high);
-          cells[cell] = is_crowded ? BinCell{nan, kCrowded | static_cast<uint32_t>(begin)}
-                                   : BinCell{edges[begin], static_cast<uint32_t>(begin)};
-        });
+    for_cell_ranges(grid, [&](int32_t from, int32_t to) {
+      for_cells(
+          grid, edges, from, to,
+          [&](int32_t begin, int32_t end, int32_t before) {
+            std::fill(&cells[begin], &cells[end], BinCell{nan, static_cast<uint32_t>(before)});
+          },
+          [&](int32_t cell, int32_t begin, int32_t end) {
+            const bool is_crowded =
+                end - begin > 1 || (cell == 0 && grid.cuts_low) || (cell + 1 == num_cells(grid) && grid.cuts_high);
+            cells[cell] = is_crowded ? BinCell{nan, kCrowded | static_cast<uint32_t>(begin)}
+                                     : BinCell{edges[begin], static_cast<uint32_t>(begin)};
+          });
+    });
     origin = start_of_cell(grid, 0);
     // Offsets span the whole grid in as many bits as near offsets span a window; never in finer units than those.
     const double range = std::exp2(std::ceil(std::log2(num_cells(grid) * grid.width)));

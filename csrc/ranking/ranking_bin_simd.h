@@ -63,6 +63,7 @@ static void bin_full_words(const In* logits, const uint64_t* negatives, int64_t 
     const uint64_t mask = negatives[word];
     if (mask != 0) {
       const In* values = logits + word * 64;
+      for (int i = 0; i < 64; i += 16) __builtin_prefetch(values + 2048 + i);
       for (int i = 0; i < 64; i += kLanes) {
         const uint32_t wanted = static_cast<uint32_t>(mask >> i) & kAllLanes;
         const Floats x = load(values + i);

@@ -20,6 +20,7 @@ template <class In>
 static void scan_full_word(const In* targets, uint64_t& negatives, uint64_t& positives) {
   negatives = positives = 0;
   const Floats zero = broadcast(0);
+  for (int i = 0; i < 64; i += kLanes) __builtin_prefetch(targets + 1024 + i);
   for (int i = 0; i < 64; i += kLanes) {
     const Floats target = load(targets + i);
     negatives |= static_cast<uint64_t>(equal(target, zero)) << i;

@@ -4,10 +4,20 @@
 
 #include <cstdint>
 
+#include "common/parallel.h"
 #include "ranking/cell_grid.h"
 #include "ranking/ranking.h"
 
 namespace rsloss {
+
+// Runs body(first cell, one past the last) on several threads.
+template <class Body>
+void for_cell_ranges(const CellGrid& grid, const Body& body) {
+  const int64_t cells = num_cells(grid), tasks = task_count(cells, kCellsPerTask);
+  run_tasks(tasks, [&](int64_t task) {
+    body(static_cast<int32_t>(task_begin(cells, tasks, task)), static_cast<int32_t>(task_begin(cells, tasks, task + 1)));
+  });
+}
 
 struct alignas(16) BinSums {
   int64_t count;

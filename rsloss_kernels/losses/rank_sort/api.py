@@ -76,7 +76,7 @@ def rank_sort_loss(
         max_positives=max_positives,
         process_group=process_group,
     )
-    ranking_loss, sorting_loss, _, _ = _library.differentiable(
+    ranking_loss, sorting_loss = _library.differentiable(
         "rank_sort_finalize",
         state.backend,
         state.logits,
