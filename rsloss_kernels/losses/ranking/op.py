@@ -11,9 +11,9 @@ from torch import Tensor
 from rsloss_kernels import _library
 
 RECORD_ROWS = 4
-GRADIENT_ROWS = 3
+GRADIENT_ROWS = 4
 LINE_ROWS = 3
-COUNT_ENTRIES = 2
+COUNT_ENTRIES = 3
 
 COLLECT_SCHEMA = (
     "(Tensor[] logits, Tensor[] targets, Tensor[] quality, Tensor? segments, int num_segments, "
