@@ -12,9 +12,9 @@ namespace rsloss {
 
 // Rows of the tensors that pass between the operators.
 enum RecordRow { kLogit = 0, kQuality = 1, kSegment = 2, kIndex = 3, kRecordRows = 4 };
-enum GradientRow { kGradientIndex = 0, kFirst = 1, kSecond = 2, kGradientRows = 3 };
+enum GradientRow { kGradientIndex = 0, kFirst = 1, kSecond = 2, kGradientSegment = 3, kGradientRows = 4 };
 enum LineRow { kBreakpoint = 0, kValue = 1, kSlope = 2, kLineRows = 3 };
-enum CountEntry { kFound = 0, kNegatives = 1, kCounts = 2 };
+enum CountEntry { kFound = 0, kNegatives = 1, kElements = 2, kCounts = 3 };
 
 // A false-positive sum, or a sum over worse positives, at or below this shares out no error (eps of the authors' code).
 constexpr double kEps = 1e-10;
@@ -88,6 +88,12 @@ RSL_HOST_DEVICE double false_positives(double above, double inside, double momen
   if (delta == 0) return above;
   const double partial = 0.5 * inside + (moment - inside * centre) / (2 * delta);
   return above + (partial > 0 ? partial : 0);
+}
+
+// The rank of a positive among the positives, in which it counts one itself: `sum` of H over all of them holds H(0).
+RSL_HOST_DEVICE double rank_with_self(double sum, double delta) {
+  const double rank = delta > 0 ? sum + 0.5 : sum;
+  return rank > 1 ? rank : 1;
 }
 
 // Gradient of a negative at a breakpoint: `closed` = sum of c_i with hi_i at or left of it, `opened` = sum of c_i whose window
