@@ -184,7 +184,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rank_sort_finalize(Tensors logits, Te
   const int64_t count = count_valid(logit, capacity);
   const Windows windows = is_double ? make_windows<double>(logit, count, delta) : make_windows<float>(logit, count, delta);
   const ByQuality by = order_by_quality(windows, quality);
-  const double unit = fixed_point_unit(delta, fixed_point_bits(count_elements(logits)));
+  const double unit =
+      fixed_point_unit(delta, fixed_point_bits(static_cast<const int64_t*>(counts.const_data_ptr())[kElements]));
   const std::vector<double> false_positive = false_positives(windows, bin_counts, bin_counts + columns, unit);
   const std::vector<QualitySums> sums = compare_qualities(windows, by, quality);
 
@@ -207,7 +208,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rank_sort_finalize(Tensors logits, Te
 
   constexpr double nan = std::numeric_limits<double>::quiet_NaN();
   bool is_broken = static_cast<const int64_t*>(counts.const_data_ptr())[kFound] > capacity || bin_counts[0] > 0;
-  for (int64_t i = 0; i < capacity; ++i) record[kGradientIndex * capacity + i] = index[i];
+  for (int64_t i = 0; i < capacity; ++i) {
+    record[kGradientIndex * capacity + i] = index[i];
+    record[kGradientSegment * capacity + i] = i < count ? 0 : static_cast<double>(num_segments);
+  }
   for (int64_t i = count; i < capacity; ++i) {
     const bool is_invalid = index[i] >= 0;
     is_broken |= is_invalid;

@@ -194,7 +194,8 @@ Tensors ranking_backward(Tensors logits, Tensor negatives, Tensor gradients, Ten
     const uint64_t* words = static_cast<const uint64_t*>(negatives.const_data_ptr());
     const double ratio = first != 0 && std::isfinite(second / first) ? second / first : 0;
     const GradientTables<Arithmetic<In>> tables(static_cast<const double*>(lines.const_data_ptr()), 2 * capacity, first,
-                                                largest_gradient(records, capacity, ratio), count_elements(logits));
+                                                largest_gradient(records, capacity, ratio),
+                                                static_cast<const int64_t*>(counts.const_data_ptr())[kElements]);
     stream_gradient<In>(logits, words, tables.pass(), results);
     if (tables.factor != 1) scale_negatives<In>(words, tables.factor, results);
     scatter_positives<In>(records, capacity, first, second, results);

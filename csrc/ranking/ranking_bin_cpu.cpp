@@ -184,7 +184,8 @@ std::tuple<Tensor, Tensor> ranking_bin(Tensors logits, Tensor negatives, Tensor 
   const int64_t valid = count_valid(sorted, capacity);
   int64_t* bin_counts = static_cast<int64_t*>(bins.mutable_data_ptr());
   std::memset(bin_counts, 0, static_cast<size_t>(2 * columns) * sizeof(int64_t));
-  const int bits = fixed_point_bits(count_elements(logits));
+  const int64_t elements = static_cast<const int64_t*>(counts.const_data_ptr())[kElements];
+  const int bits = fixed_point_bits(elements);
   const double unit = fixed_point_unit(delta, bits), most = static_cast<double>((int64_t{1} << bits) - 1);
   dispatch_floating(logits[0].scalar_type(), [&](auto tag) {
     using In = decltype(tag);

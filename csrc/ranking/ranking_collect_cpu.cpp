@@ -158,6 +158,7 @@ std::tuple<Tensor, Tensor, Tensor> ranking_collect(Tensors logits, Tensors targe
   count[kFound] = found_count;
   count[kNegatives] =
       RSL_ISA_CALL(count_bits, static_cast<const uint64_t*>(negatives.const_data_ptr()), mask_bytes(logits) / 8);
+  count[kElements] = count_elements(logits);
   return {positives, negatives, counts};
 }
 
