@@ -7,7 +7,7 @@ from rsloss_kernels._backends import backend_report, use_backend  # noqa: E402
 from rsloss_kernels.losses.ranking import op as _ranking_op  # noqa: E402, F401
 from rsloss_kernels.losses.rank_sort import op as _rank_sort_op  # noqa: E402, F401
 from rsloss_kernels.losses.rank_sort.api import RankSortLoss, RankSortLosses, rank_sort_loss  # noqa: E402
-from rsloss_kernels.losses.self_balancing.api import SelfBalancing, score_weights  # noqa: E402
+from rsloss_kernels.losses.self_balancing.api import SelfBalancing, score_weighted_mean, score_weights  # noqa: E402
 from rsloss_kernels.version import __version__  # noqa: E402
 
 _backends.look_up_reasons()
@@ -19,6 +19,7 @@ __all__ = [
     "__version__",
     "backend_report",
     "rank_sort_loss",
+    "score_weighted_mean",
     "score_weights",
     "use_backend",
 ]

@@ -6,6 +6,7 @@ then computes the same from it. Collectives run on the device of the tensors (gl
 long as the group's own timeout, the one given to `init_process_group` or `new_group`, for a process that does not come.
 """
 
+import copy
 import weakref
 from typing import NamedTuple
 
@@ -42,6 +43,17 @@ def resolve_group(function: str, process_group: object | None) -> "dist.ProcessG
             f"got {process_group!r}"
         )
     return process_group
+
+
+class HoldsGroup:
+    """Mixin of modules with an attribute `process_group`: a copy of the module (of an averaged model, say) has the same group."""
+
+    def __deepcopy__(self, memo: dict) -> "HoldsGroup":
+        memo[id(self.process_group)] = self.process_group
+        copied = self.__class__.__new__(self.__class__)
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
 
 def world_size(group: "dist.ProcessGroup | None") -> int:

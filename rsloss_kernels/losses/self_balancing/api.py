@@ -1,18 +1,19 @@
-"""Self-balancing of a task's loss by the value of the ranking losses, and the score weights of the box loss.
+"""Self-balancing of a task's loss by the value of the ranking losses, and the score weights and weighted mean of the box loss.
 
-A handful of 0-d operations and one row maximum: plain PyTorch on every backend, nothing read on the host.
+A handful of 0-d operations, one row maximum and two sums: plain PyTorch on every backend, nothing read on the host.
 """
 
 import torch
 from torch import Tensor
 
-from rsloss_kernels import _checks
+from rsloss_kernels import _checks, distributed
 from rsloss_kernels._state import StatefulLoss, keeps_statistics, store
 
 MODES = ("step", "running")
+SMALLEST_WEIGHT = 1e-12
 
 
-class SelfBalancing(StatefulLoss):
+class SelfBalancing(distributed.HoldsGroup, StatefulLoss):
     """Scales a task's loss (box, mask, ...) to the size of a reference loss, so that no weight needs tuning.
 
     `mode="step"`: factor = reference / loss, of this very step (Oksuz et al., Rank & Sort, ICCV 2021, where the reference is
@@ -24,6 +25,9 @@ class SelfBalancing(StatefulLoss):
         mode: "step" or "running".
         period: for "running", steps between two factors; as published, the iterations of one epoch.
         initial: for "running", the factor of the first period; in both modes the first value of the buffer `SB_weight`.
+        process_group: None, "default" (all processes, if torch.distributed is initialised) or a group: the factor comes from the
+            means of both losses over its processes, one all-gather of two numbers, so that factor and buffers are the same on all.
+            Every process must then call the module in every step.
 
     Buffers, float64 whatever the module is cast to: `SB_weight` (the last factor) and for "running" `counter` (int64, steps
     gathered since the last factor), `reference_sum`, `loss_sum`. They change only in training mode with gradients enabled.
@@ -31,15 +35,19 @@ class SelfBalancing(StatefulLoss):
     One module per task and stage. Raises TypeError, ValueError for wrong arguments.
     """
 
-    def __init__(self, mode: str = "step", period: int = 3665, initial: float = 50.0):
+    def __init__(
+        self, mode: str = "step", period: int = 3665, initial: float = 50.0, *, process_group: object | None = None
+    ):
         super().__init__()
         _checks.check_choice("SelfBalancing", "mode", mode, MODES)
         if isinstance(period, bool) or not isinstance(period, int) or period < 1:
             raise ValueError(f"SelfBalancing: period must be an int of at least 1, got {period!r}")
         if isinstance(initial, bool) or not isinstance(initial, (int, float)) or not 0 <= initial < float("inf"):
             raise ValueError(f"SelfBalancing: initial must be a finite number of at least 0, got {initial!r}")
+        distributed.resolve_group("SelfBalancing", process_group)
         self.mode = mode
         self.period = period
+        self.process_group = process_group
         self.register_buffer("SB_weight", torch.tensor(initial, dtype=torch.float64))
         if mode == "running":
             self.register_buffer("counter", torch.zeros((), dtype=torch.int64))
@@ -56,13 +64,15 @@ class SelfBalancing(StatefulLoss):
         Returns:
             `factor * loss`, 0-d, float64 for a float64 `loss`, else float32. In step mode a finite pair whose factor is not
             finite (a loss of 0) gives an exact zero that is still connected to the graph, and a NaN or infinite argument gives NaN.
-            In all these cases the buffers stay as they are.
+            In all these cases the buffers stay as they are. With a group that is judged by the means.
         """
         _check_loss("reference_loss", reference_loss)
         _check_loss("loss", loss)
         _checks.check_device("SelfBalancing", "reference_loss", reference_loss, loss)
         result_type = torch.promote_types(loss.dtype, torch.float32)
-        reference, value = reference_loss.detach().double(), loss.detach().double()
+        group = distributed.resolve_group("SelfBalancing", self.process_group)
+        both = torch.stack([reference_loss.detach().double(), loss.detach().double()])
+        reference, value = (distributed.sum_over_group(both, group) / distributed.world_size(group)).unbind()
         factor = (self._step if self.mode == "step" else self._running)(reference, value, result_type)
         return loss.to(result_type) * factor.to(result_type)
 
@@ -139,3 +149,42 @@ def score_weights(logits: Tensor, targets: Tensor, *, background: str = "last") 
     # The sigmoid is monotone: the row maximum first, then one sigmoid per row.
     confidence = logits.detach().amax(-1).to(result_type).sigmoid()
     return torch.where(is_positive, confidence, torch.zeros_like(confidence))
+
+
+def score_weighted_mean(
+    losses: Tensor, weights: Tensor, *, process_group: object | None = None, average_gradients: bool = True
+) -> Tensor:
+    """The weighted mean `sum(weights * losses) / max(sum(weights), 1e-12)`, over all processes of a group.
+
+    With `score_weights`, the box loss of Rank & Sort (Oksuz et al., ICCV 2021).
+
+    Args:
+        losses: any shape, floating; the gradient flows through it alone.
+        weights: floating, the shape of `losses`; detached. Where it is 0, `losses` may hold anything.
+        process_group: None, "default" (all processes, if torch.distributed is initialised) or a group: both sums run over its
+            processes, one all-gather of two numbers. Every process must then make the call, if only with empty tensors.
+        average_gradients: with a group, multiply the gradient by the group's size, for DistributedDataParallel, which averages
+            gradients; False for a reducer that sums them.
+
+    Returns:
+        0-d, float64 for float64 `losses`, else float32; sums are taken in float64. The value is the same on every process, the
+        gradient that of the process's own losses. An exact zero, connected to the graph, if all weights are 0 or there are none.
+
+    Raises:
+        TypeError, ValueError: wrong types, shapes, devices, group.
+    """
+    for name, value in (("losses", losses), ("weights", weights)):
+        _checks.check_tensor("score_weighted_mean", name, value)
+        _checks.check_floating("score_weighted_mean", name, value)
+    _checks.check_shape("score_weighted_mean", "weights", weights, losses.shape, "the shape of losses")
+    _checks.check_device("score_weighted_mean", "weights", weights, losses)
+    group = distributed.resolve_group("score_weighted_mean", process_group)
+
+    weights = weights.detach().double()
+    own = torch.where(weights == 0, 0.0, losses.double() * weights).sum()
+    total, weight = distributed.sum_over_group(torch.stack([own.detach(), weights.sum()]), group).unbind()
+    weight = weight.clamp(min=SMALLEST_WEIGHT)
+    scale = distributed.world_size(group) if average_gradients else 1
+    # The value of the group with the gradient of this process: what is added is zero.
+    mean = total / weight + (own - own.detach()) * (scale / weight)
+    return mean.to(torch.promote_types(losses.dtype, torch.float32))
