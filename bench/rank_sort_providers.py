@@ -8,7 +8,7 @@ from torch import Tensor
 import rsloss_kernels
 from bench.harness import Workload
 from bench.logits import Case, Inputs
-from bench.peers.bucketed import bucketed_rank_sort
+from bench.peers.bucketed import bucketed_rank_sort_loss
 from bench.peers.focal import compiled_focal_loss, focal_loss
 from bench.peers.published_loop import published_rank_sort
 from bench.peers.vectorised import compiled_rank_sort, vectorised_rank_sort
@@ -49,7 +49,7 @@ def providers(device: str) -> list[Provider]:
     ours = [_ours(backend) for backend in our_backends(device)]
     return ours + [
         Provider(LOOP, _dense(published_rank_sort), _limit("P*N", LOOP_PAIRS), can_capture=False),
-        Provider("bucketed", _dense(bucketed_rank_sort), _limit("P*P", SQUARE), can_capture=False),
+        Provider("bucketed", _dense(bucketed_rank_sort_loss), _limit("P*P", SQUARE), can_capture=False),
         Provider("vectorised", _dense(vectorised_rank_sort), _both(BROADCAST_PAIRS), can_capture=False),
         Provider(COMPILED, _dense(compiled_rank_sort), _both(FUSED_PAIRS), can_capture=False, is_compiled=True),
         Provider(FOCAL, _focal(focal_loss)),

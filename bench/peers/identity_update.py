@@ -1,8 +1,10 @@
-"""What the Rank & Sort peers share: the step, the sums over positives, and the autograd shell around a core.
+"""What the peers share: the step, the sums over positives, and the autograd shell around a core.
 
-A core maps (positives [P], quality [P], negatives [K], delta) to (ranking errors [P], sorting errors [P], gradient of the
-positives [P], gradient of the negatives [K]), not yet divided by P. The shell picks the positives and the negatives that can
-reach the lowest of them, and puts the gradients back.
+A core maps (positives [P], quality [P], negatives [K], delta) to (outputs, gradient of the positives [P], gradient of the
+negatives [K]): a tuple of what the loss returns, and gradients not yet divided by P. The shell picks the positives and the
+negatives that can reach the lowest of them, and puts the gradients back. Positives are targets above 0, or (AP and aLRP as
+published) of exactly 1; what lies between is then ignored. Where the published code raises (no positives), losses are zeros
+connected to the graph.
 """
 from collections.abc import Callable
 
@@ -41,26 +43,32 @@ def sums_over_positives(
     return rank, sorting_error, given, weighted_sum(shared, misplaced, fuse)
 
 
+def mean(errors: Tensor) -> Tensor:
+    """Over the positives; 0 without any."""
+    return errors.sum() / max(errors.numel(), 1)
+
+
 class IdentityUpdate(torch.autograd.Function):
-    """Losses of a core; its gradient is scaled by the upstream gradient of the ranking loss alone, as published."""
+    """Outputs of a core; its gradient is scaled by the upstream gradient of the first one alone, as published."""
 
     @staticmethod
-    def forward(ctx, logits: Tensor, targets: Tensor, delta: float, core: Callable) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx, logits: Tensor, targets: Tensor, delta: float, core: Callable, only_ones: bool = False
+    ) -> tuple[Tensor, ...]:
         flat, flat_targets = logits.reshape(-1), targets.reshape(-1)
         gradient = torch.zeros_like(flat)
-        is_positive = flat_targets > 0
+        is_positive = flat_targets == 1 if only_ones else flat_targets > 0
         positives, quality = flat[is_positive], flat_targets[is_positive].to(flat.dtype)
-        ranking, sorting = flat.new_zeros(()), flat.new_zeros(())
-        if positives.numel():
-            is_relevant = (flat_targets == 0) & (flat >= positives.min() - delta)
-            ranking_error, sorting_error, of_positives, of_negatives = core(positives, quality, flat[is_relevant], delta)
-            gradient[is_positive] = of_positives / positives.numel()
-            gradient[is_relevant] = of_negatives / positives.numel()
-            ranking, sorting = ranking_error.mean(), sorting_error.mean()
+        count = positives.numel()
+        lowest = positives.min() - delta if count else torch.inf
+        is_relevant = (flat_targets == 0) & (flat >= lowest)
+        outputs, of_positives, of_negatives = core(positives, quality, flat[is_relevant], delta)
+        gradient[is_positive] = of_positives / max(count, 1)
+        gradient[is_relevant] = of_negatives / max(count, 1)
         ctx.save_for_backward(gradient.reshape(logits.shape))
-        return ranking, sorting
+        return outputs
 
     @staticmethod
-    def backward(ctx, grad_ranking: Tensor, grad_sorting: Tensor):
+    def backward(ctx, grad_first: Tensor, *_):
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_ranking, None, None, None
+        return gradient * grad_first, None, None, None, None

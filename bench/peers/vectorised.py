@@ -8,14 +8,14 @@ import functools
 import torch
 from torch import Tensor
 
-from bench.peers.identity_update import IdentityUpdate, smooth_step, sums_over_positives, weighted_sum
+from bench.peers.identity_update import IdentityUpdate, mean, smooth_step, sums_over_positives, weighted_sum
 
 EPS = 1e-10
 
 
 def broadcast_core(
     positives: Tensor, quality: Tensor, negatives: Tensor, delta: float, fuse: bool = False
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
     false = smooth_step(negatives[None, :] - positives[:, None], delta)  # [P, K], row i holds H(s_k - s_i)
     false_positives = false.sum(1)
     rank, sorting_error, given, landed = sums_over_positives(positives, quality, delta, EPS, fuse)
@@ -23,7 +23,7 @@ def broadcast_core(
     is_ranked_below = false_positives > EPS
     coefficient = torch.where(is_ranked_below, ranking_error / false_positives, 0.0)
     of_positives = landed - given - torch.where(is_ranked_below, ranking_error, 0.0)
-    return ranking_error, sorting_error, of_positives, weighted_sum(coefficient, false, fuse)
+    return (mean(ranking_error), mean(sorting_error)), of_positives, weighted_sum(coefficient, false, fuse)
 
 
 def vectorised_rank_sort(logits: Tensor, targets: Tensor, delta: float = 0.5) -> tuple[Tensor, Tensor]:
