@@ -1,11 +1,15 @@
-"""Ranking losses for object detectors as fused kernels: Rank & Sort loss, self-balancing and score weights."""
+"""Ranking losses for object detectors as fused kernels: Rank & Sort, AP and aLRP loss, self-balancing and score weights."""
 from rsloss_kernels import _backends, _ext
 
 _ext.load()
 
 from rsloss_kernels._backends import backend_report, use_backend  # noqa: E402
 from rsloss_kernels.losses.ranking import op as _ranking_op  # noqa: E402, F401
+from rsloss_kernels.losses.alrp import op as _alrp_op  # noqa: E402, F401
+from rsloss_kernels.losses.ap import op as _ap_op  # noqa: E402, F401
 from rsloss_kernels.losses.rank_sort import op as _rank_sort_op  # noqa: E402, F401
+from rsloss_kernels.losses.alrp.api import ALRPLoss, ALRPLosses, alrp_loss, alrp_regression_loss  # noqa: E402
+from rsloss_kernels.losses.ap.api import APLoss, average_precision_loss  # noqa: E402
 from rsloss_kernels.losses.rank_sort.api import RankSortLoss, RankSortLosses, rank_sort_loss  # noqa: E402
 from rsloss_kernels.losses.self_balancing.api import SelfBalancing, score_weighted_mean, score_weights  # noqa: E402
 from rsloss_kernels.version import __version__  # noqa: E402
@@ -13,10 +17,16 @@ from rsloss_kernels.version import __version__  # noqa: E402
 _backends.look_up_reasons()
 
 __all__ = [
+    "ALRPLoss",
+    "ALRPLosses",
+    "APLoss",
     "RankSortLoss",
     "RankSortLosses",
     "SelfBalancing",
     "__version__",
+    "alrp_loss",
+    "alrp_regression_loss",
+    "average_precision_loss",
     "backend_report",
     "rank_sort_loss",
     "score_weighted_mean",

@@ -1,9 +1,8 @@
 """Rank & Sort loss: the public function and module."""
 from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from rsloss_kernels import _library
 from rsloss_kernels.losses.ranking import api as ranking
 
 
@@ -42,11 +41,18 @@ def rank_sort_loss(
             foreground row is a positive whatever its quality.
         delta: half-width of the smoothed step in logit units, 0 (a hard step, ties count) or within [1e-30, 1e30].
         background: "last" (classes 0..C-1, background C) or "first" (background 0, classes 1..C).
-        segments, num_segments: must be None in this version.
+        segments, num_segments: what is ranked by itself; None: all is one segment. Ids, int32 or int64 with the shape of `logits`
+            less its last dimension (1-D logits with dense targets: of the logits), within 0..num_segments-1, anything else is ignored;
+            an int n: n equal contiguous chunks of the first dimension; "class": every column of the last dimension. A loss is then the
+            mean over the segments that hold a valid positive of their own means, 0 if none does.
         max_positives: capacity of the tables on a GPU, default: the rows for class indices, min(N, 16384) for dense targets. With more
             positives than that, both losses and the whole gradient are NaN. A CPU has room for all; under torch.compile, where tables
-            have static sizes, a capacity saves memory there too.
-        process_group: must be None in this version (every process ranks its own batch).
+            have static sizes, a capacity saves memory there too. With a process group the capacity of every process, equal on all,
+            default 16384.
+        process_group: None: no communication. A torch.distributed group, or "default" (all processes if torch.distributed is
+            initialised, else no communication): positives and negatives of all processes are ranked together, bitwise as one process
+            would with their batches put together; every process gets the losses of the whole and the gradient of its own logits.
+            Every process must call, with positives or without. Segment ids are global: one id is one segment on all processes.
         average_gradients: with a process group, multiply gradients by the group's size for reducers that average.
         upstream_parity: as the authors' code, multiply the whole gradient by the upstream gradient of `ranking`.
 
@@ -59,8 +65,9 @@ def rank_sort_loss(
     hold anything. `targets` and `quality` are detached. Do not edit `logits` in place before backward.
 
     Raises:
-        TypeError, ValueError: wrong types, shapes, devices or ranges; with RSLOSS_DEBUG_CHECKS=1 also labels above C, quality outside
-        [0, 1], and dense targets that are positive for more than half of the elements.
+        TypeError, ValueError: wrong types, shapes, devices or ranges, processes that differ in dtype or options; with
+        RSLOSS_DEBUG_CHECKS=1 also labels above C, quality outside [0, 1], segment ids from num_segments on, and dense targets that are
+        positive for more than half of the elements.
         RuntimeError: a forced backend that cannot run; with RSLOSS_DEBUG_CHECKS=1 more positives than `max_positives`.
     """
     state = ranking.rank_positives(
@@ -75,25 +82,12 @@ def rank_sort_loss(
         num_segments=num_segments,
         max_positives=max_positives,
         process_group=process_group,
+        average_gradients=average_gradients,
     )
-    ranking_loss, sorting_loss = _library.differentiable(
-        "rank_sort_finalize",
-        state.backend,
-        state.logits,
-        state.negatives,
-        state.ranked,
-        state.counts,
-        state.bins,
-        None,
-        1,
-        state.delta,
-        1.0,
-        upstream_parity,
-    )
-    return RankSortLosses(ranking_loss, sorting_loss)
+    return RankSortLosses(*ranking.finish("rank_sort_finalize", state, upstream_parity))
 
 
-class RankSortLoss(nn.Module):
+class RankSortLoss(ranking.RankingLoss):
     """`rank_sort_loss` as a module without state; `forward(logits, targets, quality=None)` returns `(ranking, sorting)`.
 
     Args:
@@ -114,32 +108,18 @@ class RankSortLoss(nn.Module):
         upstream_parity: bool = False,
         loss_weight: float = 1.0,
     ):
-        super().__init__()
-        self.delta = delta
-        self.background = background
-        self.segments = segments
-        self.num_segments = num_segments
-        self.max_positives = max_positives
-        self.process_group = process_group
-        self.average_gradients = average_gradients
-        self.upstream_parity = upstream_parity
-        self.loss_weight = loss_weight
+        super().__init__(
+            loss_weight,
+            delta=delta,
+            background=background,
+            segments=segments,
+            num_segments=num_segments,
+            max_positives=max_positives,
+            process_group=process_group,
+            average_gradients=average_gradients,
+            upstream_parity=upstream_parity,
+        )
 
     def forward(self, logits: Tensor, targets: Tensor, quality: Tensor | None = None) -> RankSortLosses:
-        losses = rank_sort_loss(
-            logits,
-            targets,
-            quality,
-            delta=self.delta,
-            background=self.background,
-            segments=self.segments,
-            num_segments=self.num_segments,
-            max_positives=self.max_positives,
-            process_group=self.process_group,
-            average_gradients=self.average_gradients,
-            upstream_parity=self.upstream_parity,
-        )
+        losses = rank_sort_loss(logits, targets, quality, **self.options())
         return RankSortLosses(losses.ranking * self.loss_weight, losses.sorting * self.loss_weight)
-
-    def extra_repr(self) -> str:
-        return f"delta={self.delta}, background={self.background!r}, loss_weight={self.loss_weight}"

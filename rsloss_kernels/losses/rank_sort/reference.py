@@ -8,10 +8,8 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from rsloss_kernels.losses.ranking import reference as ranking
-from rsloss_kernels.losses.ranking.op import GRADIENT_ROWS
+from rsloss_kernels.losses.ranking.sweep import Sweep
 
 EPS = 1e-10
 
@@ -19,15 +17,9 @@ EPS = 1e-10
 def rank_sort_finalize(
     logits, negatives, ranked, counts, bins, segments, num_segments, delta, gradient_scale, upstream_parity
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = ranking.arithmetic_type(logits[0].dtype)
-    capacity = ranked.shape[1]
-    is_valid = ranked[0].isfinite()
-    centre, quality = ranked[0, is_valid], ranked[1, is_valid]
-    num_positives = max(centre.numel(), 1)
-    windows = Windows(centre, delta, dtype)
-
-    false_positives = ranking.false_positives(bins, centre, delta, dtype, ranking.count_elements(logits))
-    worse, worse_deficit, better, better_excess = compare_qualities(windows, quality)
+    sweep = Sweep(logits, ranked, counts, bins, num_segments, delta, gradient_scale)
+    false_positives = sweep.false_positives
+    worse, worse_deficit, better, better_excess = compare_qualities(sweep)
     rank_among_positives = worse + better
     # Eq. 3: ranking error l_R(i) = N_FP(i) / rank(i), target 0.
     ranking_error = false_positives / (rank_among_positives + false_positives)
@@ -39,74 +31,24 @@ def rank_sort_finalize(
     coefficient = torch.where(is_ranked_below, ranking_error / false_positives, 0.0)
     weight = torch.where(is_sorted_below, sorting_error / worse, 0.0)
     ranking_gradient = torch.where(is_ranked_below, -ranking_error, 0.0)
-    sorting_gradient = torch.where(is_sorted_below, -sorting_error, 0.0) + pull_of_better(windows, quality, weight)
+    sorting_gradient = torch.where(is_sorted_below, -sorting_error, 0.0) + pull_of_better(sweep, weight)
 
-    scale = gradient_scale / num_positives
-    gradients = torch.zeros((GRADIENT_ROWS, capacity), dtype=torch.float64, device=ranked.device)
-    gradients[0] = ranked[3]
-    gradients[1:] = torch.where(ranked[3] >= 0, torch.nan, 0.0)
-    gradients[1, is_valid], gradients[2, is_valid] = ranking_gradient * scale, sorting_gradient * scale
-    lines = ranking.gradient_lines(centre, coefficient * scale, delta, dtype, capacity)
-
-    losses = torch.stack([ranking_error.sum(), sorting_error.sum()]) / num_positives
-    is_broken = (counts[0] > capacity) | (bins[0, 0] > 0) | ((ranked[3] >= 0) & ~is_valid).any()
-    losses = torch.where(is_broken, torch.nan, losses).to(dtype)
-    return losses[0].clone(), losses[1].clone(), gradients, lines
+    gradients = sweep.gradients(ranking_gradient, sorting_gradient)
+    return sweep.loss(ranking_error), sweep.loss(sorting_error), gradients, sweep.lines(coefficient)
 
 
-class Windows:
-    """For every positive, ascending by logit, the ranks of those inside its window: `lo <= s_j < hi`."""
-
-    def __init__(self, centre: Tensor, delta: float, dtype: torch.dtype):
-        self.centre = centre  # [V]
-        self.delta = delta
-        lo, hi = ranking.breakpoints(centre, delta, dtype)
-        self.lower = torch.searchsorted(centre, lo)  # [V]
-        self.upper = torch.searchsorted(centre, hi)  # [V]
-        # The first rank that H(s_i - s_j) does not count in full, seen from j.
-        self.full_end = self.lower if delta > 0 else torch.searchsorted(centre, centre, right=True)
-        _, lo_slot, hi_slot = ranking.merge_breakpoints(lo, hi)
-        edges = torch.zeros(2 * centre.numel(), dtype=torch.float64, device=centre.device)
-        edges[lo_slot], edges[hi_slot] = centre, centre
-        self.offset = centre - ranking.clusters(lo_slot, hi_slot, edges)[lo_slot] if centre.numel() else centre
-
-    def steps(self, sign: int, values: Tensor, member: Tensor, of: Tensor, node: Tensor) -> Tensor:
-        """Sums of `values_j H(sign (s_j - s_i))` over the members j in the node of i, for every positive i in `of`.
-
-        sign: +1 or -1. values: [rows, V]. member, of: ranks. node: [V]. Returns [rows, len(of)].
-        """
-        size = self.centre.numel()
-        keys, order = (node[member] * size + member).sort()
-        member = member[order]
-        prefix = pad(values[:, member].cumsum(1), (1, 0))
-        moment = pad((values[:, member] * self.offset[member]).cumsum(1), (1, 0))
-        first_key = node[of] * size
-        lower = torch.searchsorted(keys, first_key + self.lower[of])
-        upper = torch.searchsorted(keys, first_key + self.upper[of])
-        if sign > 0:
-            full = prefix[:, torch.searchsorted(keys, first_key + size)] - prefix[:, upper]
-        else:
-            full_end = torch.searchsorted(keys, first_key + self.full_end[of])
-            full = prefix[:, full_end] - prefix[:, torch.searchsorted(keys, first_key)]
-        if self.delta == 0:
-            return full
-        inside = prefix[:, upper] - prefix[:, lower]
-        distance = moment[:, upper] - moment[:, lower] - inside * self.offset[of]
-        return full + 0.5 * inside + sign * distance / (2 * self.delta)
-
-
-def compare_qualities(windows: Windows, quality: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def compare_qualities(sweep: Sweep) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sums over the positives j above i, weighted by H(s_j - s_i), split by quality.
 
     Returns [V] each: `worse` = sum of H over y_j < y_i; `worse_deficit` = sum of H (y_i - y_j) over the same; `better` = sum of H
     over y_j >= y_i (i itself included); `better_excess` = sum of H (y_j - y_i) over the same.
     """
-    everyone = torch.arange(quality.numel(), device=quality.device)
+    quality = sweep.quality
     rows = torch.stack([torch.ones_like(quality), quality])
-    total = windows.steps(+1, rows, everyone, everyone, torch.zeros_like(everyone))
+    total = sweep.sums_above(rows)
     below = torch.zeros_like(rows)
-    for lower_half, upper_half, node in _dominance_levels(quality):
-        below[:, upper_half] += windows.steps(+1, rows, lower_half, upper_half, node)
+    for lower_half, upper_half, node in _dominance_levels(sweep):
+        below[:, upper_half] += sweep.sums_in_nodes(+1, rows, lower_half, upper_half, node)
     worse = below[0].clamp(min=0)
     better = (total[0] - worse).clamp(min=0.5)
     worse_deficit = (quality * worse - below[1]).clamp(min=0)
@@ -114,20 +56,29 @@ def compare_qualities(windows: Windows, quality: Tensor) -> tuple[Tensor, Tensor
     return worse, worse_deficit, better, better_excess
 
 
-def pull_of_better(windows: Windows, quality: Tensor, weight: Tensor) -> Tensor:
+def pull_of_better(sweep: Sweep, weight: Tensor) -> Tensor:
     """Sum over the positives i with y_i > y_j of `weight_i H(s_j - s_i)`, for every positive j. [V]"""
     pull = torch.zeros_like(weight)
-    for lower_half, upper_half, node in _dominance_levels(quality):
-        pull[lower_half] += windows.steps(-1, weight[None], upper_half, lower_half, node)[0]
+    for lower_half, upper_half, node in _dominance_levels(sweep):
+        pull[lower_half] += sweep.sums_in_nodes(-1, weight[None], upper_half, lower_half, node)[0]
     return pull
 
 
-def _dominance_levels(quality: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Splits all pairs with y_j < y_i by the highest bit in which the dense ranks of the qualities differ.
+def _dominance_levels(sweep: Sweep) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Splits all pairs with y_j < y_i of one segment by the highest bit in which the dense ranks of the qualities differ.
 
     Yields (ranks with that bit 0, ranks with that bit 1, node): j of the first and i of the second in one node make a pair.
     """
-    distinct, dense_rank = quality.unique(return_inverse=True)
-    for bit in range((distinct.numel() - 1).bit_length() if distinct.numel() else 0):
+    distinct, dense_rank = sweep.quality.unique(return_inverse=True)
+    segment_node = torch.zeros_like(dense_rank)
+    if sweep.segment is not None:
+        # Dense ranks start at 0 in every segment.
+        first_key = sweep.segment * distinct.numel()
+        keys, dense_rank = (first_key + dense_rank).unique(return_inverse=True)
+        dense_rank = dense_rank - torch.searchsorted(keys, first_key)
+        segment_node = sweep.segment
+    most = int(dense_rank.max()) if dense_rank.numel() else 0
+    for bit in range(most.bit_length()):
         is_upper = (dense_rank >> bit) & 1 == 1
-        yield (~is_upper).nonzero().squeeze(1), is_upper.nonzero().squeeze(1), dense_rank >> (bit + 1)
+        node = segment_node * (most + 1) + (dense_rank >> (bit + 1))
+        yield (~is_upper).nonzero().squeeze(1), is_upper.nonzero().squeeze(1), node

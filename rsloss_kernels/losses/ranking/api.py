@@ -1,12 +1,14 @@
-"""What the public functions of all ranking losses do before their own last step: check, read the targets, collect and bin."""
+"""What the public functions and modules of all ranking losses share: they check, read targets and segments, collect and bin."""
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from rsloss_kernels import _backends, _checks, _library
+from rsloss_kernels import _backends, _checks, _library, distributed
 
-DENSE_CAPACITY = 16384
+# Without `max_positives`: of dense targets on a GPU, and of every process of a group.
+DEFAULT_CAPACITY = 16384
 
 
 class Ranked(NamedTuple):
@@ -17,8 +19,12 @@ class Ranked(NamedTuple):
     ranked: Tensor
     counts: Tensor
     bins: Tensor
+    segments: Tensor | None
+    num_segments: int
     delta: float
+    gradient_scale: float
     backend: str
+    positives: Tensor  # those of this process
 
 
 def rank_positives(
@@ -26,40 +32,101 @@ def rank_positives(
     finalize: str,
     logits: Tensor,
     targets: Tensor,
-    quality: Tensor | None,
+    quality: Tensor | None = None,
     *,
     delta: float,
     background: str,
-    segments: Tensor | int | str | None,
-    num_segments: int | None,
+    segments: Tensor | int | str | None = None,
+    num_segments: int | None = None,
     max_positives: int | None,
     process_group: object | None,
+    average_gradients: bool,
+    default_capacity: int | None = None,
+    is_unit_quality: bool = True,
+    edit_records: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
 ) -> Ranked:
-    """Checks the arguments of the loss `function` and runs the collect and bin operators on its backend."""
+    """Checks the arguments of the loss `function` and runs the collect and bin operators on the backend of `finalize`.
+
+    Args:
+        default_capacity: replaces the default of `max_positives` where there is no process group.
+        is_unit_quality: whether `quality` must be within [0, 1].
+        edit_records: gets `positives` and `counts` as collected, returns what to go on with.
+    """
     _checks.check_logits(function, logits)
     _checks.check_tensor(function, "targets", targets)
     delta = _checks.check_delta(function, delta)
     _checks.check_choice(function, "background", background, ("last", "first"))
-    if segments is not None or num_segments is not None:
-        raise NotImplementedError(f"{function}: segments must be None in this version, got {segments!r}")
-    if process_group is not None:
-        raise NotImplementedError(f"{function}: process_group must be None in this version, got {process_group!r}")
     if max_positives is not None and (isinstance(max_positives, bool) or not isinstance(max_positives, int) or max_positives < 1):
         raise ValueError(f"{function}: max_positives must be None or an int of at least 1, got {max_positives!r}")
     targets, quality = read_targets(function, logits, targets, quality)
+    ids, num_segments = None, read_num_segments(function, logits, segments, num_segments)
+    if num_segments > 1 or isinstance(segments, Tensor):
+        ids = read_segment_ids(function, logits, targets, segments, num_segments)
+    group = None if process_group is None else distributed.resolve_group(function, process_group)
     backend = _backends.resolve(finalize, logits.device.type)
 
     level = logits.contiguous()
-    data = [level.detach()]
-    capacity = capacity_of(logits, targets, max_positives)
+    # Nothing below needs a gradient but the logits, which the last operator gets attached.
+    data = [level.detach()] if level.requires_grad else [level]
+    if group is None:
+        capacity = capacity_of(logits, targets, default_capacity if max_positives is None else max_positives)
+    else:
+        capacity = max_positives or DEFAULT_CAPACITY
     if _checks.debug_checks():
-        check_values(function, logits, targets, quality, background, max_positives if capacity is None else capacity)
-    with torch.no_grad():
-        positives, negatives, counts = _library.operator("ranking_collect", backend)(
-            data, [targets], quality, None, 1, capacity, background == "first"
-        )
-        ranked, bins = _library.operator("ranking_bin", backend)(data, negatives, positives, counts, None, 1, delta)
-    return Ranked([level], negatives, ranked, counts, bins, delta, backend)
+        check_values(function, logits, targets, quality if is_unit_quality else [], background, max_positives or capacity)
+    positives, negatives, counts = _library.operator("ranking_collect", backend)(
+        data, [targets], quality, ids, num_segments, capacity, background == "first"
+    )
+    if edit_records is not None:
+        positives, counts = edit_records(positives, counts)
+    bin_negatives = _library.operator("ranking_bin", backend)
+    if group is None:
+        ranked, bins = bin_negatives(data, negatives, positives, counts, ids, num_segments, delta)
+        gradient_scale = 1.0
+    else:
+        settings = {"delta": delta, "num_segments": num_segments}
+        batch = distributed.gather_positives(function, data, positives, counts, group, settings)
+        counts = batch.counts
+        ranked, bins = bin_negatives(data, negatives, batch.positives, counts, ids, num_segments, delta)
+        bins = distributed.reduce_bins(bins, group)
+        ranked = distributed.to_local(ranked, batch, level.numel())
+        gradient_scale = float(batch.world_size) if average_gradients else 1.0
+    return Ranked([level], negatives, ranked, counts, bins, ids, num_segments, delta, gradient_scale, backend, positives)
+
+
+def finish(finalize: str, state: Ranked, *options: object) -> tuple[Tensor, ...]:
+    """Runs the last operator of a loss: its losses, with their gradient, and statistics."""
+    return _library.differentiable(
+        finalize,
+        state.backend,
+        state.logits,
+        state.negatives,
+        state.ranked,
+        state.counts,
+        state.bins,
+        state.segments,
+        state.num_segments,
+        state.delta,
+        state.gradient_scale,
+        *options,
+    )
+
+
+class RankingLoss(nn.Module):
+    """The base of the modules: keeps the keywords of its function as attributes, and `loss_weight`."""
+
+    def __init__(self, loss_weight: float, **options: object):
+        super().__init__()
+        self.loss_weight = loss_weight
+        self.option_names = tuple(options)
+        for name, value in options.items():
+            setattr(self, name, value)
+
+    def options(self) -> dict[str, object]:
+        return {name: getattr(self, name) for name in self.option_names}
+
+    def extra_repr(self) -> str:
+        return f"delta={self.delta}, background={self.background!r}, loss_weight={self.loss_weight}"
 
 
 def read_targets(
@@ -94,6 +161,62 @@ def read_targets(
     return dense.detach().contiguous(), []
 
 
+def read_num_segments(function: str, logits: Tensor, segments: Tensor | int | str | None, num_segments: int | None) -> int:
+    """Checks the kind of `segments` and returns how many there are; ids themselves are read by `read_segment_ids`."""
+    if segments is None:
+        if num_segments is not None:
+            raise ValueError(f"{function}: num_segments must be None without segments, got {num_segments!r}")
+        return 1
+    if num_segments is not None and (isinstance(num_segments, bool) or not isinstance(num_segments, int) or num_segments < 1):
+        raise ValueError(f"{function}: num_segments must be None or an int of at least 1, got {num_segments!r}")
+    if isinstance(segments, Tensor):
+        if num_segments is None:
+            raise ValueError(f"{function}: num_segments must be given with ids as segments, got None")
+        return num_segments
+    if isinstance(segments, str):
+        _checks.check_choice(function, "segments", segments, ("class",))
+        if logits.dim() == 0:
+            raise ValueError(f"{function}: logits must have a last dimension of classes for segments 'class', got shape []")
+        known = max(logits.shape[-1], 1)
+    else:
+        if isinstance(segments, bool) or not isinstance(segments, int):
+            raise TypeError(f"{function}: segments must be None, ids, an int or 'class', got {type(segments).__name__}")
+        if segments < 1 or logits.dim() == 0 or logits.shape[0] % segments:
+            raise ValueError(
+                f"{function}: segments must be at least 1 and divide the first dimension of logits, got {segments} for shape "
+                f"{list(logits.shape)}"
+            )
+        known = segments
+    if num_segments not in (None, known):
+        raise ValueError(f"{function}: num_segments must be None or {known} for segments {segments!r}, got {num_segments}")
+    return known
+
+
+def read_segment_ids(
+    function: str, logits: Tensor, targets: Tensor, segments: Tensor | int | str, num_segments: int
+) -> Tensor | None:
+    """The operators' form: int32, [rows, 1] or [1, columns]; None for equal chunks."""
+    if isinstance(segments, str):
+        return torch.arange(num_segments, dtype=torch.int32, device=logits.device)[None]
+    if not isinstance(segments, Tensor):
+        return None
+    if segments.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{function}: segments must be int32 or int64, got {segments.dtype}")
+    _checks.check_strided(function, "segments", segments)
+    _checks.check_device(function, "segments", segments, logits)
+    if logits.dim() == 1 and targets.is_floating_point():
+        _checks.check_shape(function, "segments", segments, logits.shape, "the shape of 1-D logits (every element is a row)")
+    else:
+        wanted = logits.shape[:-1]
+        _checks.check_shape(function, "segments", segments, wanted, "the shape of logits less the last dimension")
+    if _checks.debug_checks() and segments.numel() and int(segments.max()) >= num_segments:
+        raise ValueError(f"{function}: segments must be ids below num_segments, {num_segments}, got {int(segments.max())}")
+    if segments.dtype == torch.int64:
+        # An id outside is ignored, and must not wrap around to one inside.
+        segments = segments.clamp(-1, num_segments).to(torch.int32)
+    return segments.reshape(-1, 1).contiguous()
+
+
 def capacity_of(logits: Tensor, targets: Tensor, max_positives: int | None) -> int | None:
     """Slots for positives. None on a CPU outside of tracing: exactly as many as there are."""
     is_cpu = logits.device.type == "cpu"
@@ -105,7 +228,7 @@ def capacity_of(logits: Tensor, targets: Tensor, max_positives: int | None) -> i
     most = targets.numel() if is_index_form else logits.numel()
     if is_cpu:
         return most
-    return most if is_index_form else min(most, DENSE_CAPACITY)
+    return most if is_index_form else min(most, DEFAULT_CAPACITY)
 
 
 def check_values(

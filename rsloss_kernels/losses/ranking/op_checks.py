@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rsloss_kernels import _checks
-from rsloss_kernels.losses.ranking.op import GRADIENT_ROWS, LINE_ROWS, RECORD_ROWS, mask_bytes
+from rsloss_kernels.losses.ranking.op import COUNT_ENTRIES, GRADIENT_ROWS, LINE_ROWS, RECORD_ROWS, mask_bytes
 
 
 def check_placement(op: str, name: str, value: Tensor, logits: list[Tensor]) -> None:
@@ -28,8 +28,28 @@ def check_levels(op: str, logits: list[Tensor], segments: Tensor | None, num_seg
         _checks.check_logits(op, level)
         check_dtype(op, "logits", level, logits[0].dtype)
         check_placement(op, "logits", level, logits)
-    if segments is not None or num_segments != 1:
-        raise ValueError(f"{op}: segments must be None and num_segments 1, got num_segments {num_segments}")
+    check_segments(op, logits, segments, num_segments)
+
+
+def check_segments(op: str, logits: list[Tensor], segments: Tensor | None, num_segments: int) -> None:
+    if num_segments < 1:
+        raise ValueError(f"{op}: num_segments must be at least 1, got {num_segments}")
+    sizes = [level.numel() for level in logits]
+    if segments is None:
+        for size in sizes:
+            if size % num_segments:
+                raise ValueError(f"{op}: num_segments must divide the elements of every tensor of logits, {size}, got {num_segments}")
+        return
+    check_placement(op, "segments", segments, logits)
+    check_dtype(op, "segments", segments, torch.int32)
+    if segments.dim() != 2 or 1 not in segments.shape:
+        raise ValueError(f"{op}: segments must have shape [rows, 1] or [1, columns], got {list(segments.shape)}")
+    rows, columns = segments.shape
+    # Ids per row: every row has the same number of elements. Ids per column: every tensor holds whole rows.
+    whole = [sum(sizes)] if columns == 1 else sizes
+    pieces = rows if columns == 1 else columns
+    if any(size % pieces if pieces else size for size in whole):
+        raise ValueError(f"{op}: segments must cut logits of {whole} elements into whole rows, got shape {list(segments.shape)}")
 
 
 def check_matches_levels(op: str, name: str, values: list[Tensor], logits: list[Tensor]) -> None:
@@ -50,7 +70,7 @@ def check_table(op: str, name: str, table: Tensor, logits: list[Tensor], dtype: 
 def check_mask_and_counts(op: str, negatives: Tensor, counts: Tensor, logits: list[Tensor]) -> None:
     for name, value, dtype, size in (
         ("negatives", negatives, torch.uint8, mask_bytes(logits)),
-        ("counts", counts, torch.int64, 2),
+        ("counts", counts, torch.int64, COUNT_ENTRIES),
     ):
         check_placement(op, name, value, logits)
         check_dtype(op, name, value, dtype)

@@ -1,7 +1,8 @@
 """The shared ranking operators in plain PyTorch: the readable form, and the fallback on any device.
 
 Breakpoints, bins and lines as in README.md beside this file; float64 inside. The logits are streamed in chunks: besides the bit
-mask and the gradient only collecting makes tensors of their size, of one byte per element.
+mask and the gradient only collecting makes tensors of their size, of one byte per element. `sweep.py` beside this file holds what
+the last operators share.
 """
 import math
 from collections.abc import Iterator
@@ -9,14 +10,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from rsloss_kernels.losses.ranking.op import LINE_ROWS, RECORD_ROWS
+from rsloss_kernels.losses.ranking.op import RECORD_ROWS
 
 CHUNK = 1 << 18
 
 
 def ranking_collect(logits, targets, quality, segments, num_segments, max_positives, background_first):
     device = logits[0].device
-    records, masks, negative_count, offset = [], [], 0, 0
+    records, masks, offset = [], [], 0
+    negative_count = torch.zeros((), dtype=torch.int64, device=device)
     for level, (level_logits, level_targets) in enumerate(zip(logits, targets, strict=True)):
         if level_targets.is_floating_point():
             is_positive, is_negative = _read_dense(level_targets)
@@ -29,17 +31,42 @@ def ranking_collect(logits, targets, quality, segments, num_segments, max_positi
                 value = quality[level].flatten()[index // level_logits.shape[-1]].double()
         logit = level_logits.flatten()[index].double()
         logit = logit.where(logit.isfinite() & value.isfinite(), torch.nan)
-        records.append(torch.stack([logit, value, torch.zeros_like(value), (index + offset).double()]))
+        segment = torch.zeros_like(index)
+        if segments is not None or num_segments > 1:
+            segment = segments_of(index, logits, level, segments, num_segments)
+        record = torch.stack([logit, value, segment.double(), (index + offset).double()])
+        if segments is not None:
+            record = record[:, _is_segment(segment, num_segments)]
+            for start in range(0, is_negative.numel(), CHUNK):
+                part = is_negative[start : start + CHUNK]
+                everyone = torch.arange(start, start + part.numel(), device=device)
+                part &= _is_segment(segments_of(everyone, logits, level, segments, num_segments), num_segments)
+        records.append(record)
         masks.append(_pack(is_negative))
-        negative_count = negative_count + is_negative.sum()
+        negative_count += is_negative.sum()
         offset += level_logits.numel()
     found = torch.cat(records, 1)
     capacity = found.shape[1] if max_positives is None else max_positives
     positives = torch.zeros((RECORD_ROWS, capacity), dtype=torch.float64, device=device)
     positives[0], positives[3] = torch.nan, -1
     positives[:, : found.shape[1]] = found[:, :capacity]
-    counts = torch.stack([torch.tensor(found.shape[1], device=device), torch.as_tensor(negative_count, device=device)])
+    counts = torch.stack([torch.tensor(found.shape[1], device=device), negative_count, torch.tensor(offset, device=device)])
     return positives, torch.cat(masks), counts
+
+
+def segments_of(index: Tensor, logits: list[Tensor], level: int, segments: Tensor | None, num_segments: int) -> Tensor:
+    """Segments of the elements `index`, flat in `logits[level]`, as int64; below 0 or from `num_segments` on: ignored."""
+    if segments is None:
+        return index // max(logits[level].numel() // num_segments, 1)
+    ids, (rows, columns) = segments.flatten(), segments.shape
+    if columns > 1:
+        return ids[index % columns].long()
+    offset = sum(before.numel() for before in logits[:level])
+    return ids[(index + offset) // max(count_elements(logits) // max(rows, 1), 1)].long()
+
+
+def _is_segment(segment: Tensor, num_segments: int) -> Tensor:
+    return (segment >= 0) & (segment < num_segments)
 
 
 def _read_dense(targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,94 +139,80 @@ def fixed_point_unit(delta: float, count: int) -> tuple[float, int]:
     return math.ldexp(1.0, exponent - (mantissa == 0.5) - bits), bits
 
 
-def merge_breakpoints(lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """All breakpoints ascending, lo before hi where equal, and the slots of every lo and hi. Inputs are ascending."""
+class Ascending:
+    """Values that ascend inside every segment, to be searched by value and segment; `segment` is None where there is only one.
+
+    Values are replaced by their ranks among all distinct ones, so that (segment, rank) is one ascending integer.
+    """
+
+    def __init__(self, values: Tensor, segment: Tensor | None):
+        self.values, self.segment = values, segment  # [n], int64 [n] ascending
+        if segment is not None:
+            self.distinct = values.unique()
+            self.keys = self._key(torch.searchsorted(self.distinct, values), segment)
+
+    def _key(self, rank: Tensor, segment: Tensor) -> Tensor:
+        return segment * (self.distinct.numel() + 1) + rank
+
+    def count_below(self, value: Tensor, segment: Tensor | None, right: bool = False) -> Tensor:
+        """How many stand before `value` of `segment`, those of earlier segments included; with `right` equal ones too."""
+        if segment is None:
+            return torch.searchsorted(self.values, value, right=right)
+        return torch.searchsorted(self.keys, self._key(torch.searchsorted(self.distinct, value, right=right), segment))
+
+    def last_not_above(self, value: Tensor, segment: Tensor | None) -> Tensor:
+        """Place of the last one in `segment` that is `<= value`; -1 if there is none."""
+        place = self.count_below(value, segment, right=True) - 1
+        if segment is None:
+            return place
+        return place.where(self.segment[place.clamp(min=0)] == segment, -1)
+
+
+def merge_breakpoints(lo: Tensor, hi: Tensor, segment: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """All breakpoints ascending inside every segment, lo before hi where equal, and the slots of every lo and hi.
+
+    lo, hi: [V], ascending inside every segment.
+    """
     rank = torch.arange(lo.numel(), device=lo.device)
-    lo_slot = rank + torch.searchsorted(hi, lo)
-    hi_slot = rank + torch.searchsorted(lo, hi, right=True)
+    lo_slot = rank + Ascending(hi, segment).count_below(lo, segment)
+    hi_slot = rank + Ascending(lo, segment).count_below(hi, segment, right=True)
     merged = lo.new_empty(2 * lo.numel())
     merged[lo_slot], merged[hi_slot] = lo, hi
     return merged, lo_slot, hi_slot
 
 
 def ranking_bin(logits, negatives, positives, counts, segments, num_segments, delta):
+    is_segmented = num_segments > 1
     # By the last key first. Padding and invalid positives both have a NaN logit; padding comes behind.
     order = positives[3].sort(stable=True).indices
-    for key in (positives[1], positives[0], positives[3] < 0):
+    is_last = (positives[3] < 0).to(torch.int8)
+    by_segment = [positives[2]] if is_segmented else []
+    for key in (positives[1], positives[0], *by_segment, 2 * is_last + positives[0].isnan() if is_segmented else is_last):
         order = order[key[order].sort(stable=True).indices]
     ranked = positives[:, order]
+    valid = ranked[:, ranked[0].isfinite()]
+    rank_segment = valid[2].long() if is_segmented else None
     arithmetic = arithmetic_type(logits[0].dtype)
-    centre = ranked[0][ranked[0].isfinite()]
-    edges, _, _ = merge_breakpoints(*breakpoints(centre, delta, arithmetic))
-    unit, bits = fixed_point_unit(delta, count_elements(logits))
+    merged, _, _ = merge_breakpoints(*breakpoints(valid[0], delta, arithmetic), rank_segment)
+    edges = Ascending(merged, rank_segment.repeat_interleave(2) if is_segmented else None)
+    unit, bits = fixed_point_unit(delta, int(counts[2]))
     bins = torch.zeros((2, 2 * ranked.shape[1] + 1), dtype=torch.int64, device=ranked.device)
-    for value, is_negative, _, _ in _chunks(logits, negatives):
+    lowest = merged.min() if merged.numel() else torch.nan
+    for value, is_negative, level, start in _chunks(logits, negatives):
+        bins[0, 0] += (value.isnan() & is_negative).sum()
+        is_negative &= value >= lowest
         value = value[is_negative]
-        bins[0, 0] += value.isnan().sum()
-        if edges.numel() == 0:
-            continue
-        value = value[value >= edges[0]]
-        index = torch.searchsorted(edges, value, right=True)
-        bins[0].index_add_(0, index, torch.ones_like(index))
+        segment = None
+        if is_segmented:
+            segment = segments_of(is_negative.nonzero().squeeze(1) + start, logits, level, segments, num_segments)
+        slot = edges.last_not_above(value, segment)
+        if is_segmented:
+            value, slot = value[slot >= 0], slot[slot >= 0]
+        bins[0].index_add_(0, slot + 1, torch.ones_like(slot))
         if unit > 0:
-            offset = ((value - edges[index - 1]) * (1 / unit)).nan_to_num(0.0).clamp(0, 2**bits - 1)
-            bins[1].index_add_(0, index, offset.long())
+            offset = ((value - merged[slot]) * (1 / unit)).nan_to_num(0.0).clamp(0, 2**bits - 1)
+            bins[1].index_add_(0, slot + 1, offset.long())
     return ranked, bins
-
-
-def clusters(lo_slot: Tensor, hi_slot: Tensor, edges: Tensor) -> Tensor:
-    """Origin of every bin `1..2V`: the first breakpoint of the run of covered bins that it belongs to."""
-    opens = torch.zeros(edges.numel(), dtype=torch.int64, device=edges.device)
-    opens[lo_slot], opens[hi_slot] = 1, -1
-    starts = (opens.cumsum(0) - opens) == 0
-    return edges[starts][starts.cumsum(0) - 1]
-
-
-def false_positives(bins: Tensor, centre: Tensor, delta: float, dtype: torch.dtype, num_elements: int) -> Tensor:
-    """FP_i of every valid positive, from the bins of `num_elements` logits."""
-    edges, lo_slot, hi_slot = merge_breakpoints(*breakpoints(centre, delta, dtype))
-    count, fixed = bins[0, 1 : edges.numel() + 1], bins[1, 1 : edges.numel() + 1]
-    from_slot = count.flip(0).cumsum(0).flip(0)
-    above = from_slot[hi_slot].double()
-    if delta == 0:
-        return above
-    unit, _ = fixed_point_unit(delta, num_elements)
-    origin = clusters(lo_slot, hi_slot, edges)
-    is_covered = torch.zeros_like(count)
-    is_covered[lo_slot], is_covered[hi_slot] = 1, -1
-    moment = torch.where(is_covered.cumsum(0) > 0, fixed.double() * unit + count * (edges - origin), 0.0).cumsum(0)
-    moment = torch.nn.functional.pad(moment, (1, 0))
-    inside = (from_slot[lo_slot] - from_slot[hi_slot]).double()
-    offset = moment[hi_slot] - moment[lo_slot] - inside * (centre - origin[lo_slot])
-    return above + (0.5 * inside + offset / (2 * delta)).clamp(min=0)
-
-
-def gradient_lines(centre: Tensor, coefficient: Tensor, delta: float, dtype: torch.dtype, capacity: int) -> Tensor:
-    """The piecewise-linear gradient of a negative, sum_i c_i H(s - s_i), as `lines` [3, 2 cap]."""
-    lines = torch.zeros((LINE_ROWS, 2 * capacity), dtype=torch.float64, device=centre.device)
-    lines[0] = torch.inf
-    lines[1] = coefficient.sum()
-    edges, lo_slot, hi_slot = merge_breakpoints(*breakpoints(centre, delta, dtype))
-    used = edges.numel()
-    lines[0, :used] = edges
-
-    def per_slot(at_lo: Tensor, at_hi: Tensor) -> Tensor:
-        steps = torch.zeros_like(edges)
-        steps[lo_slot], steps[hi_slot] = at_lo, at_hi
-        return steps.cumsum(0)
-
-    closed = per_slot(torch.zeros_like(coefficient), coefficient)
-    if delta == 0:
-        lines[1, :used] = closed
-        return lines
-    origin = clusters(lo_slot, hi_slot, edges)
-    is_open = per_slot(torch.ones_like(coefficient), -torch.ones_like(coefficient)) > 0
-    weighted = coefficient * (centre - origin[lo_slot])
-    opened = per_slot(coefficient, -coefficient).where(is_open, 0)
-    moment = per_slot(weighted, -weighted).where(is_open, 0)
-    lines[1, :used] = closed + (0.5 * opened + (opened * (edges - origin) - moment) / (2 * delta))
-    lines[2, :used] = opened / (2 * delta)
-    return lines
 
 
 def ranking_backward(
@@ -211,14 +224,21 @@ def ranking_backward(
     upstream = [torch.zeros((), device=lines.device) if grad is None else grad for grad in (grad_first, grad_second)]
     upstream = [grad.double() for grad in upstream]
     edges, values, slopes = lines
+    is_segmented = num_segments > 1
+    # The breakpoints of the ranks [a, b) of a segment have the slots [2a, 2b).
+    ascending = Ascending(edges, gradients[3].long().repeat_interleave(2) if is_segmented else None)
     for value, is_negative, level, start in _chunks(logits, negatives):
-        slope_of = torch.zeros_like(value)
+        line = torch.zeros_like(value)
         if edges.numel():
-            k = torch.searchsorted(edges, value, right=True) - 1
-            clamped = k.clamp(min=0)
+            segment = None
+            if is_segmented:
+                everyone = torch.arange(start, start + value.numel(), device=value.device)
+                segment = segments_of(everyone, logits, level, segments, num_segments)
+            slot = ascending.last_not_above(value, segment)
+            clamped = slot.clamp(min=0)
             offset = torch.where(value.isinf(), 0.0, value - edges[clamped])
-            slope_of = torch.where(k < 0, 0.0, values[clamped] + slopes[clamped] * offset)
-        gradient = torch.where(value.isnan(), value, slope_of * upstream[0]).where(is_negative, 0.0)
+            line = torch.where(slot < 0, 0.0, values[clamped] + slopes[clamped] * offset)
+        gradient = torch.where(value.isnan(), value, line * upstream[0]).where(is_negative, 0.0)
         results[level].view(-1)[start : start + value.numel()] = gradient.to(results[level].dtype)
     index = gradients[0].long()
     of_positive = gradients[1] * upstream[0] + gradients[2] * upstream[1]

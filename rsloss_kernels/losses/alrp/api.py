@@ -1,0 +1,234 @@
+"""aLRP loss: the public functions and the module."""
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from rsloss_kernels import _checks, distributed
+from rsloss_kernels.losses.ranking import api as ranking
+
+
+class ALRPLosses(NamedTuple):
+    """The classification part of aLRP, and what `alrp_regression_loss` needs for the other part."""
+
+    classification: Tensor
+    rank: Tensor
+    order: Tensor
+
+
+def alrp_loss(
+    logits: Tensor,
+    targets: Tensor,
+    regression_losses: Tensor,
+    *,
+    delta: float = 1.0,
+    background: str = "last",
+    max_positives: int | None = None,
+    process_group: object | None = None,
+    average_gradients: bool = True,
+) -> ALRPLosses:
+    """Classification part of aLRP loss; its gradient ranks positives with a good box higher.
+
+    Oksuz et al., "A Ranking-based, Balanced Loss Function Unifying Classification and Localisation in Object Detection", NeurIPS 2020.
+    The gradient is the paper's identity update, not the derivative of the value: the regression losses are in the gradient of the
+    logits though not in the value. Exact for every delta; at `delta = 0` ties count in full (the authors' code divides by zero).
+
+    Args:
+        logits: any shape, class logits; float16, bfloat16, float32 or float64. For class indices the last dimension is the C classes.
+        targets: dense or class indices, as in `average_precision_loss`: dense values above 0 are positives, whatever the value.
+        regression_losses: finite losses of the boxes in any floating dtype, detached. `[P]`: of the P positives in flat order. Or, with
+            class indices, the shape of `targets`: of every row; those of rows without a positive are ignored and may hold anything.
+            With another number of values than positives everything returned and the whole gradient is NaN.
+        delta: half-width of the smoothed step in logit units, 0 (a hard step, ties count) or within [1e-30, 1e30].
+        background: "last" (classes 0..C-1, background C) or "first" (background 0, classes 1..C).
+        max_positives: as in `rank_sort_loss`, but the default for `[P]` is P.
+        process_group, average_gradients: as in `rank_sort_loss`; the ranks are those among all processes.
+
+    Returns:
+        `(classification, rank, order)`. `classification` is 0-d, float64 for float64 logits, else float32; without positives an exact
+        zero, connected to the graph. `rank` (float64: the smoothed rank of the positive among all elements, itself counted as one) and
+        `order` (int64) have the shape of `regression_losses` and no gradient. `[P]`: `order` lists the places of the positives by
+        ascending logit (ties: regression loss, then place). Per row: `rank` is 0 on rows without a positive, and `order` lists those
+        rows first, then the positives in the same way; it counts rows of the flattened shape. With a process group `order` is that
+        of this process.
+
+    NaN and infinity: as in `rank_sort_loss`; a regression loss that is not finite makes its positive an invalid one: `classification`,
+    its own `rank` and its own gradient are NaN. Do not edit `logits` in place before backward.
+
+    Raises:
+        TypeError, ValueError: as `rank_sort_loss`.
+        RuntimeError: as `rank_sort_loss`; with RSLOSS_DEBUG_CHECKS=1 also another number of regression losses than of positives.
+    """
+    function = "alrp_loss"
+    _checks.check_logits(function, logits)
+    _checks.check_tensor(function, "targets", targets)
+    _checks.check_tensor(function, "regression_losses", regression_losses)
+    _checks.check_floating(function, "regression_losses", regression_losses)
+    _checks.check_strided(function, "regression_losses", regression_losses)
+    _checks.check_device(function, "regression_losses", regression_losses, logits)
+    is_per_row = _checks.is_index_form(targets, logits) and regression_losses.shape == targets.shape
+    if not is_per_row and regression_losses.dim() != 1:
+        raise ValueError(
+            f"{function}: regression_losses must have one dimension (a value per positive), or the shape of class indices, got "
+            f"{list(regression_losses.shape)} for targets {list(targets.shape)}"
+        )
+    regression_losses = regression_losses.detach()
+    state = ranking.rank_positives(
+        function,
+        "alrp_finalize",
+        logits,
+        targets,
+        regression_losses if is_per_row else None,
+        delta=delta,
+        background=background,
+        max_positives=max_positives,
+        process_group=process_group,
+        average_gradients=average_gradients,
+        default_capacity=None if is_per_row else regression_losses.numel(),
+        is_unit_quality=False,
+        edit_records=None if is_per_row else functools.partial(_put_regression_losses, regression_losses),
+    )
+    classification, rank = ranking.finish("alrp_finalize", state)
+    slot = _row_of(state, logits.shape[-1]) if is_per_row else _place_of(state)
+    rank, order = _in_input_order(state, rank, slot, regression_losses.numel())
+    return ALRPLosses(classification, rank.view(regression_losses.shape), order.view(regression_losses.shape))
+
+
+def _put_regression_losses(losses: Tensor, positives: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Records whose quality is the regression loss; an overflow if there are not as many of these as positives."""
+    if _checks.debug_checks() and int(counts[0]) != losses.numel():
+        raise RuntimeError(
+            f"alrp_loss: regression_losses must have one value per positive, {int(counts[0])}, got {losses.numel()}"
+        )
+    capacity = positives.shape[1]
+    logit, _, segment, index = positives
+    losses_of_slots = pad(losses.double(), (0, capacity - losses.numel()))
+    logit = torch.where(losses_of_slots.isfinite(), logit, torch.nan)
+    losses_of_slots = torch.where(index >= 0, losses_of_slots, 0.0)
+    found = torch.where(counts[0] == losses.numel(), counts[0], capacity + 1)
+    return torch.stack([logit, losses_of_slots, segment, index]), torch.cat([found[None], counts[1:]])
+
+
+def _row_of(state: ranking.Ranked, num_classes: int) -> Tensor:
+    return state.ranked[3].long() // max(num_classes, 1)
+
+
+def _place_of(state: ranking.Ranked) -> Tensor:
+    """Place of every ranked record among the positives of this process, which stand in flat order before the padding."""
+    index = state.positives[3]
+    return torch.searchsorted(torch.where(index >= 0, index, torch.inf), state.ranked[3].contiguous())
+
+
+def _in_input_order(state: ranking.Ranked, rank: Tensor, slot: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Ranks by input slot, 0 where there is none, and the slots in ascending order of the ranked, those that have none first."""
+    index = state.ranked[3]
+    is_own = (index >= 0) & (index < state.logits[0].numel())
+    slot = torch.where(is_own, slot, size).clamp(max=size)
+    by_slot = rank.new_zeros(size + 1).scatter(0, slot, rank)[:size]
+    by_slot = torch.where(state.counts[0] > state.ranked.shape[1], torch.nan, by_slot)
+    place = torch.arange(slot.shape[0], device=slot.device)
+    return by_slot, slot.new_full((size + 1,), -1).scatter(0, slot, place)[:size].argsort(stable=True)
+
+
+def alrp_regression_loss(
+    regression_losses: Tensor,
+    rank: Tensor,
+    order: Tensor,
+    *,
+    process_group: object | None = None,
+    average_gradients: bool = True,
+) -> Tensor:
+    """Regression part of aLRP loss: the mean over the positives, best score first, of (r_1 + ... + r_k) / rank_k.
+
+    Linear in the regression losses: `r_i` weighs the mean over the positives at or below it in score of 1 / rank, which is its gradient.
+
+    Args:
+        regression_losses: any shape and floating dtype; the gradient goes here. Values where `rank` is 0 may be anything.
+        rank, order: from `alrp_loss` for the same regression losses; no gradient.
+        process_group: the one given to `alrp_loss`: the mean is then over the positives of all processes, and the value that of the
+            whole on every process. Lengths may differ between processes; they are read on the host.
+        average_gradients: with a process group, multiply the gradient by the group's size for reducers that average.
+
+    Returns:
+        0-d, float64 for float64 regression losses, else float32. Without positives an exact zero, connected to the graph; NaN if a rank
+        is NaN.
+
+    Raises:
+        TypeError, ValueError: wrong types, shapes, devices or process group.
+    """
+    function = "alrp_regression_loss"
+    _checks.check_tensor(function, "regression_losses", regression_losses)
+    _checks.check_floating(function, "regression_losses", regression_losses)
+    for name, value in (("rank", rank), ("order", order)):
+        _checks.check_tensor(function, name, value)
+        _checks.check_shape(function, name, value, regression_losses.shape, "the shape of regression_losses")
+        if value.device != regression_losses.device:
+            wanted = regression_losses.device
+            raise ValueError(f"{function}: {name} must be on the device of regression_losses, {wanted}, got {value.device}")
+    _checks.check_floating(function, "rank", rank)
+    if order.dtype != torch.int64:
+        raise TypeError(f"{function}: order must be int64, got {order.dtype}")
+    group = None if process_group is None else distributed.resolve_group(function, process_group)
+
+    rank, order = rank.detach().double().flatten(), order.flatten()
+    losses = torch.where(rank != 0, regression_losses.double().flatten(), 0.0)
+    if group is None:
+        loss = (_regression_weights(rank, order) * losses).sum()
+    else:
+        all_ranks, start = distributed.gather_rows(function, rank, group)
+        all_losses, _ = distributed.gather_rows(function, losses, group)
+        weights = _regression_weights(all_ranks, _global_order(all_ranks, all_losses))
+        own = (weights[start : start + losses.numel()] * losses).sum()
+        scale = distributed.world_size(group) if average_gradients else 1
+        # The value is that of the whole, the gradient that of the own part.
+        loss = (weights * all_losses).sum() + (own - own.detach()) * scale
+    return loss.to(torch.float64 if regression_losses.dtype == torch.float64 else torch.float32)
+
+
+def _regression_weights(rank: Tensor, order: Tensor) -> Tensor:
+    """For every positive the mean over those at or below it in score of 1 / rank."""
+    is_positive = rank != 0
+    inverse = torch.where(is_positive, 1 / rank, 0.0)
+    weights = torch.zeros_like(rank).scatter(0, order, inverse[order].cumsum(0))
+    return weights / is_positive.sum().clamp(min=1)
+
+
+def _global_order(rank: Tensor, losses: Tensor) -> Tensor:
+    """Ascending by logit, which is descending by rank; ties as in `alrp_loss`; what is no positive first, NaN last."""
+    order = losses.sort(stable=True).indices
+    key = torch.where(rank != 0, -rank, -torch.inf)
+    return order[key[order].sort(stable=True).indices]
+
+
+class ALRPLoss(ranking.RankingLoss):
+    """`alrp_loss` as a module without state; `forward(logits, targets, regression_losses)` returns `(classification, rank, order)`.
+
+    Args:
+        loss_weight: factor of `classification`.
+        The others are the keywords of `alrp_loss`.
+    """
+
+    def __init__(
+        self,
+        delta: float = 1.0,
+        *,
+        background: str = "last",
+        max_positives: int | None = None,
+        process_group: object | None = None,
+        average_gradients: bool = True,
+        loss_weight: float = 1.0,
+    ):
+        super().__init__(
+            loss_weight,
+            delta=delta,
+            background=background,
+            max_positives=max_positives,
+            process_group=process_group,
+            average_gradients=average_gradients,
+        )
+
+    def forward(self, logits: Tensor, targets: Tensor, regression_losses: Tensor) -> ALRPLosses:
+        classification, rank, order = alrp_loss(logits, targets, regression_losses, **self.options())
+        return ALRPLosses(classification * self.loss_weight, rank, order)

@@ -1,0 +1,95 @@
+"""AP loss: the public function and module."""
+from torch import Tensor
+
+from rsloss_kernels.losses.ranking import api as ranking
+
+
+def average_precision_loss(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    delta: float = 1.0,
+    interpolated: bool = True,
+    background: str = "last",
+    segments: Tensor | int | str | None = None,
+    num_segments: int | None = None,
+    max_positives: int | None = None,
+    process_group: object | None = None,
+    average_gradients: bool = True,
+) -> Tensor:
+    """AP loss over all elements: one minus the mean precision at the positives.
+
+    Chen et al., "Towards Accurate One-Stage Object Detection with AP-Loss", CVPR 2019. The gradient is the paper's error-driven
+    update, not the derivative of the value. Exact for every delta; at `delta = 0` ties count in full (the authors' code divides by
+    zero there).
+
+    Args:
+        logits: any shape, class logits; float16, bfloat16, float32 or float64. For class indices the last dimension is the C classes.
+        targets: either dense, with the shape of `logits`: above 0 a positive (whatever the value; the authors' code ignores what lies
+            between 0 and 1), 0 a negative, below 0 ignored; or class indices, an integral dtype with the shape of `logits` less its
+            last dimension: 0..C-1 foreground and C background (see `background`), below 0 the whole row is ignored, above C the same
+            as background.
+        delta: half-width of the smoothed step in logit units, 0 (a hard step, ties count) or within [1e-30, 1e30].
+        interpolated: every positive takes the best precision at its own or a lower score, as the authors do; False: its own.
+        background: "last" (classes 0..C-1, background C) or "first" (background 0, classes 1..C).
+        segments, num_segments, max_positives, process_group, average_gradients: as in `rank_sort_loss`.
+
+    Returns:
+        0-d, within [0, 1], float64 for float64 logits, else float32. Without positives an exact zero, connected to the graph.
+
+    NaN and infinity: as in `rank_sort_loss`. `targets` are detached. Do not edit `logits` in place before backward.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `rank_sort_loss`.
+    """
+    state = ranking.rank_positives(
+        "average_precision_loss",
+        "average_precision_finalize",
+        logits,
+        targets,
+        delta=delta,
+        background=background,
+        segments=segments,
+        num_segments=num_segments,
+        max_positives=max_positives,
+        process_group=process_group,
+        average_gradients=average_gradients,
+    )
+    return ranking.finish("average_precision_finalize", state, interpolated)[0]
+
+
+class APLoss(ranking.RankingLoss):
+    """`average_precision_loss` as a module without state; `forward(logits, targets)` returns the 0-d loss.
+
+    Args:
+        loss_weight: factor of the loss.
+        The others are the keywords of `average_precision_loss`.
+    """
+
+    def __init__(
+        self,
+        delta: float = 1.0,
+        *,
+        interpolated: bool = True,
+        background: str = "last",
+        segments: Tensor | int | str | None = None,
+        num_segments: int | None = None,
+        max_positives: int | None = None,
+        process_group: object | None = None,
+        average_gradients: bool = True,
+        loss_weight: float = 1.0,
+    ):
+        super().__init__(
+            loss_weight,
+            delta=delta,
+            interpolated=interpolated,
+            background=background,
+            segments=segments,
+            num_segments=num_segments,
+            max_positives=max_positives,
+            process_group=process_group,
+            average_gradients=average_gradients,
+        )
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return average_precision_loss(logits, targets, **self.options()) * self.loss_weight
