@@ -1,6 +1,8 @@
 // Checks of the arguments of the ranking operators, for the CPU and the CUDA glue alike.
 #pragma once
 
+#include <limits>
+
 #include "common/checks.h"
 #include "ranking/ranking.h"
 
@@ -34,6 +36,34 @@ inline void check_collect_targets(const char* op, const Tensors& logits, const T
   }
 }
 
+// None: every tensor is cut into equal chunks. Else ids [rows, 1], every row with as many elements, or [1, columns], every tensor
+// with whole rows.
+inline void check_segments(const char* op, const Tensors& logits, const std::optional<Tensor>& segments, int64_t num_segments) {
+  STD_TORCH_CHECK(num_segments >= 1 && num_segments < std::numeric_limits<int32_t>::max(), op,
+                  ": num_segments must be within [1, 2^31 - 1), got ", num_segments);
+  if (!segments) {
+    for (const Tensor& level : logits) {
+      STD_TORCH_CHECK(level.numel() % num_segments == 0, op, ": num_segments must divide the elements of every tensor of logits, ",
+                      level.numel(), ", got ", num_segments);
+    }
+    return;
+  }
+  check_placement(op, "segments", *segments, logits[0]);
+  check_dtype(op, "segments", *segments, ScalarType::Int);
+  STD_TORCH_CHECK(segments->dim() == 2 && (segments->size(0) == 1 || segments->size(1) == 1), op,
+                  ": segments must have shape [rows, 1] or [1, columns], got ", shape_of(*segments));
+  const int64_t pieces = segments->numel();
+  const auto is_whole = [=](int64_t elements) { return pieces == 0 ? elements == 0 : elements % pieces == 0; };
+  bool cuts = true;
+  if (segments->size(1) == 1) {
+    cuts = is_whole(count_elements(logits));
+  } else {
+    for (const Tensor& level : logits) cuts = cuts && is_whole(level.numel());
+  }
+  STD_TORCH_CHECK(cuts, op, ": segments must cut logits of ", count_elements(logits), " elements into whole rows, got shape ",
+                  shape_of(*segments));
+}
+
 // Slots are numbered in 32 bits, three to a positive.
 constexpr int64_t kMostPositives = int64_t{1} << 29;
 
@@ -42,7 +72,7 @@ inline int64_t check_collected(const char* op, const Tensors& logits, const Tens
                                const std::optional<Tensor>& segments, int64_t num_segments, const char* name,
                                const Tensor& table, int64_t rows) {
   check_logits(op, logits);
-  check_unsegmented(op, segments, num_segments);
+  check_segments(op, logits, segments, num_segments);
   check_vector(op, "negatives", negatives, logits[0], ScalarType::Byte, mask_bytes(logits));
   check_vector(op, "counts", counts, logits[0], ScalarType::Long, kCounts);
   check_table(op, name, table, logits[0], ScalarType::Double, rows, -1);
