@@ -114,7 +114,7 @@ def _join(headers: Tensor, gathered: Tensor, capacity: int, rank: int) -> Global
     records = torch.cat([gathered[:, :3], index[:, None]], 1).transpose(0, 1).flatten(1)  # [4, world * width]
     # Real records first, in their order, then the padding: a permutation, whose size does not depend on the data.
     place = torch.where(is_real, is_real.cumsum(0) - 1, is_real.sum() + (~is_real).cumsum(0) - 1)
-    compact = torch.empty_like(records).index_copy_(1, place, records)
+    compact = records.new_empty(records.shape).index_copy_(1, place, records)
 
     counts = headers[:, :3].sum(0).long()
     is_bad = (headers[:, 0] > capacity).any() | (headers[:, 3:] != headers[:1, 3:]).any()

@@ -73,7 +73,9 @@ def rank_positives(
     else:
         capacity = max_positives or DEFAULT_CAPACITY
     if _checks.debug_checks():
-        check_values(function, logits, targets, quality if is_unit_quality else [], background, max_positives or capacity)
+        # Of a group every process must raise, or none: that is left to `gather_positives`.
+        known_capacity = None if group is not None else max_positives or capacity
+        check_values(function, logits, targets, quality if is_unit_quality else [], background, known_capacity)
     positives, negatives, counts = _library.operator("ranking_collect", backend)(
         data, [targets], quality, ids, num_segments, capacity, background == "first"
     )
@@ -112,7 +114,7 @@ def finish(finalize: str, state: Ranked, *options: object) -> tuple[Tensor, ...]
     )
 
 
-class RankingLoss(nn.Module):
+class RankingLoss(distributed.HoldsGroup, nn.Module):
     """The base of the modules: keeps the keywords of its function as attributes, and `loss_weight`."""
 
     def __init__(self, loss_weight: float, **options: object):
