@@ -1,4 +1,4 @@
-// Sums of H over pairs of positives and prefix sums over blocks of them, compiled once per instruction set
+// Sums of H over pairs of positives, all or by prefix sums, compiled once per instruction set
 // (common/for_each_isa.h).
 
 typedef double Doubles __attribute__((vector_size(64)));
@@ -48,33 +48,79 @@ static inline PairSums pair_sums(double centre, double sign, double slope, const
   return {add_lanes(plain), add_lanes(weighted)};
 }
 
-// prefix: [count + 1, 4 or 2]; row r + 1 adds rows[r] if from <= position[r] < to.
-template <class Row>
-static void prefix_rows(const double* rows, const int32_t* position, int64_t count, int32_t from, int32_t to, double* prefix) {
-  constexpr int kWidth = sizeof(Row) / sizeof(double);
-  Row sum = {};
-  store_vector(prefix, sum);
-  for (int64_t r = 0; r < count; ++r) {
-    const bool is_member = position[r] >= from && position[r] < to;
-    const Row zero = {};
-    sum += is_member ? load_vector<Row>(rows + kWidth * r) : zero;
-    store_vector(prefix + kWidth * (r + 1), sum);
+// Moves members of a position below `middle` to the front, the others behind them; both stay ascending by rank. Returns the
+// number of the former.
+static int64_t split_members(Member* members, int64_t count, int32_t middle, Member* scratch) {
+  int64_t worse = 0, better = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const Member member = members[i];
+    const bool is_worse = member.position < middle;
+    members[worse] = member;
+    scratch[better] = member;
+    worse += is_worse;
+    better += !is_worse;
   }
+  __builtin_memcpy(members + worse, scratch, static_cast<size_t>(better) * sizeof(Member));
+  return worse;
 }
 
-static void prefix_qualities(const double* rows, const int32_t* position, int64_t count, int32_t from, int32_t to,
-                             double* prefix) {
-  prefix_rows<FourDoubles>(rows, position, count, from, to, prefix);
+// How many of the `count` members ascending by rank come before `rank`, at least `from`.
+static inline int64_t advance(const Member* members, int64_t count, int64_t from, int32_t rank) {
+  while (from < count && members[from].rank < rank) ++from;
+  return from;
 }
 
-static void prefix_weights(const double* rows, const int32_t* position, int64_t count, int32_t from, int32_t to,
-                           double* prefix) {
-  prefix_rows<TwoDoubles>(rows, position, count, from, to, prefix);
+// Splits a node of the tree; adds to its better half the sums of H and of H times quality over the worse half. prefix: [count
+// rows of 4].
+static int64_t split_adding_worse(Member* members, int64_t count, int32_t middle, double slope, Member* scratch,
+                                  double* prefix) {
+  const int64_t worse = split_members(members, count, middle, scratch);
+  FourDoubles sum = {};
+  store_vector(prefix, sum);
+  for (int64_t k = 0; k < worse; ++k) {
+    const Member& source = members[k];
+    sum += FourDoubles{1, source.value, source.offset, source.offset * source.value};
+    store_vector(prefix + 4 * (k + 1), sum);
+  }
+  int64_t low = 0, high = 0;
+  for (int64_t i = worse; i < count; ++i) {
+    Member& member = members[i];
+    low = advance(members, worse, low, member.lower);
+    high = advance(members, worse, high, member.upper);
+    const FourDoubles above = sum - load_vector<FourDoubles>(prefix + 4 * high);
+    const FourDoubles inside = load_vector<FourDoubles>(prefix + 4 * high) - load_vector<FourDoubles>(prefix + 4 * low);
+    member.sum += above[0] + 0.5 * inside[0] + (inside[2] - inside[0] * member.offset) * slope;
+    member.product += above[1] + 0.5 * inside[1] + (inside[3] - inside[1] * member.offset) * slope;
+  }
+  return worse;
 }
 
-// For members [begin, end) of one block, by quality: sums over the worse ones inside the block, [first, group_begin_i).
-static void add_worse_in_block(const double* s, const double* y, const int32_t* group_begin, const int32_t* rank, int32_t first,
-                               int32_t end, double slope, double* worse, double* worse_quality) {
+// Splits a node; adds to its worse half the sum over the better half of its value times H, seen from there.
+static int64_t split_adding_pull(Member* members, int64_t count, int32_t middle, double slope, Member* scratch,
+                                 double* prefix) {
+  const int64_t worse = split_members(members, count, middle, scratch), better = count - worse;
+  const Member* sources = members + worse;
+  TwoDoubles sum = {};
+  store_vector(prefix, sum);
+  for (int64_t k = 0; k < better; ++k) {
+    sum += TwoDoubles{sources[k].value, sources[k].offset * sources[k].value};
+    store_vector(prefix + 2 * (k + 1), sum);
+  }
+  int64_t low = 0, high = 0;
+  for (int64_t i = 0; i < worse; ++i) {
+    Member& member = members[i];
+    low = advance(sources, better, low, member.lower);
+    high = advance(sources, better, high, member.upper);
+    const TwoDoubles below = load_vector<TwoDoubles>(prefix + 2 * low);
+    const TwoDoubles inside = load_vector<TwoDoubles>(prefix + 2 * high) - below;
+    member.product += below[0] + 0.5 * inside[0] - (inside[1] - inside[0] * member.offset) * slope;
+  }
+  return worse;
+}
+
+// For the positions [first, end) of a leaf: sums over the worse ones inside the leaf, [first, group_begin_i).
+static void add_worse_in_leaf(const double* s, const double* y, const int32_t* group_begin, const int32_t* rank, int32_t first,
+                              int32_t end, double slope, double* worse, double* worse_quality) {
   for (int32_t p = first; p < end; ++p) {
     const PairSums sums = pair_sums(s[p], 1, slope, s + first, y + first, group_begin[p] - first);
     worse[rank[p]] += sums.plain;
@@ -82,9 +128,9 @@ static void add_worse_in_block(const double* s, const double* y, const int32_t* 
   }
 }
 
-// The pull of the better ones inside the block, [group_end_j, end), on every member j.
-static void add_pull_in_block(const double* s, const double* weight, const int32_t* group_end, const int32_t* rank,
-                              int32_t first, int32_t end, double slope, double* pull) {
+// The pull of the better ones inside the leaf, [group_end_j, end), on every positive j of it.
+static void add_pull_in_leaf(const double* s, const double* weight, const int32_t* group_end, const int32_t* rank,
+                             int32_t first, int32_t end, double slope, double* pull) {
   for (int32_t p = first; p < end; ++p) {
     const int32_t from = group_end[p];
     pull[rank[p]] += pair_sums(s[p], -1, slope, s + from, weight + from, end - from).weighted;

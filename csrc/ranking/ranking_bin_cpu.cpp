@@ -189,7 +189,8 @@ std::tuple<Tensor, Tensor> ranking_bin(Tensors logits, Tensor negatives, Tensor 
   const double unit = fixed_point_unit(delta, bits), most = static_cast<double>((int64_t{1} << bits) - 1);
   dispatch_floating(logits[0].scalar_type(), [&](auto tag) {
     using In = decltype(tag);
-    const Breakpoints points = merge_breakpoints<Arithmetic<In>>(sorted, valid, delta);
+    const Breakpoints points =
+        merge_breakpoints<Arithmetic<In>>(sorted, segment_ranges(sorted + kSegment * capacity, valid, num_segments), delta);
     bin_counts[0] = stream_negatives<In>(logits, static_cast<const uint64_t*>(negatives.const_data_ptr()), points, unit, most,
                                          bin_counts, bin_counts + columns);
   });

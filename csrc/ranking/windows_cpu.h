@@ -1,4 +1,5 @@
-// The positives of a ranking loss, ascending by logit, with their windows; what every finalize on the CPU works on.
+// The positives of a ranking loss, ascending by logit inside their segments, with their windows; what every finalize on the CPU
+// works on.
 #pragma once
 
 #include <algorithm>
@@ -11,12 +12,43 @@
 
 namespace rsloss {
 
+// The valid positives of a segment that has any: ranks [begin, end).
+struct SegmentRange {
+  int64_t segment;
+  int64_t begin;
+  int64_t end;
+
+  int64_t size() const { return end - begin; }
+};
+
 // Ranked logits end in NaN: invalid positives and padding.
 inline int64_t count_valid(const double* ranked, int64_t capacity) {
   return std::partition_point(ranked, ranked + capacity, [](double logit) { return !std::isnan(logit); }) - ranked;
 }
 
-// Breakpoints of `count` ascending centres, all ascending, lo before hi where equal; and the slot of every lo and hi.
+// segment: [count] ascending; what follows the first one that is not, or not below num_segments, is left out.
+inline std::vector<SegmentRange> segment_ranges(const double* segment, int64_t count, int64_t num_segments) {
+  std::vector<SegmentRange> ranges;
+  double last = 0;
+  for (int64_t i = 0; i < count && segment[i] >= last && segment[i] < static_cast<double>(num_segments); ++i) {
+    if (ranges.empty() || segment[i] != last) ranges.push_back({static_cast<int64_t>(segment[i]), i, i});
+    last = segment[i];
+    ranges.back().end = i + 1;
+  }
+  return ranges;
+}
+
+// Ranks of all ranges.
+inline int64_t count_ranks(const std::vector<SegmentRange>& ranges) { return ranges.empty() ? 0 : ranges.back().end; }
+
+inline int64_t largest_range(const std::vector<SegmentRange>& ranges) {
+  int64_t largest = 0;
+  for (const SegmentRange& range : ranges) largest = std::max(largest, range.size());
+  return largest;
+}
+
+// Breakpoints of the ascending centres of every segment, ascending, lo before hi where equal; and the slot of every lo and hi.
+// Ranks [a, b) have the slots [2a, 2b).
 struct Breakpoints {
   std::vector<double> edges;     // [2 V], values of T
   std::vector<int32_t> lo_slot;  // [V], and one entry that the merge may write
@@ -32,65 +64,79 @@ double breakpoint(double centre, double shift) {
 
 // The merge has no branch that depends on the data: it writes both slots and steps over one.
 template <class T>
-Breakpoints merge_breakpoints(const double* centre, int64_t count, double delta) {
+Breakpoints merge_breakpoints(const double* centre, const std::vector<SegmentRange>& ranges, double delta) {
+  const int64_t count = count_ranks(ranges), largest = largest_range(ranges);
   Breakpoints merged{std::vector<double>(2 * count), std::vector<int32_t>(count + 1), std::vector<int32_t>(count + 1)};
-  std::vector<double> lo(count + 1), hi(count + 1);
-  for (int64_t i = 0; i < count; ++i) {
-    lo[i] = breakpoint<T>(centre[i], -delta);
-    hi[i] = breakpoint<T>(centre[i], delta);
-  }
-  lo[count] = hi[count] = std::numeric_limits<double>::infinity();
-  int64_t next_lo = 0, next_hi = 0;
-  for (int32_t slot = 0; slot < 2 * count; ++slot) {
-    const bool takes_lo = lo[next_lo] <= hi[next_hi];
-    merged.edges[slot] = takes_lo ? lo[next_lo] : hi[next_hi];
-    merged.lo_slot[next_lo] = merged.hi_slot[next_hi] = slot;
-    next_lo += takes_lo;
-    next_hi += !takes_lo;
+  std::vector<double> lo(largest + 1), hi(largest + 1);
+  for (const SegmentRange& range : ranges) {
+    for (int64_t i = range.begin; i < range.end; ++i) {
+      lo[i - range.begin] = breakpoint<T>(centre[i], -delta);
+      hi[i - range.begin] = breakpoint<T>(centre[i], delta);
+    }
+    lo[range.size()] = hi[range.size()] = std::numeric_limits<double>::infinity();
+    int64_t next_lo = 0, next_hi = 0;
+    int32_t *lo_slot = &merged.lo_slot[range.begin], *hi_slot = &merged.hi_slot[range.begin];
+    for (int32_t slot = static_cast<int32_t>(2 * range.begin); slot < 2 * range.end; ++slot) {
+      const bool takes_lo = lo[next_lo] <= hi[next_hi];
+      merged.edges[slot] = takes_lo ? lo[next_lo] : hi[next_hi];
+      lo_slot[next_lo] = hi_slot[next_hi] = slot;
+      next_lo += takes_lo;
+      next_hi += !takes_lo;
+    }
   }
   return merged;
 }
 
 struct Windows {
-  const double* centre;  // [V] ascending
-  int64_t count;         // V
+  const double* centre;              // [V] ascending inside a segment
+  std::vector<SegmentRange> ranges;  // of segments with a valid positive
+  int64_t count;                     // V
   double delta;
+  double slope;  // 1 / (2 delta); 0 for delta = 0
   Breakpoints breakpoints;
-  std::vector<int32_t> lower;     // [V] first rank with s >= lo_i
+  std::vector<int32_t> lower;     // [V] first rank of the segment with s >= lo_i
   std::vector<int32_t> upper;     // [V] first rank with s >= hi_i
-  std::vector<int32_t> full_end;  // [V] ranks below have H(s_i - s_j) = 1
+  std::vector<int32_t> full_end;  // [V] ranks of the segment below have H(s_i - s_j) = 1
   std::vector<double> offset;     // [V] s_i - the first centre of its cluster
 };
 
 template <class T>
-Windows make_windows(const double* centre, int64_t count, double delta) {
+Windows make_windows(const double* centre, std::vector<SegmentRange> ranges, double delta) {
+  const int64_t count = count_ranks(ranges);
   Windows windows{centre,
+                  std::move(ranges),
                   count,
                   delta,
-                  merge_breakpoints<T>(centre, count, delta),
+                  delta > 0 ? 1 / (2 * delta) : 0,
+                  {},
                   std::vector<int32_t>(count),
                   std::vector<int32_t>(count),
                   {},
                   std::vector<double>(count)};
+  windows.breakpoints = merge_breakpoints<T>(centre, windows.ranges, delta);
   const Breakpoints& points = windows.breakpoints;
-  int32_t lower = 0, upper = 0;
-  double cluster = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    while (lower < count && centre[lower] < points.edges[points.lo_slot[i]]) ++lower;
-    while (upper < count && centre[upper] < points.edges[points.hi_slot[i]]) ++upper;
-    windows.lower[i] = lower;
-    windows.upper[i] = upper;
-    // Exactly i windows were opened before this one; a cluster starts where as many were closed.
-    const int64_t closed_before = points.lo_slot[i] - i;
-    if (closed_before == i) cluster = centre[i];
-    windows.offset[i] = centre[i] - cluster;
+  for (const SegmentRange& range : windows.ranges) {
+    int64_t lower = range.begin, upper = range.begin;
+    double cluster = 0;
+    for (int64_t i = range.begin; i < range.end; ++i) {
+      while (lower < range.end && centre[lower] < points.edges[points.lo_slot[i]]) ++lower;
+      while (upper < range.end && centre[upper] < points.edges[points.hi_slot[i]]) ++upper;
+      windows.lower[i] = static_cast<int32_t>(lower);
+      windows.upper[i] = static_cast<int32_t>(upper);
+      // Exactly i windows were opened before this one; a cluster starts where as many were closed.
+      const int64_t closed_before = points.lo_slot[i] - i;
+      if (closed_before == i) cluster = centre[i];
+      windows.offset[i] = centre[i] - cluster;
+    }
   }
   windows.full_end = windows.lower;
   if (delta == 0) {
-    int32_t end = 0;
-    for (int64_t i = 0; i < count; ++i) {
-      while (end < count && centre[end] <= centre[i]) ++end;
-      windows.full_end[i] = end;
+    for (const SegmentRange& range : windows.ranges) {
+      int64_t end = range.begin;
+      for (int64_t i = range.begin; i < range.end; ++i) {
+        while (end < range.end && centre[end] <= centre[i]) ++end;
+        windows.full_end[i] = static_cast<int32_t>(end);
+      }
     }
   }
   return windows;
@@ -98,32 +144,63 @@ Windows make_windows(const double* centre, int64_t count, double delta) {
 
 // FP_i of every positive. counts, sums: the rows of `bins`; unit: of the fixed-point sums. Returns [V].
 inline std::vector<double> false_positives(const Windows& windows, const int64_t* counts, const int64_t* sums, double unit) {
-  const int64_t slots = 2 * windows.count;
   const Breakpoints& points = windows.breakpoints;
+  const int64_t largest = largest_range(windows.ranges);
   // Right of slot k: negatives at or above it, and the moment of the covered bins before it, from the origin of its cluster.
-  std::vector<int64_t> from_slot(slots + 1, 0);
-  for (int64_t slot = slots; slot-- > 0;) from_slot[slot] = from_slot[slot + 1] + counts[slot + 1];
-  std::vector<double> moment(slots + 1, 0), origin(windows.count, 0);
-  double cluster = 0;
-  int64_t open = 0, next_lo = 0;
-  for (int64_t slot = 0; slot < slots; ++slot) {
-    if (open == 0) {
-      cluster = points.edges[slot];
-      moment[slot] = 0;
+  std::vector<int64_t> from_slots(2 * largest + 1);
+  std::vector<double> moments(2 * largest + 1), origin(windows.count), result(windows.count);
+  for (const SegmentRange& range : windows.ranges) {
+    const int64_t first = 2 * range.begin, last = 2 * range.end;
+    int64_t* from_slot = from_slots.data() - first;
+    double* moment = moments.data() - first;
+    from_slot[last] = 0;
+    for (int64_t slot = last; slot-- > first;) from_slot[slot] = from_slot[slot + 1] + counts[slot + 1];
+    double cluster = 0;
+    int64_t open = 0, next_lo = range.begin;
+    for (int64_t slot = first; slot < last; ++slot) {
+      if (open == 0) {
+        cluster = points.edges[slot];
+        moment[slot] = 0;
+      }
+      const bool is_lo = next_lo < range.end && points.lo_slot[next_lo] == slot;
+      if (is_lo) origin[next_lo++] = cluster;
+      open += is_lo ? 1 : -1;
+      const double gained = open > 0 ? static_cast<double>(sums[slot + 1]) * unit +
+                                           static_cast<double>(counts[slot + 1]) * (points.edges[slot] - cluster)
+                                     : 0;
+      moment[slot + 1] = moment[slot] + gained;
     }
-    const bool is_lo = next_lo < windows.count && points.lo_slot[next_lo] == slot;
-    if (is_lo) origin[next_lo++] = cluster;
-    open += is_lo ? 1 : -1;
-    const double gained = open > 0 ? static_cast<double>(sums[slot + 1]) * unit +
-                                         static_cast<double>(counts[slot + 1]) * (points.edges[slot] - cluster)
-                                   : 0;
-    moment[slot + 1] = moment[slot] + gained;
+    for (int64_t i = range.begin; i < range.end; ++i) {
+      const int32_t lo = points.lo_slot[i], hi = points.hi_slot[i];
+      result[i] = false_positives(static_cast<double>(from_slot[hi]), static_cast<double>(from_slot[lo] - from_slot[hi]),
+                                  moment[hi] - moment[lo], windows.centre[i] - origin[i], windows.delta);
+    }
   }
+  return result;
+}
+
+// The sum over all positives j of a segment, i itself included, of weight(j) H(s_j - s_i), for every positive i. Returns [V].
+template <class Weight>
+std::vector<double> sum_over_positives(const Windows& windows, const Weight& weight) {
+  struct Prefix {
+    double plain;
+    double moment;
+  };
+  std::vector<Prefix> prefixes(largest_range(windows.ranges) + 1);
   std::vector<double> result(windows.count);
-  for (int64_t i = 0; i < windows.count; ++i) {
-    const int32_t lo = points.lo_slot[i], hi = points.hi_slot[i];
-    result[i] = false_positives(static_cast<double>(from_slot[hi]), static_cast<double>(from_slot[lo] - from_slot[hi]),
-                                moment[hi] - moment[lo], windows.centre[i] - origin[i], windows.delta);
+  for (const SegmentRange& range : windows.ranges) {
+    Prefix* prefix = prefixes.data() - range.begin;
+    prefix[range.begin] = {0, 0};
+    for (int64_t j = range.begin; j < range.end; ++j) {
+      const double value = weight(j);
+      prefix[j + 1] = {prefix[j].plain + value, prefix[j].moment + value * windows.offset[j]};
+    }
+    for (int64_t i = range.begin; i < range.end; ++i) {
+      const Prefix low = prefix[windows.lower[i]], high = prefix[windows.upper[i]];
+      const double inside = high.plain - low.plain;
+      result[i] = prefix[range.end].plain - high.plain + 0.5 * inside +
+                  (high.moment - low.moment - inside * windows.offset[i]) * windows.slope;
+    }
   }
   return result;
 }
@@ -132,27 +209,30 @@ inline std::vector<double> false_positives(const Windows& windows, const int64_t
 inline void write_lines(const Windows& windows, const double* coefficient, double* lines, int64_t columns) {
   double *edge = lines, *value = lines + columns, *slope = lines + 2 * columns;
   const Breakpoints& points = windows.breakpoints;
-  const int64_t slots = 2 * windows.count;
-  double closed = 0, opened = 0, moment = 0, cluster = 0;
-  int64_t open = 0, next_lo = 0, next_hi = 0;
-  for (int64_t slot = 0; slot < slots; ++slot) {
-    if (open == 0) {
-      cluster = points.edges[slot];
-      opened = moment = 0;
+  double closed = 0;
+  for (const SegmentRange& range : windows.ranges) {
+    double opened = 0, moment = 0, cluster = 0;
+    int64_t open = 0, next_lo = range.begin, next_hi = range.begin;
+    closed = 0;
+    for (int64_t slot = 2 * range.begin; slot < 2 * range.end; ++slot) {
+      if (open == 0) {
+        cluster = points.edges[slot];
+        opened = moment = 0;
+      }
+      const bool is_lo = next_lo < range.end && points.lo_slot[next_lo] == slot;
+      const int64_t i = is_lo ? next_lo++ : next_hi++;
+      const double sign = is_lo ? 1 : -1;
+      open += is_lo ? 1 : -1;
+      opened += sign * coefficient[i];
+      moment += sign * coefficient[i] * (windows.centre[i] - cluster);
+      if (!is_lo) closed += coefficient[i];
+      if (open == 0) opened = moment = 0;
+      edge[slot] = points.edges[slot];
+      value[slot] = line_value(closed, opened, moment, points.edges[slot] - cluster, windows.delta);
+      slope[slot] = windows.delta > 0 ? opened / (2 * windows.delta) : 0;
     }
-    const bool is_lo = next_lo < windows.count && points.lo_slot[next_lo] == slot;
-    const int64_t i = is_lo ? next_lo++ : next_hi++;
-    const double sign = is_lo ? 1 : -1;
-    open += is_lo ? 1 : -1;
-    opened += sign * coefficient[i];
-    moment += sign * coefficient[i] * (windows.centre[i] - cluster);
-    if (!is_lo) closed += coefficient[i];
-    if (open == 0) opened = moment = 0;
-    edge[slot] = points.edges[slot];
-    value[slot] = line_value(closed, opened, moment, points.edges[slot] - cluster, windows.delta);
-    slope[slot] = windows.delta > 0 ? opened / (2 * windows.delta) : 0;
   }
-  for (int64_t slot = slots; slot < columns; ++slot) {
+  for (int64_t slot = 2 * windows.count; slot < columns; ++slot) {
     edge[slot] = std::numeric_limits<double>::infinity();
     value[slot] = closed;
     slope[slot] = 0;

@@ -1,0 +1,45 @@
+// The last step of the AP loss on the CPU: loss and gradient tables from ranked positives and bins, in O(P).
+#include "ap/ap.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "ranking/finalize_cpu.h"
+
+namespace rsloss {
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor> average_precision_finalize(Tensors logits, Tensor negatives, Tensor ranked, Tensor counts,
+                                                              Tensor bins, std::optional<Tensor> segments, int64_t num_segments,
+                                                              double delta, double gradient_scale, bool interpolated) {
+  const RankedPositives positives("average_precision_finalize", logits, negatives, ranked, counts, bins, segments, num_segments,
+                                  delta, gradient_scale);
+  const std::vector<double> sums = sum_over_positives(positives.windows, [](int64_t) { return 1.0; });
+  std::vector<double> error(positives.count());
+  PositiveTerms terms(positives.count());
+  for (const SegmentRange& range : positives.windows.ranges) {
+    double smallest = 1;
+    for (int64_t i = range.begin; i < range.end; ++i) {
+      const double false_positive = positives.false_positive[i];
+      error[i] = average_precision_error(sums[i], false_positive, delta);
+      if (interpolated) error[i] = smallest = std::min(smallest, error[i]);
+      terms.coefficient[i] = average_precision_coefficient(error[i], false_positive);
+      terms.first[i] = -error[i];
+    }
+  }
+  Tensor gradients = positives.gradients(terms);
+  return {positives.loss(error), gradients, positives.lines(terms)};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(rsloss_kernels, CPU, m) {
+  m.impl("average_precision_finalize.cpp", TORCH_BOX(&average_precision_finalize));
+}
+
+}  // namespace rsloss
