@@ -27,8 +27,12 @@ def define(
     setup_context: Callable | None = None,
     make_backward: Callable[[str], Callable] | None = None,
     num_tables: int = 0,
+    num_saved_tables: int = 0,
 ) -> None:
-    """Defines `name` for every backend. Its last `num_tables` outputs are for its own backward only.
+    """Defines `name` for every backend.
+
+    Its last `num_tables` outputs are for its own backward only; the last `num_saved_tables` of the tensors that it saves are
+    not the caller's.
 
     The Python backends are looked up on the first call as the function `name` of `losses/<stem>/reference.py` and
     `losses/<stem>/triton_impl.py`, so that importing the library imports neither. `make_backward(backend)` returns the
@@ -47,7 +51,9 @@ def define(
             backward = make_backward(backend)
             torch.library.register_autograd(qualified, backward, setup_context=setup_context)
             _num_tables[name] = num_tables
-            _functions[name, backend] = _eager_function(operator(name, backend), setup_context, backward, num_tables)
+            _functions[name, backend] = _eager_function(
+                operator(name, backend), setup_context, backward, num_tables, num_saved_tables
+            )
 
 
 _functions: dict[tuple[str, str], type[torch.autograd.Function]] = {}
@@ -81,8 +87,9 @@ def has_native_kernel(name: str, backend: str, device_type: str) -> bool:
 class _Context:
     """What the formula of an operator sees in place of autograd's own context, outside of tracing.
 
-    Autograd keeps the logits, for its hooks (activation checkpointing) and its check of in-place edits. Tables that only this
-    call knows stay here, which is cheaper. Holds nothing of autograd's context: a cycle would keep the logits alive.
+    Autograd keeps what it is given first, the caller's tensors, for its hooks (activation checkpointing) and its check of in-place
+    edits. Tables that only this call knows stay here, which is cheaper. Holds nothing of autograd's context: a cycle would keep
+    the logits alive.
     """
 
     non_differentiable: tuple[torch.Tensor, ...] = ()
@@ -98,8 +105,12 @@ class _Context:
         self.saved_tensors = tensors
 
 
+# Whether the backward that is running was called with retain_graph=True. Without the answer tables live as long as the loss.
+_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+
+
 def _eager_function(
-    overload: Callable, setup_context: Callable, backward: Callable, num_tables: int
+    overload: Callable, setup_context: Callable, backward: Callable, num_tables: int, num_saved_tables: int
 ) -> type[torch.autograd.Function]:
     # forward with ctx rather than a separate setup_context: torch binds the arguments of the latter by inspection on every call.
     class EagerFunction(torch.autograd.Function):
@@ -109,8 +120,9 @@ def _eager_function(
                 output = overload(logits, *args)
             context = _Context()
             setup_context(context, (logits, *args), output)
-            ctx.save_for_backward(*context.saved_tensors[: len(logits)])
-            context.saved_tensors = context.saved_tensors[len(logits) :]
+            of_caller = len(context.saved_tensors) - num_saved_tables
+            ctx.save_for_backward(*context.saved_tensors[:of_caller])
+            context.saved_tensors = context.saved_tensors[of_caller:]
             ctx.context = context
             ctx.set_materialize_grads(False)
             returned = output[: len(output) - num_tables]
@@ -126,6 +138,8 @@ def _eager_function(
             # With create_graph=True the operators inside must see autograd, to refuse a second derivative.
             with contextlib.nullcontext() if torch.is_grad_enabled() else torch._C._AutoDispatchBelowAutograd():
                 grad_logits = backward(context, *grads, *missing)[0]
+            if not _keeps_graph():
+                ctx.context.saved_tensors = ()
             return (None, *grad_logits)
 
     EagerFunction.__name__ = EagerFunction.__qualname__ = f"Eager_{overload.name()}"

@@ -103,13 +103,13 @@ def define_finalize(stem: str, name: str, options: str, losses: str, statistics:
         ctx.upstream_parity = has_parity and last
         ctx.mark_non_differentiable(*output[num_losses:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*logits, negatives, counts, *output[-2:], segments)
+        ctx.save_for_backward(*logits, segments, negatives, counts, *output[-2:])
 
     def make_backward(backend):
         ranking_backward = _library.operator("ranking_backward", backend)
 
         def backward(ctx, grad_first, grad_second, *_):
-            *logits, negatives, counts, gradients, lines, segments = ctx.saved_tensors
+            *logits, segments, negatives, counts, gradients, lines = ctx.saved_tensors
             if ctx.upstream_parity:
                 grad_second = grad_first
             elif num_losses == 1:
@@ -121,7 +121,7 @@ def define_finalize(stem: str, name: str, options: str, losses: str, statistics:
 
         return backward
 
-    _library.define(stem, name, schema, fake, setup_context, make_backward, num_tables=2)
+    _library.define(stem, name, schema, fake, setup_context, make_backward, num_tables=2, num_saved_tables=4)
 
 
 _library.define("ranking", "ranking_collect", COLLECT_SCHEMA, _collect_fake)
