@@ -4,278 +4,70 @@
     python bench/bench_rank_sort.py --must-show
     python bench/bench_rank_sort.py --mode forward --positives 1000 --negatives 1e5 1e6 --dtype bfloat16
 """
-import argparse
-import datetime
-import itertools
-import json
+import functools
 import os
 import pathlib
-import subprocess
 import sys
-from collections.abc import Callable
 
 # Compiling in this process keeps it apart from the load that others put on the machine.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))
 
-import torch  # noqa: E402
+from bench import ranking_bench, ranking_scale, ranking_targets  # noqa: E402
+from bench import ranking_providers as field  # noqa: E402
+from bench.peers.brute_force import brute_force_rank_sort  # noqa: E402
+from bench.peers.bucketed import bucketed_rank_sort_loss  # noqa: E402
+from bench.peers.published_loop import published_rank_sort  # noqa: E402
+from bench.peers.vectorised import compiled_rank_sort, vectorised_rank_sort  # noqa: E402
+from rsloss_kernels import rank_sort_loss  # noqa: E402
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT))
-
-from bench import harness, rank_sort_targets, results  # noqa: E402
-from bench import rank_sort_providers as field  # noqa: E402
-from bench.logits import DISTRIBUTIONS, FORMS, Case, make_inputs  # noqa: E402
-
-LOSS = "rank_sort"
-COPY = "copy floor"
-CANNOT_CAPTURE = "it cannot be captured"
-# (distribution, P, N, form)
-GRID = [
-    *[("trained", 1000, negatives, "dense") for negatives in (10**4, 10**5, 10**6, 10**7)],
-    *[("trained", positives, 10**6, "dense") for positives in (50, 200, 5000, 20000)],
-    ("trained", 200, 10**5, "dense"),
-    ("init", 1000, 10**6, "dense"),
-    ("separated", 1000, 10**6, "dense"),
-    ("trained", 1000, 10**6, "index"),
-]
-# Memory is the same from call to call, and on a CPU every entry starts a process: fewer problems do.
-MEMORY_GRID = [*GRID[1:4], ("trained", 20000, 10**6, "dense"), ("trained", 1000, 10**6, "index")]
-QUICK = [("trained", 50, 10**4, "dense"), ("trained", 200, 10**5, "dense"), ("trained", 1000, 10**6, "dense")]
+DELTA = 0.5
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="three problems, at most a minute")
-    size.add_argument("--must-show", action="store_true", help="the rows that must hold; exit status 1 if one fails")
-    parser.add_argument("--metric", choices=("speed", "memory", "both"), default="both")
-    parser.add_argument("--mode", choices=(*field.MODES, "all"), default="full")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32", "float64"), default="float32")
-    parser.add_argument("--distribution", choices=tuple(DISTRIBUTIONS), help="own grid: with --positives and --negatives")
-    parser.add_argument("--form", choices=FORMS, default="dense", help="form of the targets in an own grid")
-    parser.add_argument("--positives", nargs="+", type=lambda text: int(float(text)), help="own grid")
-    parser.add_argument("--negatives", nargs="+", type=lambda text: int(float(text)), help="own grid")
-    parser.add_argument("--providers", nargs="+", metavar="TEXT", help="only those whose name contains one of these")
-    parser.add_argument(
-        "--timing",
-        choices=("call", "captured", "both"),
-        default="call",
-        help="CUDA: whole calls from an idle device, or replays of a captured graph (device time alone)",
-    )
-    parser.add_argument("--cache", choices=("cold", "warm"), default="cold", help="CUDA: cold overwrites L2 before each call")
-    parser.add_argument("--budget", type=float, help="seconds per provider and problem; default 0.6, quick 0.2, must-show 1.5")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=pathlib.Path, help="folder of the results; nothing is written without it")
-    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
-    arguments = parser.parse_args(argv)
-    if arguments.budget is None:
-        arguments.budget = 0.2 if arguments.quick else 1.5 if arguments.must_show else 0.6
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: this machine has no CUDA device")
-    if arguments.timing != "call" and arguments.device != "cuda":
-        parser.error("--timing captured needs --device cuda")
-    return arguments
+def _call(logits, inputs, **options):
+    return rank_sort_loss(logits, inputs.targets, inputs.quality, delta=DELTA, **options)
 
 
-def run_grid(arguments: argparse.Namespace, save: Callable[[dict], None]) -> dict[str, list[dict]]:
-    """Measures, prints and saves one problem of the grid after the other. Returns the records by section."""
-    modes = field.MODES if arguments.mode == "all" else (arguments.mode,)
-    captures = {"call": [False], "captured": [True], "both": [False, True]}[arguments.timing]
-    wanted = {"speed": ["speed"], "memory": ["memory"], "both": ["speed", "memory"]}[arguments.metric]
-    sections = {name: [] for name in wanted}
-    cases, memory_cases = grid(arguments)
-    for case in cases:
-        for mode, capture in itertools.product(modes, captures) if "speed" in wanted else ():
-            records, _ = measure_speed(arguments, case, mode, capture)
-            show(records, f"{case.title}, {mode}{', captured' if capture else ''}")
-            sections["speed"] += records
-        if "memory" in wanted and case in memory_cases:
-            records = measure_memory(arguments, case)
-            show(records, f"{case.title}, peak memory of forward + backward beyond the inputs")
-            sections["memory"] += records
-        save(sections)
-    return sections
+def _dense(function):
+    return lambda inputs: lambda logits: function(logits, inputs.dense, DELTA)
 
 
-def make_case(arguments: argparse.Namespace, distribution: str, positives: int, negatives: int, form: str = "dense") -> Case:
-    # On a GPU the number of positives is unknown to the host: a user gives a capacity with room to spare, here 2 to 4 times P.
-    capacity = 1 << (2 * positives - 1).bit_length() if arguments.device == "cuda" else None
-    return Case(distribution, positives, negatives, form, arguments.dtype, arguments.device, arguments.seed, capacity)
-
-
-def grid(arguments: argparse.Namespace) -> tuple[list[Case], list[Case]]:
-    """The problems for speed, and those of them for memory."""
-    if arguments.positives or arguments.negatives or arguments.distribution:
-        distribution = arguments.distribution or "trained"
-        pairs = [(p, n) for p in arguments.positives or [1000] for n in arguments.negatives or [10**6]]
-        own = [make_case(arguments, distribution, p, n, arguments.form) for p, n in pairs]
-        return own, own
-    speed, memory = (QUICK, QUICK[-1:]) if arguments.quick else (GRID, MEMORY_GRID)
-    return [make_case(arguments, *entry) for entry in speed], [make_case(arguments, *entry) for entry in memory]
-
-
-def chosen_providers(arguments: argparse.Namespace) -> list[field.Provider]:
-    everyone = field.providers(arguments.device)
-    if not arguments.providers:
-        return everyone
-    return [provider for provider in everyone if any(text in provider.name for text in arguments.providers)]
-
-
-def measure_speed(arguments: argparse.Namespace, case: Case, mode: str, capture: bool) -> tuple[list[dict], dict]:
-    """The records of one problem, and its timings by provider."""
-    inputs = make_inputs(case)
-    moved = inputs.minimal_bytes()
-    skipped, workloads = {}, [harness.copy_floor(moved, case.device)]
-    chosen = chosen_providers(arguments)
-    for provider in chosen:
-        reason = provider.why_not(case) or (CANNOT_CAPTURE if capture and not provider.can_capture else None)
-        if reason:
-            skipped[provider.name] = reason
-        else:
-            workloads.append(field.workload(provider, inputs, mode))
-    timings = harness.measure(workloads, case.device, arguments.budget, capture=capture, cold=arguments.cache == "cold")
-    records = []
-    for name in [COPY, *(provider.name for provider in chosen)]:
-        timing = timings.get(name)
-        record = case_fields(case, inputs.logits.numel(), name, skipped.get(name) or (timing and timing.failure))
-        record |= {"mode": mode, "timing": "captured" if capture else "call", "moved_bytes": moved}
-        record |= figures(timing, timings, inputs.logits.numel(), moved)
-        records.append(record)
-    return records, timings
-
-
-def case_fields(case: Case, elements: int, provider: str, skipped: str | None) -> dict:
-    fields = {key: value for key, value in case.as_dict().items() if key != "seed"}
-    return fields | {"elements": elements, "provider": provider, "skipped": skipped}
-
-
-def figures(timing: harness.Timing | None, timings: dict, elements: int, moved: int) -> dict:
-    if timing is None or not timing.samples:
-        names = ("median_ms", "q1_ms", "q3_ms", "ns_per_element", "gb_per_s", "ratio_to_floor", "ratio_to_focal")
-        return dict.fromkeys(names) | {"repetitions": 0}
-    first, median, third = timing.quartiles
-    return {
-        "median_ms": rounded(median * 1e3),
-        "q1_ms": rounded(first * 1e3),
-        "q3_ms": rounded(third * 1e3),
-        "repetitions": len(timing.samples),
-        "ns_per_element": rounded(median * 1e9 / elements),
-        "gb_per_s": rounded(moved / median / 1e9),
-        "ratio_to_floor": rounded(timing.ratio_to(timings[COPY])),
-        "ratio_to_focal": rounded(timing.ratio_to(timings[field.FOCAL]) if field.FOCAL in timings else None),
-    }
-
-
-def rounded(value: float | None) -> float | None:
-    return None if value is None else float(f"{value:.4g}")
-
-
-def measure_memory(arguments: argparse.Namespace, case: Case) -> list[dict]:
-    """Peak memory of forward + backward beyond the inputs. On a CPU every entry has a process of its own."""
-    records = []
-    elements = make_inputs(case).logits.numel()
-    for provider in chosen_providers(arguments):
-        skipped, extra = provider.why_not(case), None
-        if not skipped:
-            try:
-                is_apart = case.device == "cpu"
-                extra = memory_apart(arguments, case, provider.name) if is_apart else memory_here(case, provider.name)
-            except Exception as error:  # a peer that cannot run here must not end the comparison of the others
-                skipped = f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
-        per_element = None if extra is None else rounded(extra / elements)
-        record = case_fields(case, elements, provider.name, skipped)
-        records.append(record | {"extra_bytes": extra, "bytes_per_element": per_element})
-    return records
-
-
-def memory_here(case: Case, name: str) -> int | None:
-    provider = next(provider for provider in field.providers(case.device) if provider.name == name)
-    # Whatever is set up once, libraries and compiled code, belongs to no call.
-    for size in (2000, 3000):
-        small = Case(case.distribution, 20, size, case.form, case.dtype, case.device, case.seed, case.max_positives)
-        field.workload(provider, make_inputs(small), "full").call()
-    work = field.workload(provider, make_inputs(case), "full")
-    # Compilation may happen once more at the real size; ours must show everything that a first call of this size takes.
-    if provider.is_compiled:
-        work.call()
-    return harness.peak_extra_bytes(work.call, case.device)
-
-
-def memory_apart(arguments: argparse.Namespace, case: Case, name: str) -> int | None:
-    command = [sys.executable, str(pathlib.Path(__file__).resolve()), "--memory-of", json.dumps([case.as_dict(), name])]
-    command += ["--threads", str(arguments.threads), "--device", case.device]
-    environment = os.environ | harness.MEMORY_ENVIRONMENT
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    if done.returncode != 0:
-        raise RuntimeError(done.stderr or f"exit status {done.returncode}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
-def settings(arguments: argparse.Namespace, foreign_load: float | None) -> dict:
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        "threads": torch.get_num_threads(),
-        "seed": arguments.seed,
-        "budget_s": arguments.budget,
-        "foreign_load": rounded(foreign_load),
-        "cache": arguments.cache if arguments.device == "cuda" else "as the calls before leave it",
-    }
-
-
-def show(records: list[dict], title: str) -> None:
-    print(f"\n{title}", flush=True)
-    for record in records:
-        if record["skipped"]:
-            print(f"  {record['provider']:<28} left out: {record['skipped']}")
-        elif "extra_bytes" in record:
-            size = "unknown" if record["extra_bytes"] is None else f"{record['extra_bytes'] / 2**20:10.2f} MiB"
-            print(f"  {record['provider']:<28} {size}, {record['bytes_per_element']} bytes per element")
-        else:
-            ratios = f"{record['ratio_to_floor']:8.4g} x floor"
-            if record["ratio_to_focal"] is not None:
-                ratios += f" {record['ratio_to_focal']:8.4g} x focal"
-            print(
-                f"  {record['provider']:<28} {record['median_ms']:10.4g} ms ({record['q1_ms']:.4g} to {record['q3_ms']:.4g}, "
-                f"{record['repetitions']}x) {record['ns_per_element']:8.4g} ns/element {record['gb_per_s']:8.4g} GB/s {ratios}"
-            )
+LOSS = field.RankingLoss(
+    stem="rank_sort",
+    function="rank_sort_loss",
+    operator="rank_sort_finalize",
+    delta=DELTA,
+    num_losses=2,
+    call=_call,
+    peers=(
+        field.peer(field.LOOP, _dense(published_rank_sort), field.limit("P*N", field.LOOP_PAIRS)),
+        field.peer("bucketed", _dense(bucketed_rank_sort_loss), field.limit("P*P", field.SQUARE)),
+        field.peer("vectorised", _dense(vectorised_rank_sort), field.both_limits(field.BROADCAST_PAIRS)),
+        field.peer(
+            "vectorised, torch.compile", _dense(compiled_rank_sort), field.both_limits(field.FUSED_PAIRS), is_compiled=True
+        ),
+    ),
+    truth=lambda inputs: brute_force_rank_sort(inputs.logits, inputs.dense, DELTA),
+)
+TARGETS = ranking_targets.Targets(
+    cpu_speed=(
+        ("trained", 1000, 10**6, {field.FOCAL: 0.20, field.LOOP: 1 / 250}),
+        ("init", 1000, 10**6, {field.FOCAL: 0.30}),
+        ("trained", 200, 10**5, {field.FOCAL: 0.50}),
+        ("trained", 20000, 10**6, {field.FOCAL: 1.5}),
+    ),
+    cuda_speed=(("trained", 1000, 2 * 10**6, None, 40.0), ("trained", 3000, 2 * 10**7, field.COMPILED_FOCAL, 2.0)),
+    scale=(
+        ranking_scale.narrow_type,
+        ranking_scale.equal_segments,
+        ranking_scale.many_positives,
+        ranking_scale.two_processes,
+    ),
+)
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = parse(argv)
-    torch.set_num_threads(arguments.threads)
-    if arguments.memory_of:
-        case, name = json.loads(arguments.memory_of)
-        print(json.dumps(memory_here(Case(**case), name)))
-        return 0
-    machine = harness.machine(arguments.device)
-    backends = ", ".join(field.our_backends(arguments.device))
-    where = f"{machine['gpu'] or machine['cpu']}, {machine['cores']} cores, {arguments.threads} threads"
-    print(f"{where}, torch {machine['torch']}, backends: {backends}")
-    load = harness.ForeignLoad()
-
-    def save(sections: dict[str, list[dict]]) -> None:
-        if arguments.out:
-            shared = settings(arguments, load.fraction())
-            with_settings = {name: {"settings": shared, "records": records} for name, records in sections.items()}
-            results.update(arguments.out, LOSS, machine, with_settings)
-
-    if arguments.must_show:
-        targets = rank_sort_targets.check(arguments)
-        save({"targets": targets})
-        broken = not all(record["passed"] for record in targets)
-    else:
-        sections = run_grid(arguments, save)
-        ours = [provider.name for provider in field.providers(arguments.device) if provider.is_ours]
-        mine = [record for records in sections.values() for record in records if record["provider"] in ours]
-        broken = any(record["skipped"] not in (None, CANNOT_CAPTURE) for record in mine)
-    busy = load.fraction()
-    if busy is not None and busy > harness.QUIET:
-        print(f"\nother processes used {busy:.0%} of the processor: repeat the times when it is quiet")
-    if arguments.out:
-        print(f"\nwrote {results.path_of(arguments.out, LOSS)}")
-    return int(broken)
+    return ranking_bench.main(LOSS, functools.partial(ranking_targets.check, LOSS, TARGETS), __file__, argv)
 
 
 if __name__ == "__main__":

@@ -56,6 +56,37 @@ class Timing:
         return statistics.median(ratios) if ratios else None
 
 
+class Draws:
+    """One workload timed on several draws of its inputs. Every figure is the median over the draws, a ratio taken draw by draw."""
+
+    def __init__(self, timings: list[Timing]):
+        self.timings = timings
+
+    @property
+    def samples(self) -> list[float]:
+        return [sample for timing in self.timings for sample in timing.samples]
+
+    @property
+    def failure(self) -> str | None:
+        """The first reason; a workload that fails on one draw has no figures."""
+        return next((timing.failure for timing in self.timings if timing.failure), None)
+
+    @property
+    def quartiles(self) -> tuple[float, float, float]:
+        return tuple(statistics.median(column) for column in zip(*(timing.quartiles for timing in self.timings), strict=True))
+
+    @property
+    def median(self) -> float:
+        return statistics.median(timing.median for timing in self.timings)
+
+    def ratio_to(self, other: "Draws") -> float | None:
+        if self.failure or other.failure:
+            return None
+        return statistics.median(
+            mine.ratio_to(theirs) for mine, theirs in zip(self.timings, other.timings, strict=True)
+        )
+
+
 class _CpuClock:
     def sample(self, workload: Workload) -> float:
         if workload.prepare is not None:

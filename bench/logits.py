@@ -33,7 +33,10 @@ FORMS = ("dense", "index")
 
 @dataclass(frozen=True)
 class Case:
-    """One problem: `positives` among about `negatives` negatives (class indices round up to whole rows of 80 classes)."""
+    """One problem: `positives` among about `negatives` negatives.
+
+    Class indices, and segments of any form, have rows of 80 classes; segments are equal numbers of whole rows.
+    """
 
     distribution: str
     positives: int
@@ -43,10 +46,17 @@ class Case:
     device: str = "cpu"
     seed: int = 0
     max_positives: int | None = None
+    segments: int = 1
 
     @property
     def title(self) -> str:
-        return f"{self.distribution} P={self.positives} N={self.negatives:.3g} {self.form} {self.dtype}".replace("e+0", "e")
+        size = f"P={self.positives} N={self.negatives:.3g}".replace("e+0", "e")
+        parts = f" S={self.segments}" if self.segments > 1 else ""
+        return f"{self.distribution} {size}{parts} {self.form} {self.dtype}"
+
+    @property
+    def has_rows(self) -> bool:
+        return self.form == "index" or self.segments > 1
 
     def as_dict(self) -> dict:
         return asdict(self)
@@ -54,13 +64,53 @@ class Case:
 
 @dataclass
 class Inputs:
-    """`targets` and `quality` as the loss takes them; `dense` holds the same targets element by element for the peers."""
+    """`targets` and `quality` as the loss takes them; `dense` holds the same targets element by element for the peers.
+
+    The regression loss of a positive is one minus its quality.
+    """
 
     case: Case
-    logits: Tensor  # [P + N], index form [A, C]
+    logits: Tensor  # [P + N]; with rows [A, C]
     targets: Tensor
-    quality: Tensor | None
+    quality: Tensor | None  # index form: [A], 1 where there is no object
     dense: Tensor
+    regression: Tensor  # [P] in flat order; index form [A]
+
+    @property
+    def segment_ids(self) -> Tensor:
+        """[A], equal numbers of rows."""
+        rows = self.logits.shape[0]
+        return torch.arange(rows, dtype=torch.int32, device=self.logits.device) // (rows // self.case.segments)
+
+    @property
+    def regression_of_positives(self) -> Tensor:
+        if self.case.form == "index":
+            return self.regression[(self.dense > 0).any(-1)]
+        return self.regression
+
+    def relevant(self, delta: float) -> float:
+        """The fraction of the negatives that can reach a positive. It hangs on one number, the lowest positive."""
+        is_positive, flat = (self.dense > 0).flatten(), self.logits.flatten().double()
+        if not bool(is_positive.any()):
+            return 0.0
+        reach = (flat >= flat[is_positive].min() - delta) & ~is_positive
+        return int(reach.sum()) / max(int((~is_positive).sum()), 1)
+
+    def share(self, rank: int, world: int) -> "Inputs":
+        """What one of `world` processes holds of the same batch: neighbouring elements or rows, the last may have fewer."""
+        size = -(-self.logits.shape[0] // world)
+        mine = slice(rank * size, (rank + 1) * size)
+        is_index = self.case.form == "index"
+        before = int((self.dense[: rank * size] > 0).sum())
+        count = int((self.dense[mine] > 0).sum())
+        return Inputs(
+            self.case,
+            self.logits[mine].contiguous(),
+            self.targets[mine],
+            None if self.quality is None else self.quality[mine],
+            self.dense[mine],
+            self.regression[mine] if is_index else self.regression[before : before + count],
+        )
 
     def minimal_bytes(self) -> int:
         """What forward and backward must move: the logits twice, the targets once, a bit mask both ways, the gradient."""
@@ -81,27 +131,31 @@ def make_inputs(case: Case) -> Inputs:
     """The same numbers for the same case on every device; drawn on the CPU in float32, then rounded to the case's dtype."""
     generator = torch.Generator().manual_seed(case.seed)
     dtype = getattr(torch, case.dtype)
-    if case.form == "index":
-        rows = -(-(case.positives + case.negatives) // NUM_CLASSES)
-        if rows < case.positives:
-            raise ValueError(f"{case.title}: more positives than rows of {NUM_CLASSES} classes")
+    rows = -(-(case.positives + case.negatives) // NUM_CLASSES)
+    rows = -(-rows // case.segments) * case.segments
+    if case.has_rows and rows < case.positives:
+        raise ValueError(f"{case.title}: more positives than rows of {NUM_CLASSES} classes")
+    elements = rows * NUM_CLASSES if case.has_rows else case.positives + case.negatives
+    if case.has_rows:
         row = _scatter(case.positives, rows, generator)
         label = torch.randint(NUM_CLASSES, (case.positives,), generator=generator)
-        index, elements = row * NUM_CLASSES + label, rows * NUM_CLASSES
+        index = row * NUM_CLASSES + label
     else:
-        elements = case.positives + case.negatives
         index = _scatter(case.positives, elements, generator)
     draw = DISTRIBUTIONS[case.distribution]
     logits = draw(elements, False, generator)
     logits[index] = draw(case.positives, True, generator)
     quality_of_positives = 1 - torch.rand(case.positives, generator=generator)  # (0, 1]
     dense = torch.zeros(elements).index_put_((index,), quality_of_positives)
-    targets, quality = dense, None
+    if case.has_rows:
+        logits, dense = logits.view(rows, NUM_CLASSES), dense.view(rows, NUM_CLASSES)
+    targets, quality, regression = dense, None, 1 - quality_of_positives
     if case.form == "index":
         targets, quality = torch.full((rows,), NUM_CLASSES), torch.ones(rows)
         targets[row], quality[row] = label, quality_of_positives
-        logits, dense = logits.view(rows, NUM_CLASSES), dense.view(rows, NUM_CLASSES)
+        regression = 1 - quality
     soft = torch.float64 if dtype == torch.float64 else torch.float32
-    targets = targets.to(case.device) if case.form == "index" else targets.to(case.device, soft)
-    quality = None if quality is None else quality.to(case.device, soft)
-    return Inputs(case, logits.to(case.device, dtype), targets, quality, dense.to(case.device, soft))
+    to = {"device": case.device, "dtype": soft}
+    targets = targets.to(case.device) if case.form == "index" else targets.to(**to)
+    quality = None if quality is None else quality.to(**to)
+    return Inputs(case, logits.to(case.device, dtype), targets, quality, dense.to(**to), regression.to(**to))

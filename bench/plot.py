@@ -1,8 +1,8 @@
-"""Draws the speed section of a results file: time against N and time against P, one line per provider.
+"""Draws the speed section of a results file: time against N, P and the number of segments, one line per provider.
 
     python bench/plot.py bench/results/<machine>/rank_sort.json
 
-Writes <loss>_time_against_n.png and <loss>_time_against_p.png beside the file.
+Writes <loss>_time_against_n.png, _p.png and _s.png beside the file, as far as it holds two problems that differ in that alone.
 """
 import argparse
 import pathlib
@@ -19,11 +19,15 @@ from bench import results  # noqa: E402
 
 # Ours in strong blues with filled markers, the field in warm tones, focal in greens, the floor in grey: told apart without
 # colour by marker and dash as well.
+OURS = {"cpp": "#0b5fa5", "cuda": "#0b5fa5", "triton": "#2f9fd8", "reference": "#7fb2dd"}
+FORMS_OF_OURS = {
+    "": ("o", "-"),
+    "chunks": ("o", "-"),
+    "row ids": ("s", "-"),
+    "without segments": (".", "-."),
+    "a call per segment": ("v", "--"),
+}
 STYLES = {
-    "rank_sort_loss [cpp]": ("#0b5fa5", "o", "-"),
-    "rank_sort_loss [cuda]": ("#0b5fa5", "o", "-"),
-    "rank_sort_loss [triton]": ("#2f9fd8", "s", "-"),
-    "rank_sort_loss [reference]": ("#7fb2dd", "D", "-"),
     "published loop": ("#b3261e", "v", "--"),
     "bucketed": ("#e0731d", "^", "--"),
     "vectorised": ("#8e5bb5", "<", "--"),
@@ -33,20 +37,34 @@ STYLES = {
     "copy floor": ("#777777", ".", "-."),
 }
 OTHER = ("#333333", "x", "-")
-AXES = {"n": ("negatives", "N, negatives"), "p": ("positives", "P, positives")}
+AXES = {"n": ("negatives", "N, negatives"), "p": ("positives", "P, positives"), "s": ("segments", "S, equal segments")}
+
+
+def style(provider: str) -> tuple[str, str, str]:
+    """Ours are named `function [backend]`, with segments `function [backend], form`."""
+    if not is_ours(provider):
+        return STYLES.get(provider, OTHER)
+    backend, _, form = provider.partition("[")[2].partition("]")
+    return OURS.get(backend, OTHER[0]), *FORMS_OF_OURS.get(form.removeprefix(", "), OTHER[1:])
+
+
+def is_ours(provider: str) -> bool:
+    return "[" in provider
 
 
 def series(records: list[dict], axis: str) -> tuple[dict, dict]:
     """The longest run of problems that differ in `axis` alone: what is fixed, and {provider: [(x, record)]}."""
     key = AXES[axis][0]
+    names = ("distribution", "positives", "negatives", "segments", "form", "dtype", "device", "mode", "timing")
     groups = {}
     for record in records:
-        fixed = {
-            name: record[name]
-            for name in ("distribution", "positives", "negatives", "form", "dtype", "device", "mode", "timing")
-            if name != key
-        }
+        # One segment has other providers than many.
+        if axis == "s" and record["segments"] == 1:
+            continue
+        fixed = {name: record[name] for name in names if name != key}
         groups.setdefault(tuple(fixed.items()), []).append(record)
+    if not groups:
+        return {}, {}
     fixed, chosen = max(groups.items(), key=lambda item: len({record[key] for record in item[1]}))
     lines = {}
     for record in sorted(chosen, key=lambda record: record[key]):
@@ -55,24 +73,27 @@ def series(records: list[dict], axis: str) -> tuple[dict, dict]:
     return dict(fixed), lines
 
 
-def draw(document: dict, axis: str, path: pathlib.Path) -> None:
+def draw(document: dict, axis: str, path: pathlib.Path) -> bool:
+    """False, and no picture, where nothing varies along the axis."""
     fixed, lines = series(document["sections"]["speed"]["records"], axis)
+    if max((len(points) for points in lines.values()), default=0) < 2:
+        return False
     figure, plot = plt.subplots(figsize=(9, 5.4), constrained_layout=True)
     for provider, points in sorted(lines.items(), key=lambda item: -item[1][-1][1]["median_ms"]):
-        colour, marker, dash = STYLES.get(provider, OTHER)
+        colour, marker, dash = style(provider)
         x = [value for value, _ in points]
         middle, low, high = ([record[name] for _, record in points] for name in ("median_ms", "q1_ms", "q3_ms"))
-        width = 2.4 if provider.startswith("rank_sort_loss") else 1.5
+        width = 2.4 if is_ours(provider) else 1.5
         plot.plot(x, middle, color=colour, marker=marker, linestyle=dash, linewidth=width, markersize=6, label=provider)
         plot.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
     plot.set(xscale="log", yscale="log", xlabel=AXES[axis][1], ylabel="milliseconds, median and quartiles")
-    other = ("P", "positives") if axis == "n" else ("N", "negatives")
+    others = [f"{AXES[name][1].split(',')[0]} = {fixed[AXES[name][0]]:,}" for name in "np" if name != axis]
     machine = document["machine"]
     threads = document["sections"]["speed"]["settings"]["threads"]
     where = machine["gpu"] or f"{machine['cpu']}, {threads} thread{'s' * (threads != 1)}"
     passes = {"full": "forward + backward"}.get(fixed["mode"], fixed["mode"])
     plot.set_title(
-        f"{document['loss'].replace('_', ' ')}, {passes}: {fixed['distribution']} logits, {other[0]} = {fixed[other[1]]:,}, "
+        f"{document['loss'].replace('_', ' ')}, {passes}: {fixed['distribution']} logits, {', '.join(others)}, "
         f"{fixed['dtype']}, {fixed['form']} targets\n{where}, torch {machine['torch']}",
         fontsize=10,
         loc="left",
@@ -83,6 +104,7 @@ def draw(document: dict, axis: str, path: pathlib.Path) -> None:
     figure.legend(loc="outside right center", frameon=False, fontsize=9)
     figure.savefig(path, dpi=130)
     plt.close(figure)
+    return True
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -94,8 +116,8 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"{file} holds no speed section")
         for axis in AXES:
             path = file.with_name(f"{document['loss']}_time_against_{axis}.png")
-            draw(document, axis, path)
-            print(path)
+            if draw(document, axis, path):
+                print(path)
     return 0
 
 

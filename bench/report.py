@@ -8,6 +8,7 @@ The marks are `<!-- bench:begin -->` and `<!-- bench:end -->`.
 """
 import argparse
 import pathlib
+import statistics
 import sys
 
 BENCH = pathlib.Path(__file__).resolve().parent
@@ -15,6 +16,7 @@ sys.path.append(str(BENCH.parent))
 
 from bench import results  # noqa: E402
 
+TITLES = {"rank_sort": "Rank & Sort loss", "ap": "AP loss", "alrp": "aLRP loss", "bucketed": "Bucketed against exact"}
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 
@@ -32,6 +34,8 @@ def tables(folder: pathlib.Path) -> str:
             parts.append(_by_problem(sections["memory"]["records"], lambda record: _number(record["extra_bytes"], 1 / 2**20)))
         if "targets" in sections:
             parts.append(_targets(sections["targets"]["records"]))
+        if "distance" in sections:
+            parts.append(_distance(sections["distance"]))
     return "\n".join(parts)
 
 
@@ -39,30 +43,40 @@ def _heading(document: dict) -> str:
     machine = document["machine"]
     settings = next(iter(document["sections"].values()))["settings"]
     where = machine["gpu"] or f"{machine['cpu']}, {settings['threads']} threads"
-    return f"**{document['loss']}**, {where}, torch {machine['torch']}, {settings['date']}\n"
+    return f"**{TITLES.get(document['loss'], document['loss'])}**, {where}, torch {machine['torch']}, {settings['date']}\n"
 
 
 def _speed(records: list[dict]) -> str:
     parts = []
     for mode, timing in sorted({(record["mode"], record["timing"]) for record in records}):
         words = {"full": "Forward + backward"}.get(mode, mode.capitalize()) + (", captured" if timing == "captured" else "")
-        parts.append(f"{words}, median milliseconds:\n")
         chosen = [record for record in records if (record["mode"], record["timing"]) == (mode, timing)]
-        parts.append(_by_problem(chosen, lambda record: _number(record["median_ms"])))
+        for is_segmented, title in ((False, words), (True, f"{words} in S equal segments")):
+            part = [record for record in chosen if (record["segments"] > 1) == is_segmented]
+            if part:
+                parts.append(f"{title}, median milliseconds:\n")
+                parts.append(_by_problem(part, lambda record: _number(record["median_ms"])))
     return "\n".join(parts)
 
 
 def _by_problem(records: list[dict], cell) -> str:
-    """One row per problem, one column per provider."""
+    """One row per problem, one column per provider. `relevant`: the fraction of negatives that can reach a positive."""
     providers = list(dict.fromkeys(record["provider"] for record in records))
+    names = ["distribution", "positives", "negatives", "form", "dtype"]
+    heads = ["logits", "P", "N", "targets", "type"]
+    if any(record["segments"] > 1 for record in records):
+        names, heads = [*names, "segments"], [*heads, "S"]
+    if "relevant" in records[0]:
+        heads.append("relevant")
     rows = {}
     for record in records:
-        key = tuple(record[name] for name in ("distribution", "positives", "negatives", "form", "dtype"))
-        rows.setdefault(key, {})[record["provider"]] = cell(record)
-    lines = ["| logits | P | N | targets | type | " + " | ".join(providers) + " |", "|---" * (5 + len(providers)) + "|"]
-    for (distribution, positives, negatives, form, dtype), cells in rows.items():
-        figures = " | ".join(cells.get(provider, "-") for provider in providers)
-        lines.append(f"| {distribution} | {positives:,} | {negatives:,} | {form} | {dtype} | {figures} |")
+        key = [f"{record[name]:,}" if isinstance(record[name], int) else record[name] for name in names]
+        if "relevant" in record:
+            key.append(f"{statistics.median(record['relevant']):.2g}")
+        rows.setdefault(tuple(key), {})[record["provider"]] = cell(record)
+    lines = ["| " + " | ".join([*heads, *providers]) + " |", "|---" * (len(heads) + len(providers)) + "|"]
+    for key, cells in rows.items():
+        lines.append("| " + " | ".join([*key, *(cells.get(provider, "-") for provider in providers)]) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -71,7 +85,20 @@ def _targets(records: list[dict]) -> str:
     for record in records:
         got = "-" if record["got"] is None else f"{record['got']:.3g}"
         verdict = "pass" if record["passed"] else "fail"
-        lines.append(f"| {record['target']} | {got} {record['unit']} | {record['limit']:.3g} | {verdict} |")
+        limit = "-" if record["limit"] is None else f"{record['limit']:.3g}"
+        lines.append(f"| {record['target']} | {got} {record['unit']} | {limit} | {verdict} |")
+    return "\n".join(lines) + "\n"
+
+
+def _distance(section: dict) -> str:
+    draws = len(section["settings"]["seeds"])
+    lines = [f"Rank & Sort with one mean per bucket of negatives against the exact loss, float64, the worst of {draws} draws:\n"]
+    lines.append("| logits | P | N | delta | ranking loss, difference | gradient, relative L2 | largest entry | cosine |")
+    lines.append("|---" * 8 + "|")
+    for record in section["records"]:
+        problem = f"{record['distribution']} | {record['positives']:,} | {record['negatives']:,} | {record['delta']:g}"
+        errors = [f"{record[name]:.1e}" for name in ("ranking_loss", "gradient_l2", "gradient_largest")]
+        lines.append(f"| {problem} | {' | '.join(errors)} | {record['gradient_cosine']:.5f} |")
     return "\n".join(lines) + "\n"
 
 

@@ -1,12 +1,13 @@
 """The file that a benchmark writes, `results/<machine>/<loss>.json`: one fixed schema, checked when written and when read.
 
-A document holds the machine and up to three sections, `speed`, `memory` and `targets`, each with its own settings and records.
+A document holds the machine and up to four sections, `speed`, `memory`, `targets` and `distance` (of the bucketed loss to the
+exact one), each with its own settings and records. `relevant`: the fraction of negatives that can reach a positive, per draw.
 A run replaces the sections that it measured; sections of another machine or other versions are dropped, never mixed.
 """
 import json
 import pathlib
 
-SCHEMA = 1
+SCHEMA = 2
 NUMBER = (int, float)
 OPTIONAL_NUMBER = (int, float, type(None))
 OPTIONAL_TEXT = (str, type(None))
@@ -19,6 +20,7 @@ CASE_FIELDS = {
     "dtype": str,
     "device": str,
     "max_positives": (int, type(None)),
+    "segments": int,
     "provider": str,
     "skipped": OPTIONAL_TEXT,
 }
@@ -33,14 +35,32 @@ FIELDS = {
         "repetitions": int,
         "ns_per_element": OPTIONAL_NUMBER,
         "moved_bytes": int,
+        "relevant": list,
         "gb_per_s": OPTIONAL_NUMBER,
         "ratio_to_floor": OPTIONAL_NUMBER,
         "ratio_to_focal": OPTIONAL_NUMBER,
     },
     "memory": CASE_FIELDS | {"extra_bytes": OPTIONAL_NUMBER, "bytes_per_element": OPTIONAL_NUMBER},
-    "targets": {"target": str, "limit": NUMBER, "unit": str, "got": OPTIONAL_NUMBER, "passed": bool, "note": OPTIONAL_TEXT},
+    "targets": {
+        "target": str,
+        "limit": OPTIONAL_NUMBER,
+        "unit": str,
+        "got": OPTIONAL_NUMBER,
+        "passed": bool,
+        "note": OPTIONAL_TEXT,
+    },
+    "distance": {
+        "distribution": str,
+        "positives": int,
+        "negatives": int,
+        "delta": NUMBER,
+        "ranking_loss": NUMBER,
+        "gradient_l2": NUMBER,
+        "gradient_largest": NUMBER,
+        "gradient_cosine": NUMBER,
+    },
 }
-SETTING_FIELDS = {"date": str, "threads": int, "seed": int, "budget_s": NUMBER, "foreign_load": OPTIONAL_NUMBER, "cache": str}
+SETTING_FIELDS = {"date": str, "threads": int, "seeds": list, "budget_s": NUMBER, "foreign_load": OPTIONAL_NUMBER, "cache": str}
 MACHINE_FIELDS = ("slug", "cpu", "cores", "gpu", "compute_capability", "cuda", "torch", "triton", "python", "system")
 
 

@@ -1,5 +1,6 @@
 """The benchmark's own instruments: figures that would be wrong without anybody noticing."""
 import copy
+import importlib
 import json
 import os
 import pathlib
@@ -13,7 +14,7 @@ import torch
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
 
-from bench import harness, plot, report, results  # noqa: E402
+from bench import bench_bucketed, harness, plot, ranking_targets, report, results, run  # noqa: E402
 from bench.logits import Case, make_inputs  # noqa: E402
 
 
@@ -24,6 +25,16 @@ def test_quartiles_and_paired_ratio():
     # Round by round 0.5, 0.25, 0.1; the ratio of the medians would be 3 / 8.
     assert ours.ratio_to(theirs) == 0.25
     assert ours.ratio_to(harness.Timing(failure="broken")) is None
+
+
+def test_figures_over_draws_are_medians_of_each_draw():
+    ours = harness.Draws([harness.Timing([1.0]), harness.Timing([2.0, 4.0, 6.0]), harness.Timing([9.0])])
+    theirs = harness.Draws([harness.Timing([2.0]), harness.Timing([8.0, 8.0, 8.0]), harness.Timing([3.0])])
+    assert ours.quartiles == (3.0, 4.0, 5.0) and ours.median == 4.0 and len(ours.samples) == 5
+    # Draw by draw 1/2, 1/2, 3; pooled it would be the median of 1/2, 1/4, 1/2, 3/4, 3.
+    assert ours.ratio_to(theirs) == 0.5
+    failed = harness.Draws([harness.Timing([1.0]), harness.Timing(failure="broken")])
+    assert failed.failure == "broken" and ours.ratio_to(failed) is None and failed.ratio_to(ours) is None
 
 
 def test_workloads_take_turns_and_prepare_is_not_timed():
@@ -79,17 +90,73 @@ def test_inputs_hold_what_the_case_says(form, distribution):
     centre = {"init": -4.6, "trained": 0.0, "separated": 0.0}[distribution]
     assert abs(inputs.logits[is_positive].mean() - centre) < 1.2
     assert inputs.logits[~is_positive].mean() < -4.4
+    assert torch.equal(inputs.regression_of_positives, 1 - inputs.dense[is_positive])
+    lowest, negatives = inputs.logits[is_positive].min(), inputs.logits[~is_positive]
+    assert inputs.relevant(0.5) == pytest.approx(int((negatives >= lowest.double() - 0.5).sum()) / negatives.numel())
+
+
+@pytest.mark.parametrize("form", ["dense", "index"])
+def test_shares_of_the_processes_make_up_the_batch(form):
+    inputs = make_inputs(Case("trained", 40, 10_000, form, segments=3))
+    assert inputs.logits.shape == (126, 80) and torch.bincount(inputs.segment_ids).tolist() == [42, 42, 42]
+    shares = [inputs.share(rank, 4) for rank in range(4)]
+    for name in ("logits", "targets", "dense", "regression", "regression_of_positives"):
+        assert torch.equal(torch.cat([getattr(share, name) for share in shares]), getattr(inputs, name)), name
+    assert {share.logits.shape[0] for share in shares} == {32, 30}
+
+
+SMALL = ["--positives", "20", "--negatives", "2000", "--budget", "0.01", "--seeds", "0", "1", "--metric", "speed", "--device", "cpu"]
+
+
+@pytest.mark.parametrize("stem", ["rank_sort", "ap", "alrp"])
+def test_benchmark_of_a_loss_writes_what_its_readers_take(stem, tmp_path):
+    chosen = ["--providers", "reference", "loop", "eager", "--out", str(tmp_path / "results" / "box"), "--threads", "1"]
+    segments = ["--segments", "4", "--form", "index"] if stem != "alrp" else []
+    assert run.main([stem, *SMALL, *chosen, *segments]) == 0
+    document = results.read(tmp_path / "results" / "box" / f"{stem}.json")
+    records = document["sections"]["speed"]["records"]
+    ours = [record for record in records if "[reference]" in record["provider"]]
+    assert len(ours) == (4 if segments else 1) and all(record["median_ms"] > 0 for record in ours)
+    assert all(len(record["relevant"]) == 2 and 0 < record["relevant"][0] <= 1 for record in records)
+    if segments:
+        assert "| S | relevant |" in report.tables(tmp_path / "results")
+    else:
+        assert any(record["provider"] == "published loop" for record in records)
+
+
+def test_accuracy_rows_notice_a_wrong_gradient():
+    for stem in ("rank_sort", "ap", "alrp"):
+        loss = importlib.import_module(f"bench.bench_{stem}").LOSS
+        inputs = make_inputs(Case("trained", 30, 3000))
+        truth = loss.truth(inputs)
+        of_values, of_gradient = ranking_targets.errors(loss, "reference", inputs, truth)
+        assert of_values < 1e-7 and of_gradient < 1e-6
+        for number in range(len(truth)):
+            spoiled = list(truth)
+            spoiled[number] = truth[number] * (1 + 1e-5)
+            assert max(ranking_targets.errors(loss, "reference", inputs, spoiled)) > 5e-6
+
+
+def test_bucketed_is_exact_for_a_hard_step_only():
+    smooth, hard = (bench_bucketed.distance(delta, "trained", 40, 4000, [0, 1]) for delta in (0.5, 0.0))
+    assert hard["gradient_largest"] < 1e-12 and hard["ranking_loss"] < 1e-12
+    assert smooth["gradient_l2"] > 1e-3 and smooth["gradient_cosine"] < 1 and smooth["ranking_loss"] > 1e-5
+
+
+def test_readme_holds_the_committed_results():
+    assert report.main(["--check", str(ROOT / "README.md")]) == 0
 
 
 def record(provider, positives, negatives, median):
     fields = {"distribution": "trained", "positives": positives, "negatives": negatives, "elements": positives + negatives}
-    fields |= {"form": "dense", "dtype": "float32", "device": "cpu", "max_positives": None}
+    fields |= {"form": "dense", "dtype": "float32", "device": "cpu", "max_positives": None, "segments": 1}
     fields |= {"provider": provider, "skipped": None}
     fields |= {"mode": "full", "timing": "call", "median_ms": median, "q1_ms": median, "q3_ms": median, "repetitions": 5}
+    fields |= {"relevant": [0.25, 0.75, 0.5]}
     return fields | {"ns_per_element": 1.0, "moved_bytes": 8, "gb_per_s": 1.0, "ratio_to_floor": 1.5, "ratio_to_focal": None}
 
 
-SETTINGS = {"date": "2000-01-01", "threads": 2, "seed": 0, "budget_s": 0.5, "foreign_load": 0.0, "cache": "cold"}
+SETTINGS = {"date": "2000-01-01", "threads": 2, "seeds": [0], "budget_s": 0.5, "foreign_load": 0.0, "cache": "cold"}
 
 
 @pytest.fixture
@@ -129,7 +196,7 @@ def test_report_notices_a_figure_that_no_file_holds(folder):
     options = ["--results", str(folder / "results")]
     assert report.main([*options, "--check", str(readme)]) == 1
     report.main([*options, "--write", str(readme)])
-    assert "| trained | 20 | 2,000 | dense | float32 | 2.5 |" in readme.read_text()
+    assert "| trained | 20 | 2,000 | dense | float32 | 0.5 | 2.5 |" in readme.read_text()
     assert report.main([*options, "--check", str(readme)]) == 0
     readme.write_text(readme.read_text().replace("| 2.5 |", "| 2.4 |"))
     assert report.main([*options, "--check", str(readme)]) == 1
@@ -142,3 +209,8 @@ def test_plot_follows_the_axis_with_everything_else_fixed(folder):
     assert plot.main([str(path)]) == 0
     for axis in "np":
         assert path.with_name(f"rank_sort_time_against_{axis}.png").read_bytes().startswith(b"\x89PNG")
+    # Nothing varies in the number of segments.
+    assert not path.with_name("rank_sort_time_against_s.png").exists()
+    several = [record("x [cpp], chunks", 10, 1000, 1.0) | {"segments": count} for count in (2, 8, 64)]
+    fixed, lines = plot.series(results.read(path)["sections"]["speed"]["records"] + several, "s")
+    assert [x for x, _ in lines["x [cpp], chunks"]] == [2, 8, 64] and list(lines) == ["x [cpp], chunks"]

@@ -1,0 +1,178 @@
+"""A ranking loss as its benchmark sees it: how to call it, who else takes part, and for which problems each is left out."""
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import rsloss_kernels
+from bench.harness import Workload
+from bench.logits import Case, Inputs
+from bench.peers.focal import compiled_focal_loss, focal_loss
+from rsloss_kernels import _backends
+
+FOCAL, COMPILED_FOCAL, LOOP = "focal, eager", "focal, torch.compile", "published loop"
+MODES = ("forward", "backward", "full")
+Forward = Callable[[Tensor], tuple[Tensor, ...]]
+
+# Largest P*N, and P*P, that a peer is given: seconds per call for the loop, memory for the broadcast.
+LOOP_PAIRS = {"cpu": 6e9, "cuda": 1.1e10}
+BROADCAST_PAIRS = {"cpu": 2.5e8, "cuda": 4e9}
+FUSED_PAIRS = {"cpu": 1.2e9, "cuda": 1e11}
+SQUARE = {"cpu": 2.6e7, "cuda": 4.1e8}
+# The plain PyTorch sweep compares positives pairwise in blocks: minutes beyond.
+REFERENCE_POSITIVES = 50_000
+LOOP_SEGMENTS = 1000
+
+
+@dataclass(frozen=True)
+class Provider:
+    """`bind(inputs)` returns the forward pass as a function of the logits; `why_not(case)` why it is left out, or None."""
+
+    name: str
+    bind: Callable[[Inputs], Forward]
+    why_not: Callable[[Case], str | None] = lambda case: None
+    is_ours: bool = False
+    can_capture: bool = True
+    is_compiled: bool = False
+
+
+@dataclass(frozen=True)
+class RankingLoss:
+    """What differs between the ranking losses; one per bench_<stem>.py."""
+
+    stem: str
+    function: str
+    operator: str
+    delta: float
+    # The first outputs that are losses, of how many outputs `call` has.
+    num_losses: int
+    # (logits, inputs, options such as max_positives or segments) -> what the public function returns
+    call: Callable[..., tuple[Tensor, ...]]
+    peers: tuple[Provider, ...]
+    # float64: what `call` returns (the rest of its outputs is not compared), then the gradient of the sum of the losses
+    truth: Callable[[Inputs], tuple[Tensor, ...]]
+    has_segments: bool = True
+
+    def name(self, backend: str) -> str:
+        return f"{self.function} [{backend}]"
+
+    def backends(self, device: str) -> list[str]:
+        """The usable backends, the automatic choice first. On a CPU Triton is its interpreter, which is not timed."""
+        usable = _backends.usable(self.operator, device)
+        if device == "cpu":
+            usable = [backend for backend in usable if backend != "triton"]
+        return sorted(usable, key=lambda backend: backend != _backends.resolve(self.operator, device))
+
+    def why_not(self, backend: str, device: str) -> str | None:
+        return _backends.why_not(self.operator, backend, device)
+
+    def outputs(self, logits: Tensor, inputs: Inputs, backend: str | None = None, **options) -> tuple[Tensor, ...]:
+        """All outputs of the public function, on `backend` or on the automatic one, with the capacity of the case."""
+        options = {"max_positives": inputs.case.max_positives} | options
+        if backend is None or backend == _backends.resolve(self.operator, logits.device.type):
+            return self.call(logits, inputs, **options)
+        with rsloss_kernels.use_backend(backend):
+            return self.call(logits, inputs, **options)
+
+    def forward(self, inputs: Inputs, backend: str | None = None, **options) -> Forward:
+        return lambda logits: self.outputs(logits, inputs, backend, **options)[: self.num_losses]
+
+    def providers(self, case: Case) -> list[Provider]:
+        """Every usable backend of ours, then the peers. With segments: ours in both forms, and what it costs without them."""
+        backends = self.backends(case.device)
+        if case.segments == 1:
+            return [self._ours(backend) for backend in backends] + list(self.peers) + FOCAL_PROVIDERS
+        ours = [provider for backend in backends for provider in self._segmented(backend)]
+        return ours + FOCAL_PROVIDERS
+
+    def _ours(self, backend: str, name: str | None = None, **options) -> Provider:
+        def why_not(case: Case) -> str | None:
+            if backend == "reference" and case.positives > REFERENCE_POSITIVES:
+                return f"P = {case.positives} is above {REFERENCE_POSITIVES} for plain PyTorch"
+            return None
+
+        return Provider(
+            name or self.name(backend),
+            lambda inputs: self.forward(inputs, backend, **{key: value(inputs) for key, value in options.items()}),
+            why_not,
+            is_ours=True,
+            can_capture=backend != "reference",
+        )
+
+    def _segmented(self, backend: str) -> list[Provider]:
+        name, count = self.name(backend), lambda inputs: inputs.case.segments
+
+        def loop(inputs: Inputs) -> Forward:
+            parts = [inputs.share(number, inputs.case.segments) for number in range(inputs.case.segments)]
+
+            def forward(logits: Tensor) -> tuple[Tensor, ...]:
+                pieces = logits.chunk(len(parts))
+                calls = [self.outputs(piece, part, backend) for piece, part in zip(pieces, parts, strict=True)]
+                return tuple(torch.stack(losses).mean() for losses in list(zip(*calls, strict=True))[: self.num_losses])
+
+            return forward
+
+        is_long = lambda case: f"{case.segments} calls" if case.segments > LOOP_SEGMENTS else None  # noqa: E731
+        return [
+            self._ours(backend, f"{name}, chunks", segments=count),
+            self._ours(backend, f"{name}, row ids", segments=lambda inputs: inputs.segment_ids, num_segments=count),
+            self._ours(backend, f"{name}, without segments"),
+            Provider(f"{name}, a call per segment", loop, is_long, can_capture=False),
+        ]
+
+
+def workload(provider: Provider, inputs: Inputs, mode: str) -> Workload:
+    return differentiated(provider.name, provider.bind(inputs), inputs.logits, mode)
+
+
+def differentiated(name: str, forward: Forward, logits: Tensor, mode: str = "full") -> Workload:
+    """forward: the losses with their graph; backward: the gradient from a fresh graph; full: both, as a training step."""
+    leaf = logits.detach().clone().requires_grad_()
+    if mode == "forward":
+        return Workload(name, lambda: forward(leaf))
+    if mode == "full":
+        return Workload(name, lambda: torch.autograd.grad(forward(leaf), leaf))
+    graph = []
+
+    def prepare() -> None:
+        graph[:] = [forward(leaf)]
+
+    return Workload(name, lambda: torch.autograd.grad(graph.pop(), leaf), prepare)
+
+
+def peer(name: str, bind: Callable[[Inputs], Forward], why_not, is_compiled: bool = False) -> Provider:
+    """Another way to compute the loss; its control flow or its shapes need the host, so it cannot be captured."""
+    return Provider(name, bind, why_not, can_capture=False, is_compiled=is_compiled)
+
+
+def limit(what: str, limits: dict[str, float]) -> Callable[[Case], str | None]:
+    def why_not(case: Case) -> str | None:
+        size = case.positives * (case.negatives if what == "P*N" else case.positives)
+        most = limits[case.device]
+        return f"{what} = {size:.1e} is above {most:.1e}" if size > most else None
+
+    return why_not
+
+
+def both_limits(pairs: dict[str, float]) -> Callable[[Case], str | None]:
+    return lambda case: limit("P*N", pairs)(case) or limit("P*P", SQUARE)(case)
+
+
+def binary(inputs: Inputs) -> Tensor:
+    """Targets of exactly 1 for the positives, in the logits' dtype: what focal, and AP and aLRP as published, take."""
+    return (inputs.dense > 0).to(inputs.logits.dtype)
+
+
+def _focal(function: Callable) -> Callable[[Inputs], Forward]:
+    def bind(inputs: Inputs) -> Forward:
+        targets = binary(inputs)
+        return lambda logits: (function(logits, targets),)
+
+    return bind
+
+
+FOCAL_PROVIDERS = [
+    Provider(FOCAL, _focal(focal_loss)),
+    Provider(COMPILED_FOCAL, _focal(compiled_focal_loss), is_compiled=True),
+]
