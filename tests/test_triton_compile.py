@@ -19,7 +19,7 @@ TARGETS = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 FLOATS = ("fp16", "bf16", "fp32", "fp64")
 ANY_FLAG = (False, True)
 # Integer arguments by name; the others are 32 bits wide, as the launcher passes small numbers.
-WIDE_INTEGERS = {"delta_bits", "unit_bits", "scale_bits", "most_bits"}
+WIDE_INTEGERS = {"delta_bits", "scale_bits"}
 
 
 def _double(*types: str) -> bool:
@@ -30,99 +30,129 @@ def _choices(**values):
     return [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
 
 
-def _pairs(impl) -> dict:
-    return {**dict(zip(("TILE", "RUN"), impl.PAIR_TILE["cuda"], strict=True)), "num_warps": impl.TABLE_WARPS}
+def _streamed(common) -> dict:
+    return {"BLOCK": common.STREAM_BLOCK["cuda"], "num_warps": common.STREAM_WARPS}
 
 
-def _ranking_variants(impl) -> dict[str, list[dict]]:
+def _tabled(common) -> dict:
+    return {"BLOCK": common.TABLE_BLOCK["cuda"], "num_warps": common.TABLE_WARPS}
+
+
+def _paired(common) -> dict:
+    return {**dict(zip(("TILE", "RUN"), common.PAIR_TILE["cuda"], strict=True)), "num_warps": common.TABLE_WARPS}
+
+
+# How the kernels see segments of elements, and of ranks.
+FORMS = [
+    {"FORM": form, "segments_ptr": None if form in ("whole", "chunks") else "i32"}
+    for form in ("whole", "chunks", "rows", "columns")
+]
+RANGES = [{"SEGMENTED": False, "ranges_ptr": None}, {"SEGMENTED": True, "ranges_ptr": "i32"}]
+
+
+def _collect_variants(common) -> dict[str, list[dict]]:
     """For every kernel its variants: pointer types (None: the argument is None), wider integers, constants, warps."""
-    stream = {"BLOCK": impl.STREAM_BLOCK["cuda"], "num_warps": impl.STREAM_WARPS}
-    table = {"BLOCK": impl.TABLE_BLOCK["cuda"], "num_warps": impl.TABLE_WARPS}
-    pairs = _pairs(impl)
     mask, record = [], []
     for target in (*FLOATS, "i32", "i64"):
-        forms = _choices(IS_DENSE=(target in FLOATS,), BACKGROUND_FIRST=(False,) if target in FLOATS else ANY_FLAG)
+        kinds = _choices(IS_DENSE=(target in FLOATS,), BACKGROUND_FIRST=(False,) if target in FLOATS else ANY_FLAG)
         pointers = {"targets_ptr": target, "negatives_ptr": "u8", "block_counts_ptr": "i32", "DOUBLE": _double(target)}
-        mask += [{**pointers, **form, **stream} for form in forms]
+        mask += [{**pointers, **kind, **form, **_streamed(common)} for kind in kinds for form in FORMS]
         if target in FLOATS:
             sources = [(logit, None) for logit in FLOATS]
         else:
             sources = [("bf16", None), ("fp64", "fp32"), ("fp32", "fp64"), ("fp32", "bf16"), ("fp16", "fp16")]
-        pointers = {"targets_ptr": target, "found_ptr": "i64", "positives_ptr": "fp64"}
+        pointers = {"targets_ptr": target, "found_ptr": "i64", "positives_ptr": "fp64", **kinds[0], **_streamed(common)}
         record += [
-            {**pointers, "logits_ptr": logit, "quality_ptr": quality, "DOUBLE": _double(logit, target, quality or "")}
-            | forms[0]
-            | stream
+            {**pointers, **form, "logits_ptr": logit, "quality_ptr": quality, "DOUBLE": _double(logit, target, quality or "")}
             for logit, quality in sources
+            for form in (FORMS if (logit, target) in (("fp32", "fp32"), ("fp64", "i64")) else FORMS[:1])
         ]
-    mask.append({**mask[0], "size": "i64"})
+    mask += [{**mask[number], "size": "i64", "period": "i64"} for number in range(len(FORMS))]
+    return {"mask_kernel": mask, "record_kernel": record}
+
+
+def _sweep_variants(common, impl) -> dict[str, list[dict]]:
+    """The kernels of `ranking_bin` and `ranking_backward`."""
     records = {"positives_ptr": "fp64", "counts_ptr": "i64", "ranked_ptr": "fp64"}
-    marks = {"sizes_ptr": "i32", "slots_ptr": "i32", "bounds_ptr": "fp64"}
+    marks = {"sizes_ptr": "i32", "slots_ptr": "i32", "bounds_ptr": "fp64", "ranked_ptr": "fp64", **_tabled(common)}
     streamed = []
     for logit, size in (*((logit, "i32") for logit in FLOATS), ("bf16", "i64")):
-        double = _double(logit)
-        edges = {"edges_ptr": "fp64" if double else "fp32"}
-        streamed.append({"logits_ptr": logit, "negatives_ptr": "u8", **edges, "size": size, "DOUBLE": double, **stream})
+        for form in FORMS:
+            double = _double(logit)
+            types = {"logits_ptr": logit, "negatives_ptr": "u8", "edges_ptr": "fp64" if double else "fp32", "counts_ptr": "i64"}
+            ranges = {"ranges_ptr": None if form["FORM"] == "whole" else "i32"}
+            streamed.append({**types, **form, **ranges, "size": size, "period": size, "DOUBLE": double, **_streamed(common)})
     copies = {"sizes_ptr": "i32", "copies_ptr": "i64", "MAX_COPIES": impl.MAX_COPIES}
     upstream = [
         {"grad_first_ptr": first, "grad_second_ptr": second}
         for first, second in (("fp32", "fp64"), ("fp64", None), (None, "fp32"))
     ]
     return {
-        "mask_kernel": mask,
-        "record_kernel": record,
-        "rank_kernel": [{**records, **pairs}],
-        "windows_kernel": [{"ranked_ptr": "fp64", **marks, "DOUBLE": double, **table} for double in ANY_FLAG],
-        "breakpoints_kernel": [{**marks, "edges_ptr": edge, **table} for edge in ("fp32", "fp64")],
+        "rank_kernel": [{**records, **_paired(common), **ranges} for ranges in RANGES],
+        "windows_kernel": [{**marks, "DOUBLE": double} for double in ANY_FLAG],
+        "ranges_kernel": [{**marks, "keys_ptr": "fp64", "ranges_ptr": "i32", "sizes_ptr": sizes} for sizes in (None, "i32")],
+        "breakpoints_kernel": [{**marks, "edges_ptr": edge, **ranges} for edge in ("fp32", "fp64") for ranges in RANGES],
         "bin_kernel": [{**base, **copies, "IS_STEP": is_step} for base in streamed for is_step in ANY_FLAG],
-        "sum_copies_kernel": [{**copies, "bins_ptr": "i64", **table}],
+        "sum_copies_kernel": [{**copies, "bins_ptr": "i64", **_tabled(common)}],
         "negative_gradient_kernel": [
-            {**base, "lines_ptr": "fp64", "counts_ptr": "i64", "grad_first_ptr": grad, "results_ptr": base["logits_ptr"]}
+            {**base, "lines_ptr": "fp64", "grad_first_ptr": grad, "results_ptr": base["logits_ptr"]}
             for base in streamed
             for grad in (None, "fp64" if base["DOUBLE"] else "fp32")
         ],
         "positive_gradient_kernel": [
-            {"gradients_ptr": "fp64", "counts_ptr": "i64", **grads, "results_ptr": result, **table}
+            {"gradients_ptr": "fp64", "counts_ptr": "i64", **grads, "results_ptr": result, **_tabled(common)}
             for result in FLOATS
             for grads in upstream
         ],
     }
 
 
-def _rank_sort_variants(ranking_impl) -> dict[str, list[dict]]:
-    pairs = _pairs(ranking_impl)
+def _finalize_variants(common, impl) -> dict[str, list[dict]]:
     tables = {
         **{name: "fp64" for name in ("ranked_ptr", "edges_ptr", "terms_ptr", "gradients_ptr", "lines_ptr")},
-        **{"bins_ptr": "i64", "slots_ptr": "i32", "sizes_ptr": "i32"},
+        **{"bins_ptr": "i64", "counts_ptr": "i64", "slots_ptr": "i32", "sizes_ptr": "i32"},
     }
-    steps = [{**tables, **pairs, "IS_STEP": is_step} for is_step in ANY_FLAG]
-    losses = [
-        {**tables, "counts_ptr": "i64", "ranking_ptr": loss, "sorting_ptr": loss, **pairs}
-        for loss in ("fp32", "fp64")
+    pairs = [{**tables, **_paired(common), **ranges, "IS_STEP": is_step} for ranges in RANGES for is_step in ANY_FLAG]
+    over_pairs = ("false_positives_kernel", "lines_kernel", "rank_sort_terms_kernel", "pull_kernel", "precision_kernel")
+    gradients = [
+        {**tables, **ranges, "HAS_SECOND": statistic is None, "statistic_ptr": statistic, **_tabled(common)}
+        for ranges in RANGES
+        for statistic in (None, "fp64")
     ]
-    return {"terms_kernel": steps, "gradients_kernel": steps, "lines_kernel": steps, "losses_kernel": losses}
+    losses = [
+        {**tables, **ranges, "first_ptr": loss, "second_ptr": second, "RUN": impl.LOSS_RUN["cuda"], "num_warps": common.TABLE_WARPS}
+        for ranges in RANGES
+        for loss, second in (("fp32", None), ("fp32", "fp32"), ("fp64", "fp64"))
+    ]
+    interpolation = [{**tables, **ranges, "INTERPOLATED": flag, **_tabled(common)} for ranges in RANGES for flag in ANY_FLAG]
+    return {
+        **{name: pairs for name in (*over_pairs, "alrp_terms_kernel")},
+        **{"gradients_kernel": gradients, "losses_kernel": losses, "interpolation_kernel": interpolation},
+    }
 
 
 def _variants() -> dict[str, list[dict]]:
-    ranking = importlib.import_module("rsloss_kernels.losses.ranking.triton_impl")
-    return {**_ranking_variants(ranking), **_rank_sort_variants(ranking)}
+    common, binning, finalize = (
+        importlib.import_module(f"rsloss_kernels.losses.ranking.triton_{name}") for name in ("common", "bin", "finalize")
+    )
+    return {**_collect_variants(common), **_sweep_variants(common, binning), **_finalize_variants(common, finalize)}
 
 
 def _find_kernels() -> dict:
-    """Every jit function of every `triton_impl.py` that no other one calls: those that are launched."""
+    """Every jit function of every `triton_*.py` that no other one names: those that are launched."""
     from triton.runtime.jit import JITFunction
 
     functions = {}
-    for path in sorted((ROOT / "rsloss_kernels" / "losses").glob("*/triton_impl.py")):
-        module = importlib.import_module(f"rsloss_kernels.losses.{path.parent.name}.triton_impl")
+    for path in sorted((ROOT / "rsloss_kernels" / "losses").glob("*/triton_*.py")):
+        module = importlib.import_module(f"rsloss_kernels.losses.{path.parent.name}.{path.stem}")
         functions.update({name: value for name, value in vars(module).items() if isinstance(value, JITFunction)})
-    called = {
+    named = {
         name
         for caller, function in functions.items()
-        for name in re.findall(r"\b(\w+)\(", function.src)
+        for name in re.findall(r"\w+", function.src)
         if name in functions and name != caller
     }
-    return {name: function for name, function in functions.items() if name not in called}
+    return {name: function for name, function in functions.items() if name not in named}
 
 
 def _compile(kernel, variant: dict, capability: int) -> dict:

@@ -1,0 +1,200 @@
+"""What the Triton kernels of every ranking loss share: block shapes, launching, arithmetic, searches, segments of elements."""
+import math
+import struct
+import threading
+from contextlib import AbstractContextManager
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Elements of one program of a pass over the logits; (positives, partners at a time) of one program over pairs; entries of one
+# program over a table. The interpreter pays per program, a GPU for idle processors; on it a pass over
+# blocks of 2048 would spill registers. The pair tile fixes the order of float sums: it depends on nothing but the device.
+STREAM_BLOCK = {"cuda": 1024, "cpu": 1 << 16}
+PAIR_TILE = {"cuda": (8, 128), "cpu": (128, 128)}
+TABLE_BLOCK = {"cuda": 256, "cpu": 1 << 12}
+STREAM_WARPS, TABLE_WARPS = 4, 8
+
+# Arguments that change from call to call without a gain from code of their own. Floats travel as the bits of a float64,
+# because Triton passes a Python float as a float32.
+PLAIN_INTEGERS = (
+    *("capacity", "top", "first_block", "offset", "entries", "period", "shift", "num_segments"),
+    *("delta_bits", "scale_bits", "exponent"),
+)
+
+
+def float_bits(value: float) -> int:
+    return struct.unpack("<q", struct.pack("<d", value))[0]
+
+
+def width_exponent(delta: float) -> int:
+    """Of the smallest power of two that is >= 2 delta; 0 for delta = 0."""
+    mantissa, exponent = math.frexp(2 * delta)
+    return exponent - (mantissa == 0.5)
+
+
+# The interpreter swaps functions of triton.language while a kernel runs: one thread at a time.
+_interpreter = threading.RLock()
+
+
+def launching_on(tensor: Tensor) -> AbstractContextManager:
+    """The context that kernels must be launched in: the device of `tensor`; on a CPU, the interpreter to oneself."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else _interpreter
+
+
+def stream_block(elements: int, device: torch.device) -> int:
+    return _fitting(STREAM_BLOCK, elements, device)
+
+
+def table_block(entries: int, device: torch.device) -> int:
+    return _fitting(TABLE_BLOCK, entries, device)
+
+
+def _fitting(table: dict[str, int], size: int, device: torch.device) -> int:
+    """The block of the device; on a CPU no larger than the work."""
+    block = table[device.type]
+    return block if device.type == "cuda" else min(block, max(64, triton.next_power_of_2(size)))
+
+
+def largest_power_of_two(size: int) -> int:
+    return 1 << (max(size, 1).bit_length() - 1)
+
+
+def segment_form(segments: Tensor | None, num_segments: int) -> str:
+    """How an element finds its segment: there is one ("whole"), by equal "chunks" of its tensor, by its "rows" or "columns"."""
+    if segments is None:
+        return "whole" if num_segments == 1 else "chunks"
+    return "rows" if segments.shape[1] == 1 else "columns"
+
+
+def segment_arguments(logits: list[Tensor], segments: Tensor | None, num_segments: int) -> list[dict]:
+    """For every tensor of `logits` what `segment_of` takes, as keyword arguments of a kernel."""
+    form = segment_form(segments, num_segments)
+    ids = None if segments is None else segments.contiguous().view(-1)
+    elements = sum(level.numel() for level in logits)
+    arguments, offset = [], 0
+    for level in logits:
+        period, shift, here = 1, 0, ids
+        if form == "chunks":
+            period = level.numel() // num_segments
+        elif form == "columns":
+            period = ids.numel()
+        elif form == "rows" and elements:
+            period = elements // ids.numel()
+            shift, here = offset % period, ids[offset // period :]
+        arguments.append(
+            {"segments_ptr": here, "period": max(period, 1), "shift": shift, "num_segments": num_segments, "FORM": form}
+        )
+        offset += level.numel()
+    return arguments
+
+
+@triton.jit
+def segment_of(segments_ptr, start, lane, inside, period, shift, num_segments, FORM: tl.constexpr):
+    """Segments of the elements start + lane, -1 where there is none. FORM: "chunks", "rows" or "columns".
+
+    period: elements of a chunk or of a row. shift: elements before this tensor of the row that it begins in. Only scalars are
+    divided in 64 bits.
+    """
+    start += shift
+    first = start // period
+    rest = tl.minimum((first + 1) * period - start, 1 << 30).to(tl.int32)
+    short = tl.minimum(period, 1 << 30).to(tl.int32)
+    beyond = lane - rest
+    passed = tl.where(beyond < 0, 0, 1 + tl.maximum(beyond, 0) // short)
+    if FORM == "chunks":
+        segment = first.to(tl.int32) + passed
+    elif FORM == "rows":
+        segment = tl.load(segments_ptr + first + passed, mask=inside, other=-1)
+    else:
+        column = beyond + short * (1 - passed)
+        segment = tl.load(segments_ptr + column, mask=inside, other=-1)
+    return tl.where(inside & (segment >= 0) & (segment < num_segments), segment, -1)
+
+
+@triton.jit
+def segment_ranks(ranges_ptr, segment, valid, wanted, SEGMENTED: tl.constexpr):
+    """The ranks [begin, end) of the valid positives of `segment`: all of them without segments."""
+    if SEGMENTED:
+        begin = tl.load(ranges_ptr + segment, mask=wanted, other=0)
+        end = tl.load(ranges_ptr + segment + 1, mask=wanted, other=0)
+    else:
+        begin = segment * 0
+        end = begin + valid
+    return begin, end
+
+
+@triton.jit
+def float_of(bits):
+    return bits.to(tl.int64).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def power_of_two(exponent):
+    """2^exponent in float64; 0 below the normal numbers, inf above them."""
+    exponent = tl.minimum(tl.maximum(exponent, -1023), 1024)
+    return ((exponent.to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def offset_bits(counts_ptr):
+    """Bits of one fixed-point offset: the sum over all elements, of the whole group, fits 62 bits."""
+    most = tl.maximum(tl.load(counts_ptr + 2) - 1, 0).to(tl.float64)
+    bit_length = tl.maximum((most.to(tl.int64, bitcast=True) >> 52) - 1022, 0)
+    return tl.minimum(62 - bit_length, 44)
+
+
+@triton.jit
+def arithmetic(value, DOUBLE: tl.constexpr):
+    if DOUBLE:
+        return value.to(tl.float64)
+    else:
+        return value.to(tl.float32)
+
+
+@triton.jit
+def rounded_to(value, TYPE: tl.constexpr):
+    """float64 values in a floating type, to the nearest. bfloat16 by hand: the interpreter would cut bits off."""
+    if TYPE == tl.bfloat16:
+        bits = value.to(tl.float32).to(tl.int32, bitcast=True)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        nearest = tl.where(value == value, nearest, 0x7FC0)
+        return nearest.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    elif TYPE == tl.float16:
+        return value.to(tl.float32).to(tl.float16)
+    else:
+        return value.to(TYPE)
+
+
+@triton.jit
+def power_up_to(size):
+    """The largest power of two that is <= size, at least 1."""
+    top = size * 0 + 1
+    while 2 * top <= size:
+        top = 2 * top
+    return top
+
+
+@triton.jit
+def count_not_above(table_ptr, value, size, top, wanted, count):
+    """Number of entries of the ascending table[:size] that are <= value, where `wanted`.
+
+    table_ptr, size: one, or one for every value. top: a power of two with size < 2 top. count: zeros of the shape of value.
+    """
+    step = top
+    while step > 0:
+        probe = count + step
+        inside = wanted & (probe <= size)
+        entry = tl.load(table_ptr + probe - 1, mask=inside, other=0)
+        count = tl.where(inside & (entry <= value), probe, count)
+        step = step // 2
+    return count
+
+
+@triton.jit
+def read_negatives(negatives_ptr, start, byte, size):
+    """The bits of the mask bytes start / 8 + byte, one row of 8 elements per byte."""
+    packed = tl.load(negatives_ptr + start // 8 + byte, mask=byte * 8 < size - start, other=0).to(tl.int32)
+    return ((packed[:, None] >> tl.arange(0, 8)[None, :]) & 1) != 0
