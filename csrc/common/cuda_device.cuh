@@ -14,6 +14,8 @@ constexpr int kWarp = 32;
 constexpr int kThreads = 256;
 constexpr int kWarpsPerBlock = kThreads / kWarp;
 constexpr int kBlocksPerProcessor = 8;
+// Kernels that set up tables per block, or scan by a block, run in blocks of the largest size.
+constexpr int kLargeBlock = 1024;
 
 // No more blocks than can be resident at once: the rest would only wait.
 inline int64_t resident_grid(int64_t blocks, const DeviceLimits& limits) {
@@ -93,6 +95,56 @@ __device__ __forceinline__ T block_exclusive_scan(T value, T* scratch, T* total)
   __syncthreads();
   *total = sum;
   return before_warp + before;
+}
+
+// Sum over the block, the same bits in every thread. As above.
+template <class T>
+__device__ __forceinline__ T block_sum(T value, T* scratch) {
+  T total;
+  block_exclusive_scan(value, scratch, &total);
+  return total;
+}
+
+// Least value over the block, in every thread. As above.
+__device__ __forceinline__ double block_minimum(double value, double* scratch) {
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+    const double other = __shfl_xor_sync(kAllLanes, value, distance);
+    value = other < value ? other : value;
+  }
+  if (threadIdx.x % kWarp == 0) scratch[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  for (int warp = 0; warp < static_cast<int>(blockDim.x) / kWarp; ++warp) value = scratch[warp] < value ? scratch[warp] : value;
+  __syncthreads();
+  return value;
+}
+
+// Part of a running combination that starts anew with every item that is the first of its run.
+struct Run {
+  double value;
+  int has_first;
+};
+
+// Combination, in a fixed order, of `value` with those of the threads before it back to the first one of its run; a run without
+// one in this block goes back to `carry`. As above.
+template <class Combine>
+__device__ __forceinline__ double block_running(double value, bool is_first, double carry, Run* scratch, Combine combine) {
+  const int lane = threadIdx.x % kWarp;
+  const int warp = threadIdx.x / kWarp;
+  Run run = {value, is_first};
+  for (int distance = 1; distance < kWarp; distance *= 2) {
+    const double other = __shfl_up_sync(kAllLanes, run.value, distance);
+    const int has_first = __shfl_up_sync(kAllLanes, run.has_first, distance);
+    if (lane < distance || run.has_first) continue;
+    run = {combine(other, run.value), has_first};
+  }
+  if (lane == kWarp - 1) scratch[warp] = run;
+  __syncthreads();
+  for (int other = warp - 1; other >= 0 && !run.has_first; --other) {
+    run = {combine(scratch[other].value, run.value), scratch[other].has_first};
+  }
+  // The next call overwrites `scratch`.
+  __syncthreads();
+  return run.has_first ? run.value : combine(carry, run.value);
 }
 
 // [first, last): the contiguous items of `count` that belong to `part` of `parts`.

@@ -1,5 +1,6 @@
 // Torch glue of the shared ranking operators on CUDA: checks, allocation, device and stream. The kernels are in
-// ranking_kernels.cu.
+// ranking_*_kernels.cu.
+#include <algorithm>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -12,13 +13,23 @@
 namespace rsloss {
 namespace {
 
+// Of a tensor of the list whose element 0 has the flat index `first_index`. Checked by check_segments.
+SegmentMap segment_map(const Tensors& logits, const Tensor& level, int64_t first_index, const std::optional<Tensor>& segments,
+                       int64_t num_segments) {
+  const int32_t count = static_cast<int32_t>(num_segments);
+  if (!segments) return {nullptr, false, count, 0, level.numel() / num_segments};
+  const int32_t* const ids = input<int32_t>(*segments);
+  if (segments->size(1) != 1) return {ids, true, count, 0, segments->size(1)};
+  return {ids, false, count, first_index, count_elements(logits) / std::max<int64_t>(1, segments->size(0))};
+}
+
 std::tuple<Tensor, Tensor, Tensor> ranking_collect(Tensors logits, Tensors targets, Tensors quality,
                                                    std::optional<Tensor> segments, int64_t num_segments,
                                                    std::optional<int64_t> max_positives, bool background_first) {
   const char* op = "ranking_collect";
   check_logits(op, logits);
   check_collect_targets(op, logits, targets, quality);
-  check_unsegmented(op, segments, num_segments);
+  check_segments(op, logits, segments, num_segments);
   const CurrentStream stream(logits[0]);
   Tensor negatives = torch::stable::new_empty(logits[0], {mask_bytes(logits)}, ScalarType::Byte);
   Tensor counts = torch::stable::new_empty(logits[0], {kCounts}, ScalarType::Long);
@@ -38,6 +49,7 @@ std::tuple<Tensor, Tensor, Tensor> ranking_collect(Tensors logits, Tensors targe
     level.elements = logits[i].numel();
     level.classes = is_label(targets[i].scalar_type()) ? logits[i].size(logits[i].dim() - 1) : 1;
     level.first_index = first_index;
+    level.segments = segment_map(logits, logits[i], first_index, segments, num_segments);
     levels.push_back(level);
     words += mask_words(level.elements);
     first_index += level.elements;
@@ -78,17 +90,21 @@ std::tuple<Tensor, Tensor> ranking_bin(Tensors logits, Tensor negatives, Tensor 
   Tensor ranked = torch::stable::empty_like(positives);
   Tensor bins = torch::stable::new_empty(logits[0], {2, 2 * capacity + 1}, ScalarType::Long);
   const Type type = type_of(logits[0]);
-  Tensor workspace = new_workspace(logits[0], bin_workspace_bytes(type, capacity));
+  const int32_t segment_count = static_cast<int32_t>(num_segments);
+  Tensor workspace = new_workspace(logits[0], bin_workspace_bytes(type, capacity, segment_count));
 
   std::vector<LogitsLevel> levels;
   const uint8_t* mask = input<uint8_t>(negatives);
+  int64_t first_index = 0;
   for (const Tensor& level : logits) {
-    levels.push_back({level.const_data_ptr(), mask, level.numel()});
+    levels.push_back(
+        {level.const_data_ptr(), mask, level.numel(), segment_map(logits, level, first_index, segments, num_segments)});
     mask += 8 * mask_words(level.numel());
+    first_index += level.numel();
   }
   check_cuda(op, launch_ranking_bin(levels.data(), static_cast<int>(levels.size()), type, input<double>(positives),
-                                    input<int64_t>(counts), capacity, delta, output<double>(ranked), output<int64_t>(bins),
-                                    output<void>(workspace), stream));
+                                    input<int64_t>(counts), capacity, segment_count, delta, output<double>(ranked),
+                                    output<int64_t>(bins), output<void>(workspace), stream));
   return {ranked, bins};
 }
 
@@ -118,13 +134,16 @@ Tensors ranking_backward(Tensors logits, Tensor negatives, Tensor gradients, Ten
   int64_t first_index = 0;
   for (const Tensor& level : logits) {
     results.push_back(torch::stable::empty_like(level));
-    levels.push_back({level.const_data_ptr(), mask, output<void>(results.back()), level.numel(), first_index});
+    levels.push_back({level.const_data_ptr(), mask, output<void>(results.back()), level.numel(), first_index,
+                      segment_map(logits, level, first_index, segments, num_segments)});
     mask += 8 * mask_words(level.numel());
     first_index += level.numel();
   }
-  check_cuda(
-      op, launch_ranking_backward(levels.data(), static_cast<int>(levels.size()), type_of(logits[0]), input<double>(gradients),
-                                  input<double>(lines), input<int64_t>(counts), capacity, first, second, stream));
+  const int32_t segment_count = static_cast<int32_t>(num_segments);
+  Tensor workspace = new_workspace(logits[0], backward_workspace_bytes(segment_count));
+  check_cuda(op, launch_ranking_backward(levels.data(), static_cast<int>(levels.size()), type_of(logits[0]),
+                                         input<double>(gradients), input<double>(lines), input<int64_t>(counts), capacity,
+                                         segment_count, first, second, output<void>(workspace), stream));
   return results;
 }
 
