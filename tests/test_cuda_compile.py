@@ -25,26 +25,39 @@ MOST_REGISTERS = {
     "ranking_pad_kernel": 40,
     "ranking_collect_kernel": 64,
     "ranking_rank_kernel": 48,
+    "ranking_merge_kernel": 48,
+    "ranking_offsets_kernel": 40,
     "ranking_breakpoints_kernel": 40,
-    "ranking_count_from_slot_kernel": 64,
     "ranking_bin_kernel": 64,
+    "ranking_before_slot_kernel": 64,
+    "ranking_losses_kernel": 64,
+    "ranking_tables_kernel": 64,
     "ranking_backward_kernel": 64,
     "ranking_scatter_kernel": 64,
     "rank_sort_pairs_kernel": 64,
-    "rank_sort_losses_kernel": 64,
     "rank_sort_tables_kernel": 64,
+    "average_precision_errors_kernel": 64,
+    "average_precision_interpolate_kernel": 64,
+    "alrp_pairs_kernel": 64,
 }
-# Instances of each kernel: one per type of the logits or targets, two per type where loads may be unaligned.
+# Instances of each kernel: one per type of the logits or targets, two per type where loads may be unaligned, twice as many where
+# segments have a path of their own.
 INSTANCES = {
     "ranking_mask_kernel": 6,
     "ranking_collect_kernel": 6,
-    "ranking_breakpoints_kernel": 2,
-    "ranking_bin_kernel": 8,
-    "ranking_backward_kernel": 8,
+    "ranking_rank_kernel": 2,
+    "ranking_breakpoints_kernel": 4,
+    "ranking_bin_kernel": 16,
+    "ranking_before_slot_kernel": 2,
+    "ranking_losses_kernel": 2,
+    "ranking_tables_kernel": 2,
+    "ranking_backward_kernel": 16,
     "ranking_scatter_kernel": 4,
     "rank_sort_pairs_kernel": 2,
-    "rank_sort_losses_kernel": 2,
     "rank_sort_tables_kernel": 2,
+    "average_precision_errors_kernel": 2,
+    "average_precision_interpolate_kernel": 2,
+    "alrp_pairs_kernel": 2,
 }
 
 pytestmark = pytest.mark.skipif(os.environ.get("RSLOSS_NO_NVCC") == "1", reason="RSLOSS_NO_NVCC=1")
@@ -80,7 +93,7 @@ def resource_usage(report: str) -> list[tuple[str, int, int, int]]:
     usage = []
     for part in report.split("Compiling entry function")[1:]:
         mangled = part.split("'")[1]
-        kernel = re.search(r"\d((?:ranking|rank_sort)_\w*?_kernel)", mangled)
+        kernel = re.search(r"\d((?:ranking|rank_sort|average_precision|alrp)_\w*?_kernel)", mangled)
         stack, stores, loads = map(int, re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes", part).groups())
         registers = int(re.search(r"Used (\d+) registers", part)[1])
         usage.append((kernel[1] if kernel else mangled, registers, stack, stores + loads))
@@ -125,5 +138,7 @@ def test_glue_compiles_against_the_stable_headers(source):
 
 
 def test_every_source_is_compiled():
-    assert [path.name for path in KERNEL_FILES] == ["rank_sort_kernels.cu", "ranking_kernels.cu"]
-    assert [path.name for path in GLUE_FILES] == ["rank_sort_cuda.cpp", "ranking_cuda.cpp"]
+    stages = ("backward", "bin", "collect", "finalize", "rank")
+    kernels = ["alrp_kernels.cu", "ap_kernels.cu", "rank_sort_kernels.cu", *(f"ranking_{stage}_kernels.cu" for stage in stages)]
+    assert [path.name for path in KERNEL_FILES] == kernels
+    assert [path.name for path in GLUE_FILES] == ["alrp_cuda.cpp", "ap_cuda.cpp", "rank_sort_cuda.cpp", "ranking_cuda.cpp"]
