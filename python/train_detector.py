@@ -1,9 +1,13 @@
-"""Trains a small detector with focal, focal + centerness and Rank & Sort loss, and proves the swap of the published loss live.
+"""Trains a small detector with focal, focal + centerness, Rank & Sort, AP and aLRP loss; proves the swap of the published loss live.
 
-    python python/train_detector.py                       # the three losses in turn, about three minutes on two cores
+    python python/train_detector.py                       # the five losses in turn, about six minutes on two cores
     python python/train_detector.py --loss rank_sort --steps 3000
+    torchrun --nproc-per-node 2 python/train_detector.py --global-ranking --loss rank_sort   # one ranking over two processes
     python python/train_detector.py --data DIR            # a folder in COCO format: DIR/images and DIR/instances.json
     python python/train_detector.py --seeds 3 --ablation  # learning rates, score weights, box weight; goes on where it was stopped
+
+Under torchrun every process takes its part of each batch, DistributedDataParallel averages the gradients and the first process
+evaluates; each ranks its own images, with --global-ranking all rank them together. Without the comparison and the ablation.
 
 Input, model and losses are in digits_detector/. Results go to --out: results.json, checkpoints and pictures.
 """
@@ -15,23 +19,34 @@ import sys
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-from digits_detector import app  # noqa: E402
+from digits_detector import app, processes  # noqa: E402
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--loss", action="append", choices=app.LOSSES, help="may be given more than once (default: all three)")
+    parser.add_argument("--loss", action="append", choices=app.LOSSES, help="may be given more than once (default: all)")
     parser.add_argument(
-        "--no-score-weights", action="store_true", help="Rank & Sort: every positive counts alike in the box loss"
+        "--no-score-weights", action="store_true", help="Rank & Sort, AP: every positive counts alike in the box loss"
     )
     parser.add_argument(
-        "--box-weight", type=float, help="fixed weight of the box loss (default: Rank & Sort self-balancing, others 2)"
+        "--box-weight", type=float, help="fixed weight of the box loss (default: ranking losses self-balancing, others 2)"
     )
     parser.add_argument("--lr", type=float, help="peak learning rate (default: the best found for each loss)")
     parser.add_argument("--seed", type=int, default=0, help="first seed")
     parser.add_argument("--seeds", type=int, default=1, help="how many seeds")
     parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--batch-size", type=int, default=16, help="images of all processes together")
+    parser.add_argument(
+        "--global-ranking",
+        action="store_true",
+        help="under torchrun: losses, means and balancing over the batch of all processes, as one process would compute them",
+    )
+    parser.add_argument(
+        "--group-norm",
+        action="store_true",
+        help="no batch normalisation, whose statistics are those of a process: with --global-ranking the number of processes then "
+        "makes no difference but rounding",
+    )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"))
     parser.add_argument("--data", type=pathlib.Path, help="a COCO-format folder instead of the digits")
@@ -53,6 +68,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     for name in ("seeds", "steps", "batch_size", "pool", "held_out", "checkpoint_every"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
+    if options.ablation and processes.are_several():
+        parser.error("--ablation takes one process, got more from torchrun")
     if options.compare_steps < 0:
         parser.error(f"--compare-steps must be at least 0, got {options.compare_steps}")
     if options.image_size < 32 or options.image_size % 16:
@@ -60,9 +77,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def main(arguments: list[str] | None = None) -> dict:
+def main(arguments: list[str] | None = None) -> dict | None:
     options = parse(arguments)
-    return app.run_ablation(options) if options.ablation else app.run(options)
+    with processes.started(options.device) as options.device:
+        return app.run_ablation(options) if options.ablation else app.run(options)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import pathlib
+import subprocess
 import sys
 
 import numpy as np
@@ -21,6 +23,7 @@ from digits_detector.model import Detector  # noqa: E402
 from digits_detector.training import Settings, Trainer  # noqa: E402
 
 PHOTO_WIDTH = 640
+PROGRAM = pathlib.Path(train_detector.__file__)
 
 
 @pytest.fixture(scope="module")
@@ -159,15 +162,20 @@ def test_perfect_detections_have_ap_one_and_half_found_about_half(pool):
     assert evaluation.average_precision(noisy.above(2.0), pool).ap == 0 and count == 5
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_a_few_steps_on_eight_canvases_reduce_the_loss(pool, loss):
-    trainer = Trainer(Settings(loss, steps=40, lr=1e-2, batch_size=8), pool.take(slice(0, 8))).train()
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_few_steps_on_eight_canvases_reduce_the_loss(pool, name):
+    trainer = Trainer(Settings(name, steps=40, lr=1e-2, batch_size=8), pool.take(slice(0, 8))).train()
     total = np.sum(list(trainer.curves.values()), axis=0)
     assert np.isfinite(total).all() and total[-5:].mean() < 0.8 * total[:5].mean()
 
 
 @pytest.mark.parametrize(
-    "settings", [Settings("rank_sort", 8, 1), Settings("focal_centerness", 8, 1), Settings("rank_sort", 8, 1, box_weight=1.0)]
+    "settings", [
+        Settings("rank_sort", 8, 1),
+        Settings("focal_centerness", 8, 1),
+        Settings("rank_sort", 8, 1, box_weight=1.0),
+        Settings("alrp", 8, 1),
+    ],
 )
 def test_resumed_training_equals_uninterrupted_training_bit_by_bit(pool, settings, tmp_path):
     settings = dataclasses.replace(settings, batch_size=4)
@@ -247,6 +255,45 @@ def test_comparison_fails_on_a_wrong_gradient(pool, monkeypatch):
     monkeypatch.setattr(comparison, "published_rank_sort", lambda logits, targets: published(logits, targets, 0.501))
     with pytest.raises(AssertionError, match="step 0: gradients"):
         comparison.compare(Settings("rank_sort", batch_size=4), 1, pool)
+
+
+def torchrun(arguments: str, out: pathlib.Path) -> subprocess.CompletedProcess:
+    """The program on two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", PROGRAM]
+    return subprocess.run([*command, *arguments.split(), "--out", out], capture_output=True, text=True, timeout=300, check=False)
+
+
+def curves(out: pathlib.Path) -> dict[str, dict[str, list[float]]]:
+    return {run["loss"]: run["curves"] for run in json.loads((out / "results.json").read_text())["runs"]}
+
+
+def test_two_processes_train_as_one_with_global_ranking_and_otherwise_each_for_itself(tmp_path):
+    arguments = "--pool 24 --held-out 4 --steps 3 --batch-size 7 --compare-steps 0 --group-norm"
+    train_detector.main([*arguments.split(), "--out", str(tmp_path / "one")])
+    for out, more in (("together", "--global-ranking"), ("apart", "--loss rank_sort --loss ap --loss alrp")):
+        done = torchrun(f"{arguments} {more}", tmp_path / out)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("training and") == 1  # only the first process prints
+    one, together, apart = (curves(tmp_path / out) for out in ("one", "together", "apart"))
+    assert list(one) == list(together) == list(LOSSES)
+    for name, parts in one.items():
+        for part, values in parts.items():
+            # Adam's first steps make rounding errors of gradients near 0 grow.
+            assert together[name][part] == pytest.approx(values, rel=1e-3), (name, part)
+            assert together[name][part][0] == pytest.approx(values[0], rel=1e-6), (name, part)
+    for name, parts in apart.items():
+        assert any(abs(values[0] / one[name][part][0] - 1) > 1e-5 for part, values in parts.items()), name
+    # The state of balancing, too: a run that two processes began ends as it did.
+    state = {out: torch.load(tmp_path / out / "checkpoints" / "alrp_seed0.pt", weights_only=True) for out in ("one", "together")}
+    for name, value in state["one"]["loss"].items():
+        assert state["together"]["loss"][name].item() == pytest.approx(value.item(), rel=1e-3), name
+
+
+def test_two_processes_refuse_what_takes_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(os.environ, "WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        train_detector.parse(["--ablation"])
+    assert "--ablation takes one process" in capsys.readouterr().err
 
 
 def test_bad_options_are_refused(capsys):

@@ -6,7 +6,7 @@ import statistics
 
 import torch
 
-from digits_detector import ablation, comparison, evaluation, figures, report
+from digits_detector import ablation, comparison, evaluation, figures, processes, report
 from digits_detector.coco_folder import read_coco_folder
 from digits_detector.data import Canvases, make_canvases
 from digits_detector.losses import LOSSES
@@ -64,9 +64,12 @@ def load_data(options: argparse.Namespace) -> tuple[Canvases, Canvases]:
     return make_canvases("train", options.pool), make_canvases("held_out", options.held_out)
 
 
-def run_one(settings: Settings, pool: Canvases, held_out: Canvases, options: argparse.Namespace) -> Run:
+def run_one(settings: Settings, pool: Canvases, held_out: Canvases, options: argparse.Namespace) -> Run | None:
+    """Trains with all processes; the first one evaluates, for the others there is no result."""
     checkpoint = options.out / "checkpoints" / f"{settings.loss}_seed{settings.seed}.pt"
     trainer = Trainer(settings, pool, options.device).train(checkpoint, options.checkpoint_every, options.resume)
+    if not processes.is_first():
+        return None
     detections = evaluation.detect(trainer.model, held_out, settings.loss, options.device)
     known = pool.take(slice(0, THRESHOLD_CANVASES))
     threshold, f1 = evaluation.best_f1(evaluation.detect(trainer.model, known, settings.loss, options.device), known)
@@ -76,27 +79,37 @@ def run_one(settings: Settings, pool: Canvases, held_out: Canvases, options: arg
     return Run(settings, trainer, detections, found, fixed.ap, threshold, f1, found_f1, fixed_f1)
 
 
-def run(options: argparse.Namespace) -> dict:
-    """The default job; returns what it writes to results.json."""
+def run(options: argparse.Namespace) -> dict | None:
+    """The default job; returns what it writes to results.json. Of several processes only the first has results."""
     pool, held_out = load_data(options)
-    print(f"{len(pool)} training and {len(held_out)} held-out canvases, {len(pool.class_names)} classes", flush=True)
     base = Settings(
         "rank_sort", options.steps, options.seed, options.lr, min(options.batch_size, len(pool)),
-        not options.no_score_weights, options.box_weight,
+        not options.no_score_weights, options.box_weight, options.group_norm, options.global_ranking,
     )  # fmt: skip
+    if base.batch_size < base.processes:
+        raise ValueError(f"--batch-size must be at least the number of processes, {base.processes}, got {base.batch_size}")
+    settings = [
+        dataclasses.replace(base, loss=name, seed=seed)
+        for name in options.loss or LOSSES
+        for seed in range(options.seed, options.seed + options.seeds)
+    ]
+    if not processes.is_first():
+        for one in settings:
+            run_one(one, pool, held_out, options)
+        return None
+    print(f"{len(pool)} training and {len(held_out)} held-out canvases, {len(pool.class_names)} classes", flush=True)
     results = report.surroundings(options.device) | {"runs": []}
-    if options.compare_steps:
+    if options.compare_steps and base.processes == 1:
         compared = comparison.compare(base, options.compare_steps, pool, options.device, getattr(torch, options.loop_dtype))
         print(describe(compared), flush=True)
         results["comparison"] = dataclasses.asdict(compared) | {"largest_difference": compared.largest_difference}
         figures.draw_comparison(compared, options.out / "swap.png")
 
     runs = []
-    for name in options.loss or LOSSES:
-        for seed in range(options.seed, options.seed + options.seeds):
-            runs.append(run_one(dataclasses.replace(base, loss=name, seed=seed), pool, held_out, options))
-            results["runs"].append(runs[-1].summary())
-            report.write_json(options.out / "results.json", results)
+    for one in settings:
+        runs.append(run_one(one, pool, held_out, options))
+        results["runs"].append(runs[-1].summary())
+        report.write_json(options.out / "results.json", results)
 
     text = results_table(results["runs"])
     print(text)

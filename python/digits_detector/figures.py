@@ -14,8 +14,9 @@ from digits_detector.data import Canvases  # noqa: E402
 from digits_detector.evaluation import FIXED_THRESHOLD  # noqa: E402
 
 # A palette that stays distinct for colour-blind readers.
-COLOURS = {"focal": "#0072B2", "focal_centerness": "#E69F00", "rank_sort": "#D55E00"}
-NAMES = {"focal": "focal", "focal_centerness": "focal + centerness", "rank_sort": "Rank & Sort"}
+COLOURS = {"focal": "#0072B2", "focal_centerness": "#E69F00", "rank_sort": "#D55E00", "ap": "#009E73", "alrp": "#CC79A7"}
+NAMES = {"focal": "focal", "focal_centerness": "focal + centerness", "rank_sort": "Rank & Sort", "ap": "AP", "alrp": "aLRP"}
+SCALED_TO = {"rank_sort": "ranking + sorting", "ap": "ap"}
 PARTS = ("#444444", "#009E73", "#CC79A7")
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25}
 STYLE |= {"axes.axisbelow": True, "legend.frameon": False}
@@ -45,10 +46,10 @@ def draw_loss_curves(runs: list[dict], path: pathlib.Path) -> None:
         for axis, name in zip(axes[0], names, strict=True):
             for run in (run for run in runs if run["loss"] == name):
                 # Self-balancing gives the box loss the value of the reference, so its curve says nothing of the boxes.
-                is_balanced = name == "rank_sort" and run["box_weight"] is None
+                reference = SCALED_TO.get(name) if run["box_weight"] is None else None
                 for (part, values), colour in zip(run["curves"].items(), PARTS, strict=False):
                     is_first = run["seed"] == runs[0]["seed"]
-                    title = "box, scaled to ranking + sorting" if is_balanced and part == "box" else part
+                    title = f"box, scaled to {reference}" if reference and part == "box" else part
                     axis.plot(
                         *_smoothed(values, 25),
                         color=colour,

@@ -1,6 +1,7 @@
-"""The three losses compared: focal, focal with centerness, Rank & Sort. Each turns predictions and an assignment into named parts.
+"""The losses compared: focal, focal with centerness, Rank & Sort, AP, aLRP. Each turns predictions and an assignment into named parts.
 
-No boolean indexing: every row is computed and weighted by 0 where it is background, so nothing waits for a GPU.
+No boolean indexing: every row is computed and weighted by 0 where it is background, so nothing waits for a GPU. `process_group`: None,
+or "default" to rank, average and balance over the batch of all processes, with gradients for a reducer that averages.
 """
 
 import torch.nn.functional as F
@@ -9,24 +10,44 @@ from torch import Tensor, nn
 from digits_detector.assignment import Assignment
 from digits_detector.boxes import giou_loss
 from digits_detector.model import Predictions
-from rsloss_kernels import RankSortLoss, SelfBalancing, score_weights
+from rsloss_kernels import (
+    ALRPLoss,
+    APLoss,
+    RankSortLoss,
+    SelfBalancing,
+    alrp_regression_loss,
+    distributed,
+    score_weighted_mean,
+    score_weights,
+)
 
-LOSSES = ("focal", "focal_centerness", "rank_sort")
+LOSSES = ("focal", "focal_centerness", "rank_sort", "ap", "alrp")
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0
 FIXED_BOX_WEIGHT = 2.0
 # Focal loss needs rare classes to start out rare: sigmoid(-4) is about 0.02. A ranking loss sees differences of logits only; around 0
 # the sigmoids of its score weights differ mildly, far below it they would be proportional to exp(logit) and heed a few boxes only.
-FIRST_LOGIT = {"focal": -4.0, "focal_centerness": -4.0, "rank_sort": 0.0}
+FIRST_LOGIT = {"focal": -4.0, "focal_centerness": -4.0, "rank_sort": 0.0, "ap": 0.0, "alrp": 0.0}
 # A positive of quality 0 would be a negative in the dense form of the targets, which the published loop reads.
 SMALLEST_QUALITY = 1e-6
 
 
-def make_loss(name: str, use_score_weights: bool = True, box_weight: float | None = None) -> nn.Module:
-    """`box_weight` None: self-balancing for Rank & Sort, 2 for the others."""
+def make_loss(
+    name: str,
+    use_score_weights: bool = True,
+    box_weight: float | None = None,
+    process_group: str | None = None,
+    epoch_steps: int = 400,
+) -> nn.Module:
+    """`box_weight` None: self-balancing for the ranking losses, 2 for the others. `epoch_steps`: the period of the running form."""
     if name == "rank_sort":
-        return RankSortDetectionLoss(use_score_weights, box_weight)
+        return RankSortDetectionLoss(use_score_weights, box_weight, process_group)
+    if name == "ap":
+        return APDetectionLoss(use_score_weights, box_weight, process_group)
+    if name == "alrp":
+        return ALRPDetectionLoss(box_weight, process_group, epoch_steps)
     if name in LOSSES:
-        return FocalDetectionLoss(name == "focal_centerness", FIXED_BOX_WEIGHT if box_weight is None else box_weight)
+        weight = FIXED_BOX_WEIGHT if box_weight is None else box_weight
+        return FocalDetectionLoss(name == "focal_centerness", weight, process_group)
     raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {name!r}")
 
 
@@ -41,34 +62,43 @@ def score(predictions: Predictions, loss_name: str) -> Tensor:
 class FocalDetectionLoss(nn.Module):
     """Sigmoid focal loss + GIoU loss, both over the number of positives; with centerness: its own loss, and its weight on the boxes."""
 
-    def __init__(self, use_centerness: bool, box_weight: float):
+    def __init__(self, use_centerness: bool, box_weight: float, process_group: str | None = None):
         super().__init__()
         self.use_centerness = use_centerness
         self.box_weight = box_weight
+        self.process_group = process_group
 
     def forward(self, predictions: Predictions, assigned: Assignment) -> dict[str, Tensor]:
         num_classes = predictions.logits.shape[-1]
         is_positive = (assigned.labels < num_classes).float()
-        count = is_positive.sum().clamp(min=1)
-        losses = {"classification": focal_loss_sum(predictions.logits, assigned.labels) / count}
+        focal = focal_loss_sum(predictions.logits, assigned.labels)
+        losses = {"classification": self.over_positives(focal, is_positive)}
         weights = is_positive * assigned.centerness if self.use_centerness else is_positive
         giou, _ = giou_loss(predictions.boxes, assigned.boxes)
-        losses["box"] = self.box_weight * weighted_mean(giou, weights)
+        losses["box"] = self.box_weight * score_weighted_mean(giou, weights, process_group=self.process_group)
         if self.use_centerness:
             errors = F.binary_cross_entropy_with_logits(predictions.centerness, assigned.centerness, reduction="none")
-            losses["centerness"] = (errors * is_positive).sum() / count
+            losses["centerness"] = self.over_positives((errors * is_positive).sum(), is_positive)
         return losses
+
+    def over_positives(self, total: Tensor, is_positive: Tensor) -> Tensor:
+        """A sum over the number of positives."""
+        group = distributed.resolve_group("FocalDetectionLoss", self.process_group)
+        count = distributed.sum_over_group(is_positive.sum(), group).clamp(min=1)
+        # A process's share, multiplied by their number: the mean over the processes is the loss of the whole batch.
+        return total * (distributed.world_size(group) / count)
 
 
 class RankSortDetectionLoss(nn.Module):
     """Rank & Sort over all logits of the batch + GIoU loss weighted by the scores and balanced by its value."""
 
-    def __init__(self, use_score_weights: bool, box_weight: float | None):
+    def __init__(self, use_score_weights: bool, box_weight: float | None, process_group: str | None = None):
         super().__init__()
-        self.classification = RankSortLoss()
+        self.classification = RankSortLoss(process_group=process_group)
         self.use_score_weights = use_score_weights
         self.box_weight = box_weight
-        self.balancing = SelfBalancing() if box_weight is None else None
+        self.process_group = process_group
+        self.balancing = SelfBalancing(process_group=process_group) if box_weight is None else None
 
     def forward(self, predictions: Predictions, assigned: Assignment) -> dict[str, Tensor]:
         giou, quality = self.boxes_and_quality(predictions, assigned)
@@ -84,8 +114,40 @@ class RankSortDetectionLoss(nn.Module):
             weights = score_weights(predictions.logits, assigned.labels)
         else:
             weights = (assigned.labels < predictions.logits.shape[-1]).float()
-        loss = weighted_mean(giou, weights)
+        loss = score_weighted_mean(giou, weights, process_group=self.process_group)
         return loss * self.box_weight if self.balancing is None else self.balancing(reference, loss)
+
+
+class APDetectionLoss(RankSortDetectionLoss):
+    """AP loss in place of Rank & Sort, its box loss as there."""
+
+    def __init__(self, use_score_weights: bool, box_weight: float | None, process_group: str | None = None):
+        super().__init__(use_score_weights, box_weight, process_group)
+        self.classification = APLoss(process_group=process_group)
+
+    def forward(self, predictions: Predictions, assigned: Assignment) -> dict[str, Tensor]:
+        giou, _ = giou_loss(predictions.boxes, assigned.boxes)
+        ap = self.classification(predictions.logits, assigned.labels)
+        return {"ap": ap, "box": self.box(ap, giou, predictions, assigned)}
+
+
+class ALRPDetectionLoss(nn.Module):
+    """aLRP: the localisation errors are ranked with the scores, and balanced by the means of an epoch."""
+
+    def __init__(self, box_weight: float | None, process_group: str | None = None, epoch_steps: int = 400):
+        super().__init__()
+        self.classification = ALRPLoss(process_group=process_group)
+        self.box_weight = box_weight
+        self.process_group = process_group
+        if box_weight is None:
+            self.balancing = SelfBalancing("running", period=epoch_steps, process_group=process_group)
+
+    def forward(self, predictions: Predictions, assigned: Assignment) -> dict[str, Tensor]:
+        giou, _ = giou_loss(predictions.boxes, assigned.boxes)
+        classification, rank, order = self.classification(predictions.logits, assigned.labels, giou)
+        box = alrp_regression_loss(giou, rank, order, process_group=self.process_group)
+        box = box * self.box_weight if self.box_weight is not None else self.balancing(classification, box)
+        return {"classification": classification, "box": box}
 
 
 def focal_loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
@@ -96,7 +158,3 @@ def focal_loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
     miss = probability + targets - 2 * probability * targets
     alpha = FOCAL_ALPHA * targets + (1 - FOCAL_ALPHA) * (1 - targets)
     return (alpha * miss**FOCAL_GAMMA * F.binary_cross_entropy_with_logits(logits, targets, reduction="none")).sum()
-
-
-def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
-    return (values * weights).sum() / weights.sum().clamp(min=1e-12)

@@ -18,18 +18,19 @@ class Predictions(NamedTuple):
 
 
 class Detector(nn.Module):
-    """`first_logit`: the level of the class logits before training."""
+    """`first_logit`: the level of the class logits before training. `group_norm`: no statistics of a batch anywhere."""
 
-    def __init__(self, num_classes: int, first_logit: float = 0.0, width: int = 32):
+    def __init__(self, num_classes: int, first_logit: float = 0.0, group_norm: bool = False, width: int = 32):
         super().__init__()
-        self.stem = nn.Sequential(_block(3, width // 2, 2), _block(width // 2, width, 2))
-        self.stage3 = nn.Sequential(_block(width, 2 * width, 2), _block(2 * width, 2 * width))
-        self.stage4 = nn.Sequential(_block(2 * width, 2 * width, 2), _block(2 * width, 2 * width))
+        norm = _group_norm if group_norm else nn.BatchNorm2d
+        self.stem = nn.Sequential(_block(3, width // 2, 2, norm), _block(width // 2, width, 2, norm))
+        self.stage3 = nn.Sequential(_block(width, 2 * width, 2, norm), _block(2 * width, 2 * width, 1, norm))
+        self.stage4 = nn.Sequential(_block(2 * width, 2 * width, 2, norm), _block(2 * width, 2 * width, 1, norm))
         self.lateral3 = nn.Conv2d(2 * width, width, 1)
         self.lateral4 = nn.Conv2d(2 * width, width, 1)
         # Both levels share the towers but not their statistics: running means of a batch norm would be those of neither.
-        self.class_tower = _block(width, width, norm=_group_norm)
-        self.box_tower = _block(width, width, norm=_group_norm)
+        self.class_tower = _block(width, width, 1, _group_norm)
+        self.box_tower = _block(width, width, 1, _group_norm)
         self.classify = nn.Conv2d(width, num_classes, 3, padding=1)
         self.regress = nn.Conv2d(width, 4, 3, padding=1)
         self.center = nn.Conv2d(width, 1, 3, padding=1)
@@ -57,7 +58,7 @@ def locations(height: int, width: int, stride: int, device) -> Tensor:
     return (torch.stack([x, y], -1).reshape(-1, 2) + 0.5) * stride
 
 
-def _block(inputs: int, outputs: int, stride: int = 1, norm=nn.BatchNorm2d) -> nn.Sequential:
+def _block(inputs: int, outputs: int, stride: int, norm) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), norm(outputs), nn.ReLU(inplace=True))
 
 

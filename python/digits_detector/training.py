@@ -9,21 +9,25 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from digits_detector import memory
+from digits_detector import memory, processes
 from digits_detector.assignment import assign
 from digits_detector.data import Canvases, batch_rows
 from digits_detector.losses import FIRST_LOGIT, make_loss
 from digits_detector.model import Detector, Predictions
 
 # The middle of the grid that the ablation searches.
-LEARNING_RATES = {"focal": 1e-2, "focal_centerness": 1e-2, "rank_sort": 2e-2}
+LEARNING_RATES = {"focal": 1e-2, "focal_centerness": 1e-2, "rank_sort": 2e-2, "ap": 2e-2, "alrp": 2e-2}
 WARMUP_STEPS = 100
 WEIGHT_DECAY = 1e-2
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What a run is made of; two runs of equal settings on one machine's CPU are equal to the bit."""
+    """What a run is made of; two runs of equal settings on one machine's CPU are equal to the bit.
+
+    `batch_size` counts the images of all processes. With `global_ranking` and `group_norm` their number makes no difference
+    but that of rounding.
+    """
 
     loss: str
     steps: int = 1500
@@ -32,6 +36,9 @@ class Settings:
     batch_size: int = 16
     use_score_weights: bool = True
     box_weight: float | None = None
+    group_norm: bool = False
+    global_ranking: bool = False
+    processes: int = dataclasses.field(default_factory=processes.count)
 
     @property
     def learning_rate(self) -> float:
@@ -53,9 +60,14 @@ class Trainer:
         self.device = torch.device(device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
-            model = Detector(len(pool.class_names), FIRST_LOGIT[settings.loss])
+            model = Detector(len(pool.class_names), FIRST_LOGIT[settings.loss], settings.group_norm)
         self.model = model.to(self.device)
-        self.loss = make_loss(settings.loss, settings.use_score_weights, settings.box_weight).to(self.device)
+        # Every parameter that is left must get a gradient in every step, or the processes wait for each other.
+        self.model.center.requires_grad_(settings.loss == "focal_centerness")
+        self.network = processes.replicated(self.model)
+        group = "default" if settings.global_ranking else None
+        epoch_steps = max(1, len(pool) // settings.batch_size)
+        self.loss = make_loss(settings.loss, settings.use_score_weights, settings.box_weight, group, epoch_steps).to(self.device)
         decays = [parameter for parameter in self.model.parameters() if parameter.dim() > 1]
         others = [parameter for parameter in self.model.parameters() if parameter.dim() <= 1]
         self.optimizer = torch.optim.AdamW(
@@ -74,11 +86,12 @@ class Trainer:
         return peak * 0.5 * (1 + math.cos(math.pi * (self.step - warmup) / max(1, steps - warmup)))
 
     def predict_batch(self):
-        """(predictions, assignment) of the present step's batch."""
-        rows = batch_rows(len(self.pool), self.settings.batch_size, self.settings.seed, self.step).to(self.device)
+        """(predictions, assignment) of the present step's batch, as far as it is this process's."""
+        rows = batch_rows(len(self.pool), self.settings.batch_size, self.settings.seed, self.step)
+        rows = processes.own_part(rows).to(self.device)
         images, boxes, labels = self.pool.images[rows], self.pool.boxes[rows], self.pool.labels[rows]
         assigned = assign(boxes, labels, len(self.pool.class_names), *images.shape[-2:])
-        return self.model(images), assigned
+        return self.network(images), assigned
 
     def train_step(self, loss: nn.Module | None = None) -> dict[str, Tensor]:
         """One step; `loss` instead of the settings' own. Returns the parts of the loss, detached."""
@@ -99,9 +112,10 @@ class Trainer:
         self.optimizer.step()
         self.step += 1
         self.times.append(StepTimes((after_loss - before_loss) * 1e3, (self._clock() - started) * 1e3))
-        for name, value in parts.items():
-            self.curves.setdefault(name, []).append(float(value.detach()))
-        return {name: value.detach() for name, value in parts.items()}
+        values = processes.mean_over_processes(torch.stack([value.detach().double() for value in parts.values()]))
+        for name, value in zip(parts, values.tolist(), strict=True):
+            self.curves.setdefault(name, []).append(value)
+        return dict(zip(parts, values, strict=True))
 
     def train(self, checkpoint: pathlib.Path | None = None, every: int = 500, resume: bool = False) -> "Trainer":
         """Trains to the end of the settings' steps, with a checkpoint `every` so many steps and at the end."""
@@ -109,7 +123,10 @@ class Trainer:
             self.load(checkpoint)
         memory.reset_peak(self.device)
         title = f"{self.settings.loss} seed {self.settings.seed}"
-        with tqdm(total=self.settings.steps, initial=self.step, desc=title, unit="step", mininterval=0.5) as bar:
+        is_quiet = not processes.is_first()
+        with tqdm(
+            total=self.settings.steps, initial=self.step, desc=title, unit="step", mininterval=0.5, disable=is_quiet
+        ) as bar:
             while self.step < self.settings.steps:
                 parts = self.train_step()
                 bar.update()
@@ -120,7 +137,8 @@ class Trainer:
                         ms=f"{sum(times.step_ms for times in recent) / len(recent):.1f}",
                         loss_ms=f"{sum(times.loss_ms for times in recent) / len(recent):.1f}",
                     )
-                if checkpoint is not None and (self.step % every == 0 or self.step == self.settings.steps):
+                is_due = self.step % every == 0 or self.step == self.settings.steps
+                if checkpoint is not None and processes.is_first() and is_due:
                     self.save(checkpoint)
         self.peak_memory_mb = memory.peak_mb(self.device)
         return self
