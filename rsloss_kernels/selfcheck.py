@@ -4,6 +4,7 @@ Small random cases, a few seconds in all, one line per check; the exit code is 0
 where one of these cannot run at all. The bounds are those of the test suite.
 """
 import argparse
+import functools
 import itertools
 import sys
 from collections.abc import Callable, Iterator
@@ -34,12 +35,21 @@ class Outcome(NamedTuple):
 def cases(seed: int) -> Iterator[Case]:
     generator = torch.Generator().manual_seed(seed)
 
-    def rank_sort(name: str, logits: Tensor, targets: Tensor, quality: Tensor | None = None, delta: float = 0.5) -> Case:
+    def case(loss: Callable, operator: str, name: str, logits: Tensor, *tensors: Tensor, **options) -> Case:
         def run(x: Tensor) -> tuple[Tensor, ...]:
-            moved = None if quality is None else quality.to(x.device)
-            return rsloss_kernels.rank_sort_loss(x, targets.to(x.device), moved, delta=delta)
+            moved = {key: value.to(x.device) if isinstance(value, Tensor) else value for key, value in options.items()}
+            losses = loss(x, *[tensor.to(x.device) for tensor in tensors], **moved)
+            if isinstance(losses, rsloss_kernels.ALRPLosses):
+                # The ranks count too: the second loss is made from them, and adds nothing to the gradient of the logits.
+                regression_loss = rsloss_kernels.alrp_regression_loss(tensors[1].to(x.device).double(), losses.rank, losses.order)
+                return losses.classification, regression_loss
+            return losses if isinstance(losses, tuple) else (losses,)
 
-        return Case(f"rank_sort_loss, {name}", "rank_sort_finalize", logits, run)
+        return Case(f"{loss.__name__}, {name}", operator, logits, run)
+
+    rank_sort = functools.partial(case, rsloss_kernels.rank_sort_loss, "rank_sort_finalize")
+    average_precision = functools.partial(case, rsloss_kernels.average_precision_loss, "average_precision_finalize")
+    alrp = functools.partial(case, rsloss_kernels.alrp_loss, "alrp_finalize")
 
     anchors, classes = 96, 5
     logits = torch.randn(anchors, classes, generator=generator, dtype=torch.float64)
@@ -48,10 +58,18 @@ def cases(seed: int) -> Iterator[Case]:
     dense[:8] = -1
     labels = torch.randint(-1, 2 * classes, (anchors,), generator=generator).clamp(max=classes)
     quality = torch.rand(anchors, generator=generator)
+    ids = torch.randint(-1, 7, (anchors,), generator=generator)
     yield rank_sort("dense targets", logits, dense)
     yield rank_sort("dense targets, delta 0", logits, dense, delta=0.0)
     yield rank_sort("class indices", logits * 3, labels, quality)
     yield rank_sort("no positives", logits, torch.zeros_like(dense))
+    yield rank_sort("segment ids", logits, labels, quality, segments=ids, num_segments=7)
+    yield rank_sort("segments in equal chunks", logits, dense, segments=6)
+    yield average_precision("interpolated", logits, dense)
+    yield average_precision("not interpolated", logits, labels, interpolated=False)
+    yield average_precision("segments by class", logits, dense, segments="class")
+    yield alrp("a value per positive", logits, dense, torch.rand(int((dense > 0).sum()), generator=generator))
+    yield alrp("a value per row", logits * 3, labels, quality, delta=0.0)
 
 
 def evaluate(case: Case, backend: str, device: str, dtype: torch.dtype) -> Outcome:
@@ -102,7 +120,7 @@ def check_all(seed: int, required: list[str]) -> Iterator[tuple[bool, str]]:
 
 
 def _check(case: Case, backend: str, device: str, dtype: torch.dtype, truth: Outcome) -> tuple[bool, str]:
-    label = f"{case.name:<40} {backend:<9} {device:<4} {str(dtype).removeprefix('torch.'):<8}"
+    label = f"{case.name:<50} {backend:<9} {device:<4} {str(dtype).removeprefix('torch.'):<8}"
     try:
         loss, gradient = errors(evaluate(case, backend, device, dtype), truth)
     except Exception as error:
