@@ -1,7 +1,8 @@
 """The CUDA kernels on the CPU: what the emulator adds to the tests that run on every backend.
 
-Two orders of threads, one block for a million elements, tables that do not fit shared memory, bins bit for bit those of the
-reference, and sanitizers. The values themselves are tested where the losses are, with the backend `cuda-cpu`.
+Two orders of threads, one block for a million elements, tables that do not fit shared memory or one block, bins bit for bit those
+of the reference, launches that do not depend on the data, and sanitizers. The values themselves are tested where the losses are,
+with the backend `cuda-cpu`.
 """
 import contextlib
 import ctypes
@@ -18,9 +19,10 @@ from cuda_on_cpu import build
 from harness import NOISE, Backend, assert_gates, evaluate
 from test_rank_sort import published
 
-from rsloss_kernels import _library
+from rsloss_kernels import _library, alrp_loss, average_precision_loss
 
 CUDA = Backend("cuda", "cpu")
+REFERENCE = Backend("reference", "cpu")
 # Just the cell table and a few edges.
 LITTLE_SHARED_MEMORY = "16500"
 
@@ -91,11 +93,27 @@ def test_golden_vectors_in_both_orders_of_threads(case, dtype):
     assert forward == backward, "the order of threads changed the result"
 
 
-def tables(backend: str, logits, targets, quality, capacity, delta, background_first=False) -> tuple[torch.Tensor, ...]:
+@pytest.mark.parametrize("case", [*golden_vectors.params("aploss"), *golden_vectors.params("alrp")])
+def test_the_order_of_threads_changes_nothing(case):
+    """The golden values are asserted where the losses are; here that the other order gives their bits."""
+    inputs = case.inputs()
+    arguments = [inputs["logits"], torch.where((inputs["targets"] > 0) & (inputs["targets"] < 1), -1.0, inputs["targets"])]
+    loss = average_precision_loss
+    if case.family == "alrp":
+        arguments, loss = [*arguments, inputs["regression_losses"]], alrp_loss
+    forward = evaluate(CUDA, *arguments, loss=loss, delta=case.hyper["delta"])
+    with emulated(reverse="1"):
+        backward = evaluate(CUDA, *arguments, loss=loss, delta=case.hyper["delta"])
+    assert forward == backward
+
+
+def tables(
+    backend: str, logits, targets, quality, capacity, delta, background_first=False, segments=None, num_segments=1
+) -> tuple[torch.Tensor, ...]:
     """Everything that the operators of the forward pass return up to the bins."""
     collect, bin_ = (_library.operator(name, backend) for name in ("ranking_collect", "ranking_bin"))
-    positives, negatives, counts = collect(logits, targets, quality, None, 1, capacity, background_first)
-    return positives, negatives, counts, *bin_(logits, negatives, positives, counts, None, 1, delta)
+    positives, negatives, counts = collect(logits, targets, quality, segments, num_segments, capacity, background_first)
+    return positives, negatives, counts, *bin_(logits, negatives, positives, counts, segments, num_segments, delta)
 
 
 def assert_same_bits(got, wanted) -> None:
@@ -122,11 +140,111 @@ def test_tables_are_those_of_the_reference(dtype, settings, generator):
             labels = [torch.randint(-8, 8, shape[:1], generator=generator) for shape in shapes]
             targets = [labels[0].int(), labels[1], labels[2].int(), labels[3]]
             quality = [torch.rand(shape[:1], generator=generator).to(dtype) for shape in shapes]
+        by_row = torch.randint(-1, 8, (971, 1), generator=generator, dtype=torch.int32)
+        by_column = torch.tensor([[0, 2, -1, 2, 5]], dtype=torch.int32)
         for capacity in (3, 1000):
-            arguments = (logits, targets, quality, capacity, delta, form == "labels")
-            wanted = tables("reference", *arguments)
-            with emulated(**settings):
-                assert_same_bits(tables("cuda", *arguments), wanted)
+            # Ids of nobody, ids outside, segments without a positive, chunks.
+            for segments, num_segments in ((None, 1), (by_row, 7), (by_column, 4), (None, 5), (by_row * 1000, 10_000)):
+                arguments = (logits, targets, quality, capacity, delta, form == "labels", segments, num_segments)
+                wanted = tables("reference", *arguments)
+                with emulated(**settings):
+                    assert_same_bits(tables("cuda", *arguments), wanted)
+
+
+FINALIZERS = {
+    "rank_sort_finalize": (False,),
+    "average_precision_finalize": (True,),
+    "alrp_finalize": (),
+}
+
+
+def assert_close_tables(logits, found, delta, finalizers=FINALIZERS, segments=None, num_segments=1) -> None:
+    """Every table that a finalizer makes, against the reference. `found`: what `tables` returned."""
+    _, negatives, counts, ranked, bins = found
+    for name, options in finalizers.items():
+        arguments = (logits, negatives, ranked, counts, bins, segments, num_segments, delta, 1.5, *options)
+        got = _library.operator(name, "cuda")(*arguments)
+        wanted = _library.operator(name, "reference")(*arguments)
+        for number, (one, other) in enumerate(zip(got, wanted, strict=True)):
+            gate = 1e-7 if one.dtype == torch.float32 else 1e-10
+            for row, (mine, theirs) in enumerate(zip(torch.atleast_2d(one), torch.atleast_2d(other), strict=True)):
+                label = f"{name}, output {number}, row {row}"
+                infinite = theirs.isinf()
+                assert torch.equal(mine[infinite], theirs[infinite]), label
+                bound = gate * theirs[~infinite].nan_to_num().abs().double().amax()
+                harness.assert_within(mine[~infinite], theirs[~infinite].double(), bound, label)
+
+
+@pytest.mark.parametrize("num_segments", [1, 3, 700])
+def test_finalizers_in_several_tiles(num_segments, generator):
+    """Their scans run in tiles of 1024 positives: segments that end inside of a tile, at its end, or span several."""
+    count, delta = 5000, 0.25
+    logits = [torch.randn((count, 2), generator=generator)]
+    targets = [torch.rand((count, 2), generator=generator)]
+    targets[0][:, 1] = 0
+    targets[0][3500:] = 0
+    ids = (torch.rand((count, 1), generator=generator) ** 3 * num_segments).int()
+    segments = None if num_segments == 1 else ids
+    found = tables("cuda", logits, targets, [], 4000, delta, False, segments, num_segments)
+    assert_same_bits(found, tables("reference", logits, targets, [], 4000, delta, False, segments, num_segments))
+    assert_close_tables(logits, found, delta, FINALIZERS, segments, num_segments)
+
+
+@pytest.mark.parametrize("num_segments", [1, 40])
+def test_more_positives_than_one_sort_tile(num_segments, generator):
+    """Three tiles of 16,384 records and two merges, ties across tiles and NaN among them; a capacity above the positives."""
+    count, delta = 36_000, 1e-3
+    logits = [(torch.randn(count + 3000, generator=generator) * 4096).round() / 4096]
+    targets = [torch.zeros(count + 3000)]
+    targets[0][:count] = (torch.rand(count, generator=generator) * 4).ceil() / 4
+    logits[0][7], logits[0][20_000] = torch.nan, torch.inf
+    found = tables("cuda", logits, targets, [], 40_000, delta, False, None, num_segments)
+    assert_same_bits(found, tables("reference", logits, targets, [], 40_000, delta, False, None, num_segments))
+    assert_close_tables(logits, found, delta, {"average_precision_finalize": (True,)}, None, num_segments)
+
+
+@pytest.mark.parametrize("finalize", FINALIZERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_two_processes_compute_the_bits_of_one(finalize, dtype, generator):
+    """Records of another process have flat indices outside of the logits at hand; the unit comes from all elements."""
+    whole = torch.randn(3001, generator=generator, dtype=torch.float64).to(dtype)
+    targets = torch.where(torch.rand(3001, generator=generator) < 0.1, torch.rand(3001, generator=generator), 0.0)
+    delta, options = 0.5, FINALIZERS[finalize]
+    bin_, finish, backward = (_library.operator(name, "cuda") for name in ("ranking_bin", finalize, "ranking_backward"))
+    positives, negatives, counts, ranked, bins = tables("cuda", [whole], [targets], [], 400, delta)
+    *losses, gradients, lines = finish([whole], negatives, ranked, counts, bins, None, 1, delta, 1.0, *options)
+    upstream = torch.tensor(0.5, dtype=dtype)
+    (gradient,) = backward([whole], negatives, gradients, lines, counts, None, 1, upstream, upstream)
+
+    pieces, sums, results = [(0, 1000), (1000, 1000), (1000, 3001)], torch.zeros_like(bins), []
+    for first, last in pieces:
+        logits = whole[first:last].clone()
+        _, mask, _ = _library.operator("ranking_collect", "cuda")([logits], [targets[first:last]], [], None, 1, 400, False)
+        moved = positives.clone()
+        moved[3] -= first
+        own_ranked, own_bins = bin_([logits], mask, moved, counts, None, 1, delta)
+        sums += own_bins
+        results.append((logits, mask, own_ranked))
+    assert torch.equal(sums, bins)
+    for (logits, mask, own_ranked), (first, last) in zip(results, pieces, strict=True):
+        *own_losses, table, own_lines = finish([logits], mask, own_ranked, counts, sums, None, 1, delta, 1.0, *options)
+        assert all(torch.equal(one, other) for one, other in zip(own_losses, losses, strict=True))
+        (own,) = backward([logits], mask, table, own_lines, counts, None, 1, upstream, upstream)
+        assert torch.equal(own, gradient[first:last])
+
+
+def test_launches_depend_on_capacities_alone(generator):
+    library = ctypes.CDLL(str(build.build()))
+    library.cuda_emulator_launches.restype = ctypes.c_int64
+    logits = torch.randn((600, 5), generator=generator)
+    draws = [torch.rand((600, 5), generator=generator) * scale - scale + 1 for scale in (2, 20, 4000)]
+    for num_segments in (1, 10):
+        counted = set()
+        for targets in (*draws, -torch.ones(600, 5), torch.ones(600, 5), torch.zeros(600, 5)):
+            before = library.cuda_emulator_launches()
+            harness.Pipeline(CUDA, [logits], [targets.clamp(min=0)], capacity=1000, num_segments=num_segments).run()
+            counted.add(library.cuda_emulator_launches() - before)
+        assert len(counted) == 1 and counted.pop() > 5
 
 
 def test_a_million_equal_logits_in_one_block():

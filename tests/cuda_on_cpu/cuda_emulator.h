@@ -293,6 +293,12 @@ inline int lane() { return block().current % kWarpSize; }
 
 }  // namespace cuda_emulator
 
+namespace cuda_emulator {
+inline int64_t launches = 0;
+}
+// Launches since the library was loaded; tests call it by name.
+extern "C" __attribute__((used)) inline int64_t cuda_emulator_launches() { return cuda_emulator::launches; }
+
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments... arguments) {
   const dim3 grid = config->gridDim;
@@ -302,6 +308,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   const bool is_valid = grid.x > 0 && shape.x * shape.y * shape.z > 0 && shape.x * shape.y * shape.z <= 1024 &&
                         config->dynamicSmemBytes <= static_cast<size_t>(most_shared);
   if (!is_valid) return cudaErrorInvalidConfiguration;
+  ++cuda_emulator::launches;
   cuda_emulator::run_grid(grid, shape, config->dynamicSmemBytes, [=] { kernel(arguments...); });
   return cudaSuccess;
 }

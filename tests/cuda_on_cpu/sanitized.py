@@ -20,14 +20,22 @@ def plant() -> None:
     library.past_the_end(ctypes.c_void_p(out.data_ptr()), out.numel(), ctypes.create_string_buffer(256))
 
 
-def pipeline(logits, targets, quality, capacity, background_first, delta) -> None:
+def pipeline(logits, targets, quality, capacity, background_first, delta, segments=None, num_segments=1) -> None:
     ops = torch.ops.rsloss_kernels
-    positives, negatives, counts = ops.ranking_collect.cuda(logits, targets, quality, None, 1, capacity, background_first)
-    ranked, bins = ops.ranking_bin.cuda(logits, negatives, positives, counts, None, 1, delta)
-    ranking, sorting, gradients, lines = ops.rank_sort_finalize.cuda(
-        logits, negatives, ranked, counts, bins, None, 1, delta, 1.0, False
+    positives, negatives, counts = ops.ranking_collect.cuda(
+        logits, targets, quality, segments, num_segments, capacity, background_first
     )
-    results = ops.ranking_backward.cuda(logits, negatives, gradients, lines, counts, None, 1, ranking, sorting)
+    # One record of another process; its index is never an address.
+    if capacity > 0:
+        positives[3, 0] = -5e9
+    ranked, bins = ops.ranking_bin.cuda(logits, negatives, positives, counts, segments, num_segments, delta)
+    shared = (logits, negatives, ranked, counts, bins, segments, num_segments, delta, 1.0)
+    *_, gradients, lines = ops.average_precision_finalize.cuda(*shared, True)
+    *_, gradients, lines = ops.alrp_finalize.cuda(*shared)
+    ranking, sorting, gradients, lines = ops.rank_sort_finalize.cuda(*shared, False)
+    results = ops.ranking_backward.cuda(
+        logits, negatives, gradients, lines, counts, segments, num_segments, ranking, sorting
+    )
     assert all(result.shape == level.shape for result, level in zip(results, logits, strict=True))
 
 
@@ -50,7 +58,13 @@ def main() -> None:
         boxes = [torch.randn(size, 3, generator=generator).to(dtype) for size in rows]
         labels = [torch.randint(-1, 6, (size,), generator=generator) for size in rows]
         quality = [torch.rand(size, generator=generator).to(dtype) for size in rows]
-        pipeline(boxes, labels, quality, 2000 if dtype == single else 7, True, delta)
+        capacity = 2000 if dtype == single else 7
+        pipeline(boxes, labels, quality, capacity, True, delta)
+        by_row = torch.randint(-1, 40, (sum(rows), 1), generator=generator, dtype=torch.int32)
+        pipeline(boxes, labels, quality, capacity, True, delta, by_row, 30)
+        by_column = torch.tensor([[1, -7, 3]], dtype=torch.int32)
+        pipeline(boxes, labels, quality, capacity, True, delta, by_column, 4)
+        pipeline(boxes, labels, quality, capacity, True, delta, None, 3)
     print("clean")
 
 
