@@ -1,7 +1,7 @@
-// A uniform grid over the breakpoints: from a float32 logit to its bin, or to the line of its gradient, with one look-up.
-// Exact, because logits and breakpoints are put into cells by the same monotone arithmetic. The width of a cell is a power of
-// two and the grid starts at a multiple of it, so scaling is exact and the distance of a logit from the start of its cell comes
-// out of one fma.
+// A uniform grid over the breakpoints, the same for every segment: from a float32 logit to its bin, or to the line of its
+// gradient, with one look-up. Exact, because logits and breakpoints are put into cells by the same monotone arithmetic. The
+// width of a cell is a power of two and the grid starts at a multiple of it, so scaling is exact and the distance of a logit
+// from the start of its cell comes out of one fma.
 #pragma once
 
 #include <algorithm>
@@ -10,9 +10,11 @@
 #include <limits>
 #include <vector>
 
+#include "ranking/windows_cpu.h"
+
 namespace rsloss {
 
-constexpr int64_t kMostCells = int64_t{1} << 18;
+constexpr int64_t kMostCells = int64_t{1} << 22;
 constexpr int64_t kCellsPerTask = 1 << 12;
 
 struct CellGrid {
@@ -40,27 +42,57 @@ inline double start_of_cell(const CellGrid& grid, int32_t cell) {
   return (static_cast<double>(grid.origin) + cell) * grid.width;
 }
 
-// The distinct ones of the ascending `edges`. Without any the passes still look for NaN: one edge at the largest finite value
-// keeps them free of a case of their own. It meets +inf only, whose sums nobody reads and whose line is 0.
-template <class T>
-std::vector<T> distinct_edges(const double* edges, int64_t count) {
-  if (count == 0) return {std::numeric_limits<T>::max()};
-  std::vector<T> distinct;
-  distinct.reserve(count);
-  for (int64_t i = 0; i < count; ++i)
-    if (i == 0 || edges[i] != edges[i - 1]) distinct.push_back(static_cast<T>(edges[i]));
-  return distinct;
-}
+// The edges [first, end) are those of one segment, ascending and distinct.
+struct EdgePart {
+  int32_t first;
+  int32_t end;
+};
 
-// How many of the ascending edges are <= value, knowing that the first `from` are: doubling steps, then halving.
+// The distinct breakpoints of all segments that have any, one after the other. Where elements may belong to none of these, and
+// where there are none at all, the passes still look for NaN: a last part with one edge at the largest finite value keeps them
+// free of a case of their own. It meets +inf only, whose sums nobody reads and whose line is 0.
 template <class T>
-inline int32_t count_edges(const T* edges, int32_t num_edges, int32_t from, T value) {
+struct PartedEdges {
+  // breakpoints: ranks [a, b) have [2a, 2b) of them.
+  PartedEdges(const double* breakpoints, const std::vector<SegmentRange>& ranges, int64_t num_segments, bool has_ids) {
+    edges.reserve(2 * count_ranks(ranges) + 1);
+    for (const SegmentRange& range : ranges) {
+      parts.push_back({size(), size()});
+      for (int64_t slot = 2 * range.begin; slot < 2 * range.end; ++slot)
+        if (slot == 2 * range.begin || breakpoints[slot] != breakpoints[slot - 1])
+          edges.push_back(static_cast<T>(breakpoints[slot]));
+      parts.back().end = size();
+    }
+    has_nobody = has_ids || num_segments > static_cast<int64_t>(parts.size());
+    if (has_nobody) {
+      edges.push_back(std::numeric_limits<T>::max());
+      parts.push_back({size() - 1, size()});
+    }
+    if (!has_ids && num_segments == 1) return;
+    part_of.assign(num_segments + 1, static_cast<int32_t>(parts.size()) - 1);
+    for (size_t part = 0; part < ranges.size(); ++part) part_of[ranges[part].segment] = static_cast<int32_t>(part);
+  }
+
+  int32_t size() const { return static_cast<int32_t>(edges.size()); }
+  int32_t part(int64_t segment) const { return part_of.empty() ? 0 : part_of[segment]; }
+  T lowest(int32_t part) const { return edges[parts[part].first]; }
+
+  std::vector<T> edges;
+  std::vector<EdgePart> parts;
+  std::vector<int32_t> part_of;  // [num_segments + 1]; empty where all elements belong to the only part
+  bool has_nobody;               // the last part is that of no segment
+};
+
+// How many of all edges lie before or at a value of the part whose edges end at `end`, knowing that `from` do: doubling steps,
+// then halving.
+template <class T>
+inline int32_t count_edges(const T* edges, int32_t end, int32_t from, T value) {
   int32_t low = from, reach = 1;
-  while (low + reach <= num_edges && edges[low + reach - 1] <= value) {
+  while (low + reach <= end && edges[low + reach - 1] <= value) {
     low += reach;
     reach *= 2;
   }
-  int32_t high = std::min(low + reach - 1, num_edges);
+  int32_t high = std::min(low + reach - 1, end);
   while (low < high) {
     const int32_t middle = low + (high - low) / 2;
     if (edges[middle] <= value) low = middle + 1;
@@ -69,15 +101,40 @@ inline int32_t count_edges(const T* edges, int32_t num_edges, int32_t from, T va
   return low;
 }
 
-// Many cells per edge leave few cells with several edges; fewer when there are not enough elements to pay for writing them.
-inline CellGrid make_grid(const std::vector<float>& edges, int64_t cells_per_edge, int64_t elements) {
-  const int64_t last = static_cast<int64_t>(edges.size()) - 1;
+// Where the first `count` edges lie: the least, the one above a sixteenth of them, the one below a sixteenth, the greatest.
+struct Spread {
+  double least;
+  double low;
+  double high;
+  double greatest;
+};
+
+inline Spread spread_of(const PartedEdges<float>& parted, int64_t count) {
+  std::vector<float> unsorted;
+  const float* edges = parted.edges.data();
+  const int64_t low = (count - 1) / 16, high = count - 1 - low;
+  if (parted.parts.size() == 1) return {edges[0], edges[low], edges[high], edges[count - 1]};
+  unsorted.assign(edges, edges + count);
+  const auto quantile = [&](int64_t rank) {
+    std::nth_element(unsorted.begin(), unsorted.begin() + rank, unsorted.end());
+    return unsorted[rank];
+  };
+  const auto extremes = std::minmax_element(edges, edges + count);
+  return {*extremes.first, quantile(low), quantile(high), *extremes.second};
+}
+
+// One grid for all parts, each of which has all its cells. Many cells per edge leave few cells with several edges; fewer when
+// there are not enough elements to pay for writing them.
+inline CellGrid make_grid(const PartedEdges<float>& parted, int64_t cells_per_edge, int64_t elements) {
+  const int64_t parts = static_cast<int64_t>(parted.parts.size());
+  const int64_t count = parts > 1 && parted.has_nobody ? parted.size() - 1 : parted.size();
   const int64_t wanted =
-      std::max<int64_t>(64, std::min<int64_t>(cells_per_edge * (last + 1), std::max<int64_t>(elements / 8, 2 * (last + 1))));
-  const int64_t cells = std::min(wanted, kMostCells - 4);
+      std::max<int64_t>(64, std::min<int64_t>(cells_per_edge * count, std::max<int64_t>(elements / 8, 2 * count)));
+  const int64_t cells = std::max<int64_t>(16, std::min(wanted, kMostCells) / parts);
   // The whole range of the edges, unless a few outliers stretch it far beyond the bulk: then they share the outermost cells.
-  const double bulk_low = edges[last / 16], bulk_high = edges[last - last / 16], reach = 4 * (bulk_high - bulk_low);
-  const double from = std::max<double>(edges[0], bulk_low - reach), to = std::min<double>(edges[last], bulk_high + reach);
+  const Spread spread = spread_of(parted, count);
+  const double reach = 4 * (spread.high - spread.low);
+  const double from = std::max(spread.least, spread.low - reach), to = std::min(spread.greatest, spread.high + reach);
   const double width = std::max(to - from, 1e-25);
   CellGrid grid;
   grid.scale = static_cast<float>(std::exp2(std::floor(std::log2(static_cast<double>(cells) / width))));
@@ -85,30 +142,36 @@ inline CellGrid make_grid(const std::vector<float>& edges, int64_t cells_per_edg
   grid.last_cell = std::floor(std::fmin(static_cast<float>(to) * grid.scale - grid.origin, static_cast<float>(cells))) + 1;
   grid.top = (grid.origin + grid.last_cell + 1) / grid.scale;
   grid.width = 1 / static_cast<double>(grid.scale);
-  grid.cuts_low = from > edges[0];
-  grid.cuts_high = to < edges[last];
+  grid.cuts_low = from > spread.least;
+  grid.cuts_high = to < spread.greatest;
   return grid;
 }
 
-// Calls clean(first cell, one past the last, edges before) and occupied(cell, first edge, one past the last) in ascending
-// order, for the cells from `from` to one before `to`.
+// Calls clean(part, first cell, one past the last, edges before) and occupied(part, cell, first edge, one past the last) in
+// ascending order, for the cells of all parts from number `from` to one before `to`.
 template <class Clean, class Occupied>
-void for_cells(const CellGrid& grid, const std::vector<float>& edges, int32_t from, int32_t to, const Clean& clean,
+void for_cells(const CellGrid& grid, const PartedEdges<float>& parted, int64_t from, int64_t to, const Clean& clean,
                const Occupied& occupied) {
-  const int32_t count = static_cast<int32_t>(edges.size());
-  int32_t cell = from;
-  int32_t edge = static_cast<int32_t>(
-      std::partition_point(edges.begin(), edges.end(), [&](float value) { return cell_of(grid, value) < from; }) -
-      edges.begin());
-  while (edge < count) {
-    const int32_t at = cell_of(grid, edges[edge]), begin = edge;
-    if (at >= to) break;
-    if (cell < at) clean(cell, at, edge);
-    while (edge < count && cell_of(grid, edges[edge]) == at) ++edge;
-    occupied(at, begin, edge);
-    cell = at + 1;
+  const int64_t part_cells = num_cells(grid);
+  for (int64_t part = from / part_cells; part * part_cells < to; ++part) {
+    const int32_t begin = static_cast<int32_t>(std::max(from - part * part_cells, int64_t{0}));
+    const int32_t end = static_cast<int32_t>(std::min(to - part * part_cells, part_cells));
+    const float* edges = parted.edges.data();
+    const EdgePart range = parted.parts[part];
+    int32_t cell = begin;
+    int32_t edge = static_cast<int32_t>(std::partition_point(edges + range.first, edges + range.end,
+                                                             [&](float value) { return cell_of(grid, value) < begin; }) -
+                                        edges);
+    while (edge < range.end) {
+      const int32_t at = cell_of(grid, edges[edge]), first = edge;
+      if (at >= end) break;
+      if (cell < at) clean(part, cell, at, edge);
+      while (edge < range.end && cell_of(grid, edges[edge]) == at) ++edge;
+      occupied(part, at, first, edge);
+      cell = at + 1;
+    }
+    if (cell < end) clean(part, cell, end, edge);
   }
-  if (cell < to) clean(cell, to, edge);
 }
 
 }  // namespace rsloss

@@ -19,6 +19,7 @@
 #include "ranking/ranking.h"
 #include "ranking/ranking_checks.h"
 #include "ranking/ranking_sweep.h"
+#include "ranking/segments_cpu.h"
 
 #define RSL_SIMD_BODY "ranking/ranking_gradient_simd.h"
 #include "common/for_each_isa.h"
@@ -43,76 +44,84 @@ constexpr double kLineTolerance = 0x1p-26;
 // A line is evaluated far inside the range of its type.
 constexpr double kSafeFactor = 1e-6;
 
-// Everything a gradient pass reads. lines: the operator's, [3, columns]. The upstream gradient is folded into the lines, unless
-// it is not finite or so large that a line would overflow: then `factor` remains to be applied to every negative.
+// Everything a gradient pass reads. table: the operator's lines, [3, columns]. The upstream gradient is folded into the lines,
+// unless it is not finite or so large that a line would overflow: then `factor` remains to be applied to every negative.
 template <class T>
 struct GradientTables {
-  GradientTables(const double* table, int64_t columns, double upstream, double largest_positive, int64_t elements) {
-    const int64_t slots = std::lower_bound(table, table + columns, std::numeric_limits<double>::infinity()) - table;
+  GradientTables(const double* table, int64_t columns, const std::vector<SegmentRange>& ranges, PartedEdges<T> breakpoints,
+                 double upstream, double largest_positive, int64_t elements)
+      : parted(std::move(breakpoints)) {
+    const int64_t slots = 2 * count_ranks(ranges);
     const double *value = table + columns, *slope = table + 2 * columns;
-    edges = distinct_edges<T>(table, slots);
     double largest = 0;
     for (int64_t slot = 0; slot < slots; ++slot) largest = std::max({largest, std::fabs(value[slot]), std::fabs(slope[slot])});
     const bool is_folded = std::fabs(upstream) * std::max(largest, 1.0) < kSafeFactor * std::numeric_limits<T>::max();
     const double folded = is_folded ? upstream : 1;
     factor = is_folded ? 1 : upstream;
-    exact.reserve(edges.size() + 1);
+    exact.reserve(parted.size() + 1);
     exact.push_back({0, 0});
-    for (int64_t slot = 0; slot < slots; ++slot)
-      if (slot + 1 == slots || table[slot + 1] != table[slot]) exact.push_back({folded * value[slot], folded * slope[slot]});
-    if (slots == 0) exact.push_back({0, 0});
+    for (const SegmentRange& range : ranges)
+      for (int64_t slot = 2 * range.begin; slot < 2 * range.end; ++slot)
+        if (slot + 1 == 2 * range.end || table[slot + 1] != table[slot])
+          exact.push_back({folded * value[slot], folded * slope[slot]});
+    exact.resize(parted.size() + 1, {0, 0});
     lines.reserve(exact.size());
     for (const Line<double>& line : exact) lines.push_back({static_cast<T>(line.value), static_cast<T>(line.slope)});
     if constexpr (std::is_same_v<T, float>) build_cells(kLineTolerance * std::fabs(folded) * largest_positive, elements);
   }
 
-  double at(int32_t bin, double s) const {
-    return bin > 0 ? exact[bin].value + exact[bin].slope * (s - static_cast<double>(edges[bin - 1])) : 0;
+  // The gradient at s by the line of a bin; `first` is the number of the bin below all edges of the segment.
+  double at(int32_t bin, int32_t first, double s) const {
+    return bin > first ? exact[bin].value + exact[bin].slope * (s - static_cast<double>(parted.edges[bin - 1])) : 0;
   }
 
   void build_cells(double tolerance, int64_t elements) {
-    grid = make_grid(edges, 8, elements);
-    cells.reset(new CellLine[num_cells(grid)]);
-    for_cell_ranges(grid, [&](int32_t from, int32_t to) {
+    grid = make_grid(parted, 8, elements);
+    const int64_t part_cells = num_cells(grid), num_parts = static_cast<int64_t>(parted.parts.size());
+    cells.reset(new CellLine[num_parts * part_cells]);
+    for_cell_ranges(num_parts * part_cells, [&](int64_t from, int64_t to) {
       for_cells(
-          grid, edges, from, to,
-          [&](int32_t begin, int32_t end, int32_t before) {
-            RSL_ISA_CALL(fill_line_cells, &cells[begin], int64_t{end - begin}, at(before, start_of_cell(grid, begin)),
-                         exact[before].slope * grid.width);
+          grid, parted, from, to,
+          [&](int64_t part, int32_t begin, int32_t end, int32_t before) {
+            const int32_t first = parted.parts[part].first;
+            RSL_ISA_CALL(fill_line_cells, &cells[part * part_cells + begin], int64_t{end - begin},
+                         at(before, first, start_of_cell(grid, begin)), before > first ? exact[before].slope * grid.width : 0);
           },
-          [&](int32_t cell, int32_t begin, int32_t end) {
-            if (!fit_line(cell, begin, end, tolerance)) {
-              cells[cell].value = std::numeric_limits<float>::quiet_NaN();
-              std::memcpy(&cells[cell].slope, &begin, sizeof begin);
+          [&](int64_t part, int32_t cell, int32_t begin, int32_t end) {
+            CellLine& line = cells[part * part_cells + cell];
+            if (!fit_line(line, cell, parted.parts[part].first, begin, end, tolerance)) {
+              line.value = std::numeric_limits<float>::quiet_NaN();
+              std::memcpy(&line.slope, &begin, sizeof begin);
             }
           });
     });
   }
 
   // The chord over the cell, if it is good enough at both sides of every breakpoint inside.
-  bool fit_line(int32_t cell, int32_t begin, int32_t end, double tolerance) {
+  bool fit_line(CellLine& line, int32_t cell, int32_t lowest, int32_t begin, int32_t end, double tolerance) const {
     if ((cell == 0 && grid.cuts_low) || (cell + 1 == num_cells(grid) && grid.cuts_high)) return false;
     const double left = start_of_cell(grid, cell);
-    const double first = at(begin, left), step = at(end, left + grid.width) - first;
+    const double first = at(begin, lowest, left), step = at(end, lowest, left + grid.width) - first;
     for (int32_t edge = begin; edge < end; ++edge) {
-      const double s = edges[edge], chord = first + step * (s - left) * static_cast<double>(grid.scale);
-      const double below = std::fabs(at(edge, s) - chord), above = std::fabs(at(edge + 1, s) - chord);
+      const double s = parted.edges[edge], chord = first + step * (s - left) * static_cast<double>(grid.scale);
+      const double below = std::fabs(at(edge, lowest, s) - chord), above = std::fabs(at(edge + 1, lowest, s) - chord);
       if (!(below <= tolerance && above <= tolerance)) return false;
     }
-    cells[cell] = {static_cast<float>(first), static_cast<float>(step)};
+    line = {static_cast<float>(first), static_cast<float>(step)};
     return true;
   }
 
   GradientPass<T> pass() const {
-    return {edges.data(), static_cast<int32_t>(edges.size()), lines.data(), std::numeric_limits<T>::max(), grid, cells.get()};
+    return {parted.edges.data(), parted.parts.data(), lines.data(), std::numeric_limits<T>::max(), parted.lowest(0), grid,
+            cells.get(),         num_cells(grid)};
   }
 
   double factor;
-  std::vector<T> edges;
+  PartedEdges<T> parted;
   std::vector<Line<double>> exact;  // by bin
   std::vector<Line<T>> lines;       // the same in T
   CellGrid grid{};
-  std::unique_ptr<CellLine[]> cells;
+  std::unique_ptr<CellLine[]> cells;  // [parts, cells of the grid]
 };
 
 template <class In>
@@ -122,17 +131,30 @@ void fill_nan(const Tensor& tensor) {
 }
 
 template <class In>
-void stream_gradient(const Tensors& logits, const uint64_t* words, const GradientPass<Arithmetic<In>>& pass,
-                     const Tensors& gradients) {
+void stream_gradient(const Tensors& logits, const uint64_t* words, const SegmentMap& segments,
+                     const GradientTables<Arithmetic<In>>& tables, const Tensors& gradients) {
+  using T = Arithmetic<In>;
+  const GradientPass<T> pass = tables.pass();
   for (size_t level = 0; level < logits.size(); ++level) {
     const In* data = static_cast<const In*>(logits[level].const_data_ptr());
     In* gradient = static_cast<In*>(gradients[level].mutable_data_ptr());
     const int64_t count = logits[level].numel(), level_words = mask_words(count);
     const int64_t tasks = task_count(level_words, kWordsPerTask);
-    run_tasks(tasks, [&](int64_t task) {
-      const int64_t begin = task_begin(level_words, tasks, task), end = task_begin(level_words, tasks, task + 1);
-      RSL_ISA_CALL(write_gradient, data + begin * 64, std::min(end * 64, count) - begin * 64, words + begin, pass,
+    const auto write = [&](int64_t begin, int64_t end, const LaneParts* lanes, const GradientPass<T>& of_part) {
+      RSL_ISA_CALL(write_gradient, data + begin * 64, std::min(end * 64, count) - begin * 64, words + begin, lanes, of_part,
                    gradient + begin * 64);
+    };
+    run_tasks(tasks, [&](int64_t task) {
+      segments.for_spans(
+          level, task_begin(level_words, tasks, task), task_begin(level_words, tasks, task + 1),
+          [&](int64_t segment, int64_t begin, int64_t end) {
+            write(begin, end, nullptr, pass_of_part(pass, tables.parted.part(segment)));
+          },
+          [&](int64_t begin, int64_t end) {
+            LaneParts lanes;
+            fill_lane_parts(segments, tables.parted, level, begin * 64, std::min(end * 64, count), lanes);
+            write(begin, end, &lanes, pass);
+          });
     });
     words += level_words;
   }
@@ -193,10 +215,14 @@ Tensors ranking_backward(Tensors logits, Tensor negatives, Tensor gradients, Ten
     const double* records = static_cast<const double*>(gradients.const_data_ptr());
     const uint64_t* words = static_cast<const uint64_t*>(negatives.const_data_ptr());
     const double ratio = first != 0 && std::isfinite(second / first) ? second / first : 0;
-    const GradientTables<Arithmetic<In>> tables(static_cast<const double*>(lines.const_data_ptr()), 2 * capacity, first,
-                                                largest_gradient(records, capacity, ratio),
-                                                static_cast<const int64_t*>(counts.const_data_ptr())[kElements]);
-    stream_gradient<In>(logits, words, tables.pass(), results);
+    using T = Arithmetic<In>;
+    const double* table = static_cast<const double*>(lines.const_data_ptr());
+    const SegmentMap map(logits, segments, num_segments);
+    const std::vector<SegmentRange> ranges = segment_ranges(records + kGradientSegment * capacity, capacity, num_segments);
+    const GradientTables<T> tables(table, 2 * capacity, ranges, PartedEdges<T>(table, ranges, num_segments, map.has_ids()),
+                                   first, largest_gradient(records, capacity, ratio),
+                                   static_cast<const int64_t*>(counts.const_data_ptr())[kElements]);
+    stream_gradient<In>(logits, words, map, tables, results);
     if (tables.factor != 1) scale_negatives<In>(words, tables.factor, results);
     scatter_positives<In>(records, capacity, first, second, results);
   });

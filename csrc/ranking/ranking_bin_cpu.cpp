@@ -30,18 +30,35 @@
 namespace rsloss {
 namespace {
 
-// Ascending by (logit, quality, flat index), NaN logits last, padding at the very end. Records come in flat order.
-void sort_records(const double* records, double* ranked, int64_t capacity) {
+// Reorders the keys by segment, stably. A segment that there is not counts as the first or the last one.
+void group_by_segment(std::vector<SortKey>& keys, const double* segment, int64_t num_segments) {
+  const auto bounded = [=](const SortKey& key) {
+    return static_cast<int64_t>(std::fmin(std::fmax(segment[key.slot], 0), static_cast<double>(num_segments - 1)));
+  };
+  std::vector<int64_t> next(num_segments + 1, 0);
+  for (const SortKey& key : keys) ++next[bounded(key) + 1];
+  for (int64_t s = 0; s < num_segments; ++s) next[s + 1] += next[s];
+  std::vector<SortKey> grouped(keys.size());
+  for (const SortKey& key : keys) grouped[next[bounded(key)]++] = key;
+  keys.swap(grouped);
+}
+
+// Ascending by (segment, logit, quality, flat index), NaN logits last, padding at the very end.
+void sort_records(const double* records, double* ranked, int64_t capacity, int64_t num_segments) {
   const double* quality = records + kQuality * capacity;
+  const double* segment = records + kSegment * capacity;
   const double* index = records + kIndex * capacity;
   std::vector<SortKey> keys;
   keys.reserve(capacity);
   for (int64_t slot = 0; slot < capacity; ++slot)
     if (!std::isnan(records[slot])) keys.push_back({ordered_bits(records[slot]), static_cast<int32_t>(slot)});
   sort_keys(keys);
+  if (num_segments > 1) group_by_segment(keys, records + kSegment * capacity, num_segments);
   // Records come in flat order, except behind an all-gather; ties of the logit go by quality, then by flat index.
   for (auto begin = keys.begin(); begin != keys.end();) {
-    const auto end = std::find_if(begin, keys.end(), [&](const SortKey& key) { return key.bits != begin->bits; });
+    const auto end = std::find_if(begin, keys.end(), [&](const SortKey& key) {
+      return key.bits != begin->bits || segment[key.slot] != segment[begin->slot];
+    });
     std::sort(begin, end, [&](const SortKey& a, const SortKey& b) {
       return quality[a.slot] != quality[b.slot] ? quality[a.slot] < quality[b.slot] : index[a.slot] < index[b.slot];
     });
@@ -57,27 +74,28 @@ void sort_records(const double* records, double* ranked, int64_t capacity) {
 // Everything a binning pass reads, and per task the sums that it writes.
 template <class T>
 struct BinTables {
-  BinTables(const Breakpoints& points, double unit, double most, int64_t elements)
-      : edges(distinct_edges<T>(points.edges.data(), static_cast<int64_t>(points.edges.size()))),
-        near{unit > 0 ? 1 / unit : 0, most} {
+  BinTables(PartedEdges<T> breakpoints, double unit, double most, int64_t elements)
+      : parted(std::move(breakpoints)), near{unit > 0 ? 1 / unit : 0, most} {
     if constexpr (std::is_same_v<T, float>) build_cells(unit, elements);
   }
 
   void build_cells(double unit, int64_t elements) {
     constexpr float nan = std::numeric_limits<float>::quiet_NaN();
-    grid = make_grid(edges, 16, elements);
-    cells.reset(new BinCell[num_cells(grid)]);
-    for_cell_ranges(grid, [&](int32_t from, int32_t to) {
+    grid = make_grid(parted, 16, elements);
+    const int64_t part_cells = num_cells(grid), num_parts = static_cast<int64_t>(parted.parts.size());
+    cells.reset(new BinCell[num_parts * part_cells]);
+    for_cell_ranges(num_parts * part_cells, [&](int64_t from, int64_t to) {
       for_cells(
-          grid, edges, from, to,
-          [&](int32_t begin, int32_t end, int32_t before) {
-            std::fill(&cells[begin], &cells[end], BinCell{nan, static_cast<uint32_t>(before)});
+          grid, parted, from, to,
+          [&](int64_t part, int32_t begin, int32_t end, int32_t before) {
+            BinCell* table = &cells[part * part_cells];
+            std::fill(table + begin, table + end, BinCell{nan, static_cast<uint32_t>(before)});
           },
-          [&](int32_t cell, int32_t begin, int32_t end) {
+          [&](int64_t part, int32_t cell, int32_t begin, int32_t end) {
             const bool is_crowded =
-                end - begin > 1 || (cell == 0 && grid.cuts_low) || (cell + 1 == num_cells(grid) && grid.cuts_high);
-            cells[cell] = is_crowded ? BinCell{nan, kCrowded | static_cast<uint32_t>(begin)}
-                                     : BinCell{edges[begin], static_cast<uint32_t>(begin)};
+                end - begin > 1 || (cell == 0 && grid.cuts_low) || (cell + 1 == part_cells && grid.cuts_high);
+            cells[part * part_cells + cell] = is_crowded ? BinCell{nan, kCrowded | static_cast<uint32_t>(begin)}
+                                                         : BinCell{parted.edges[begin], static_cast<uint32_t>(begin)};
           });
     });
     origin = start_of_cell(grid, 0);
@@ -89,28 +107,39 @@ struct BinTables {
   }
 
   BinPass<T> pass(BinSums* sums) const {
-    const int32_t count = static_cast<int32_t>(edges.size());
+    BinSums* searched = sums + num_sums() / 2;
     if constexpr (std::is_same_v<T, float>)
-      return {edges.data(), count, grid, cells.get(), origin, far, origin * far.scale, near, sums, sums + count + 1};
-    else return {edges.data(), count, near, sums + count + 1};
+      return {parted.edges.data(),
+              parted.parts.data(),
+              cells.get(),
+              num_cells(grid),
+              parted.lowest(0),
+              grid,
+              origin,
+              far,
+              origin * far.scale,
+              near,
+              sums,
+              searched};
+    else return {parted.edges.data(), parted.parts.data(), near, searched};
   }
 
   // Sums of one task: [2, edges + 1], far offsets before near ones.
-  int64_t num_sums() const { return 2 * (static_cast<int64_t>(edges.size()) + 1); }
+  int64_t num_sums() const { return 2 * (int64_t{parted.size()} + 1); }
 
   // The sum of the offsets from the left breakpoint of bin `bin` > 0, which a window covers, in near units, of all its
   // elements. The breakpoint may lie below the grid. Terms may wrap around, the sum cannot.
   int64_t near_sum(const BinSums* sums, int64_t bin) const {
     const BinSums& distant = sums[bin];
-    const int64_t searched = sums[edges.size() + 1 + bin].sum;
+    const int64_t searched = sums[num_sums() / 2 + bin].sum;
     if (distant.count == 0) return searched;
-    const auto left = static_cast<int64_t>(std::floor((static_cast<double>(edges[bin - 1]) - origin) * far.scale));
+    const auto left = static_cast<int64_t>(std::floor((static_cast<double>(parted.edges[bin - 1]) - origin) * far.scale));
     const uint64_t sum =
         static_cast<uint64_t>(distant.sum) - static_cast<uint64_t>(distant.count) * static_cast<uint64_t>(left);
     return static_cast<int64_t>(sum << far_steps) + searched;
   }
 
-  std::vector<T> edges;
+  PartedEdges<T> parted;
   OffsetScale near, far{};
   CellGrid grid{};
   std::unique_ptr<BinCell[]> cells;
@@ -120,42 +149,59 @@ struct BinTables {
 
 // Writes counts and near sums to the bins of the slots; sums of bins outside every window stay 0, they may not fit.
 template <class T>
-void write_bins(const BinTables<T>& tables, const BinSums* sums, const Breakpoints& points, int64_t* counts, int64_t* offsets) {
-  const int64_t slots = static_cast<int64_t>(points.edges.size());
+void write_bins(const BinTables<T>& tables, const BinSums* sums, const Breakpoints& points,
+                const std::vector<SegmentRange>& ranges, int64_t* counts, int64_t* offsets) {
   const int64_t num_bins = tables.num_sums() / 2;
-  int64_t bin = 0, opened = 0;
-  for (int64_t slot = 0; slot < slots; ++slot) {
-    while (opened < slots / 2 && points.lo_slot[opened] <= slot) ++opened;
-    if (slot == 0 || points.edges[slot] != points.edges[slot - 1]) ++bin;
-    if (slot + 1 < slots && points.edges[slot + 1] == points.edges[slot]) continue;
-    counts[slot + 1] = sums[bin].count + sums[num_bins + bin].count;
-    const bool is_covered = 2 * opened > slot + 1;
-    if (is_covered && tables.near.scale > 0) offsets[slot + 1] = tables.near_sum(sums, bin);
+  int64_t bin = 0;
+  for (const SegmentRange& range : ranges) {
+    const int64_t first = 2 * range.begin, last = 2 * range.end;
+    int64_t opened = range.begin;
+    for (int64_t slot = first; slot < last; ++slot) {
+      while (opened < range.end && points.lo_slot[opened] <= slot) ++opened;
+      if (slot == first || points.edges[slot] != points.edges[slot - 1]) ++bin;
+      if (slot + 1 < last && points.edges[slot + 1] == points.edges[slot]) continue;
+      counts[slot + 1] = sums[bin].count + sums[num_bins + bin].count;
+      const bool is_covered = 2 * (opened - range.begin) > slot + 1 - first;
+      if (is_covered && tables.near.scale > 0) offsets[slot + 1] = tables.near_sum(sums, bin);
+    }
   }
 }
 
 // Streams the negatives of all tensors; returns the number of NaN among them.
 template <class In>
-int64_t stream_negatives(const Tensors& logits, const uint64_t* words, const Breakpoints& points, double unit, double most,
-                         int64_t* counts, int64_t* offsets) {
-  const int64_t elements = count_elements(logits);
-  const BinTables<Arithmetic<In>> tables(points, unit, most, elements);
+int64_t stream_negatives(const Tensors& logits, const uint64_t* words, const SegmentMap& segments,
+                         const std::vector<SegmentRange>& ranges, const Breakpoints& points, double unit, double most,
+                         int64_t elements, int64_t* counts, int64_t* offsets) {
+  using T = Arithmetic<In>;
+  const BinTables<T> tables(PartedEdges<T>(points.edges.data(), ranges, segments.num_segments(), segments.has_ids()), unit,
+                            most, elements);
   const int64_t num_sums = tables.num_sums();
   // Every further thread costs a table and its clearing.
-  const int64_t worthwhile = std::max<int64_t>(2, elements / (4 * num_sums));
-  const int64_t tasks = limit_by_memory(std::min(task_count(mask_words(elements), kWordsPerTask), worthwhile),
+  const int64_t local_elements = count_elements(logits);
+  const int64_t worthwhile = std::max<int64_t>(2, local_elements / (4 * num_sums));
+  const int64_t tasks = limit_by_memory(std::min(task_count(mask_words(local_elements), kWordsPerTask), worthwhile),
                                         num_sums * static_cast<int64_t>(sizeof(BinSums)));
   std::vector<BinSums> sums(static_cast<size_t>(tasks * num_sums));
   std::vector<int64_t> nan_counts(tasks, 0);
-  for (const Tensor& level : logits) {
-    const In* data = static_cast<const In*>(level.const_data_ptr());
-    const int64_t count = level.numel(), level_words = mask_words(count);
+  for (size_t level = 0; level < logits.size(); ++level) {
+    const In* data = static_cast<const In*>(logits[level].const_data_ptr());
+    const int64_t count = logits[level].numel(), level_words = mask_words(count);
     run_tasks(tasks, [&](int64_t task) {
-      const int64_t begin = task_begin(level_words, tasks, task), end = task_begin(level_words, tasks, task + 1);
-      if (begin == end) return;
-      const auto pass = tables.pass(sums.data() + task * num_sums);
-      nan_counts[task] +=
-          RSL_ISA_CALL(bin_negatives, data + begin * 64, std::min(end * 64, count) - begin * 64, words + begin, pass);
+      const BinPass<T> pass = tables.pass(sums.data() + task * num_sums);
+      const auto bin = [&](int64_t begin, int64_t end, const LaneParts* lanes, const BinPass<T>& of_part) {
+        nan_counts[task] += RSL_ISA_CALL(bin_negatives, data + begin * 64, std::min(end * 64, count) - begin * 64,
+                                         words + begin, lanes, of_part);
+      };
+      segments.for_spans(
+          level, task_begin(level_words, tasks, task), task_begin(level_words, tasks, task + 1),
+          [&](int64_t segment, int64_t begin, int64_t end) {
+            bin(begin, end, nullptr, pass_of_part(pass, tables.parted.part(segment)));
+          },
+          [&](int64_t begin, int64_t end) {
+            LaneParts lanes;
+            fill_lane_parts(segments, tables.parted, level, begin * 64, std::min(end * 64, count), lanes);
+            bin(begin, end, &lanes, pass);
+          });
     });
     words += level_words;
   }
@@ -166,7 +212,7 @@ int64_t stream_negatives(const Tensors& logits, const uint64_t* words, const Bre
       sums[i].sum += sums[task * num_sums + i].sum;
     }
   }
-  write_bins(tables, sums.data(), points, counts, offsets);
+  write_bins(tables, sums.data(), points, ranges, counts, offsets);
   return nan_counts[0];
 }
 
@@ -180,19 +226,20 @@ std::tuple<Tensor, Tensor> ranking_bin(Tensors logits, Tensor negatives, Tensor 
   Tensor ranked = new_cpu_tensor({kRecordRows, capacity}, ScalarType::Double);
   Tensor bins = new_cpu_tensor({2, columns}, ScalarType::Long);
   double* sorted = static_cast<double*>(ranked.mutable_data_ptr());
-  sort_records(static_cast<const double*>(positives.const_data_ptr()), sorted, capacity);
-  const int64_t valid = count_valid(sorted, capacity);
+  sort_records(static_cast<const double*>(positives.const_data_ptr()), sorted, capacity, num_segments);
+  const std::vector<SegmentRange> ranges =
+      segment_ranges(sorted + kSegment * capacity, count_valid(sorted, capacity), num_segments);
   int64_t* bin_counts = static_cast<int64_t*>(bins.mutable_data_ptr());
   std::memset(bin_counts, 0, static_cast<size_t>(2 * columns) * sizeof(int64_t));
   const int64_t elements = static_cast<const int64_t*>(counts.const_data_ptr())[kElements];
   const int bits = fixed_point_bits(elements);
   const double unit = fixed_point_unit(delta, bits), most = static_cast<double>((int64_t{1} << bits) - 1);
+  const SegmentMap map(logits, segments, num_segments);
   dispatch_floating(logits[0].scalar_type(), [&](auto tag) {
     using In = decltype(tag);
-    const Breakpoints points =
-        merge_breakpoints<Arithmetic<In>>(sorted, segment_ranges(sorted + kSegment * capacity, valid, num_segments), delta);
-    bin_counts[0] = stream_negatives<In>(logits, static_cast<const uint64_t*>(negatives.const_data_ptr()), points, unit, most,
-                                         bin_counts, bin_counts + columns);
+    const Breakpoints points = merge_breakpoints<Arithmetic<In>>(sorted, ranges, delta);
+    bin_counts[0] = stream_negatives<In>(logits, static_cast<const uint64_t*>(negatives.const_data_ptr()), map, ranges, points,
+                                         unit, most, elements, bin_counts, bin_counts + columns);
   });
   return {ranked, bins};
 }

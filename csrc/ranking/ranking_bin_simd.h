@@ -5,11 +5,12 @@
 #include "ranking/ranking_simd.h"
 
 template <class In, class T>
-static void bin_word(const In* logits, uint64_t negatives, const BinPass<T>& pass, int64_t& nan_count) {
+static void bin_word(const In* logits, uint64_t negatives, const int32_t* part, const BinPass<T>& pass, int64_t& nan_count) {
   for (; negatives != 0; negatives &= negatives - 1) {
-    const T value = widen(logits[__builtin_ctzll(negatives)]);
+    const int i = __builtin_ctzll(negatives);
+    const T value = widen(logits[i]);
     if (value != value) ++nan_count;
-    else if (value >= pass.edges[0]) bin_one(pass, value);
+    else bin_one(pass, part == nullptr ? 0 : part[i], value);
   }
 }
 
@@ -21,24 +22,27 @@ struct BinBuffer {
   alignas(64) float value[kBuffer + 64 + kLanes];
   alignas(64) int32_t cell[kBuffer + 64 + kLanes];
   alignas(64) int32_t bin[kBuffer + 64 + kLanes];
+  alignas(64) int32_t part[kBuffer + 64 + kLanes];  // only where segments are mixed
   alignas(64) int64_t offset[kBuffer + 64 + kLanes];
 };
 
 // Three loops over the whole buffer, so that no load waits for a store just before it: cells and offsets; bins; the scattered
 // additions.
+template <bool kMixed>
 static inline void bin_buffer(const BinPass<float>& pass, BinBuffer& buffer, int filled) {
   for (int i = 0; i < filled; i += kLanes) {
     const Floats x = load(buffer.value + i);
     store_cells(pass.grid, x, buffer.cell + i);
     store_offsets(pass, x, buffer.offset + i);
   }
+  if constexpr (kMixed)
+    for (int i = 0; i < filled; ++i) buffer.cell[i] += buffer.part[i] * pass.part_cells;
   for (int i = 0; i < filled; i += kLanes) {
     const Entries entries = gather_pairs(pass.cells, buffer.cell + i);
     uint32_t crowded = store_bins(entries, load(buffer.value + i), buffer.bin + i);
     for (; __builtin_expect(crowded != 0, 0); crowded &= crowded - 1) {
       const int lane = i + __builtin_ctz(crowded);
-      if (lane < filled)
-        bin_searched<float>(pass, static_cast<int32_t>(pass.cells[buffer.cell[lane]].before & ~kCrowded), buffer.value[lane]);
+      if (lane < filled) bin_crowded(pass, buffer.cell[lane], buffer.value[lane]);
       buffer.bin[lane] = 0;  // adds to bin 0, which nobody reads
       buffer.offset[lane] = 0;
     }
@@ -52,13 +56,13 @@ static inline void bin_buffer(const BinPass<float>& pass, BinBuffer& buffer, int
 }
 
 // Gathers the relevant values of many words in a buffer that stays in the first-level cache.
-template <class In>
-static void bin_full_words(const In* logits, const uint64_t* negatives, int64_t words, const BinPass<float>& pass,
-                           int64_t& nan_count) {
+template <bool kMixed, class In>
+static void bin_full_words(const In* logits, const uint64_t* negatives, int64_t words, const LaneParts* lanes,
+                           const BinPass<float>& pass, int64_t& nan_count) {
   BinBuffer buffer;
   for (int i = 0; i < kBuffer + 64 + kLanes; i += kLanes) store(buffer.value + i, broadcast(0));
   int filled = 0;
-  const Floats lowest = broadcast(pass.edges[0]);
+  Floats lowest = broadcast(pass.lowest);
   for (int64_t word = 0; word < words; ++word) {
     const uint64_t mask = negatives[word];
     if (mask != 0) {
@@ -67,15 +71,17 @@ static void bin_full_words(const In* logits, const uint64_t* negatives, int64_t 
       for (int i = 0; i < 64; i += kLanes) {
         const uint32_t wanted = static_cast<uint32_t>(mask >> i) & kAllLanes;
         const Floats x = load(values + i);
+        if constexpr (kMixed) lowest = load(lanes->lowest + word * 64 + i);
         const uint32_t relevant = wanted & at_least(x, lowest);
         const uint32_t broken = wanted & is_nan(x);
         if (broken) nan_count += __builtin_popcount(broken);
         compress(buffer.value + filled, x, relevant);
+        if constexpr (kMixed) compress(buffer.part + filled, lanes->part + word * 64 + i, relevant);
         filled += __builtin_popcount(relevant);
       }
     }
     if (filled >= kBuffer || word + 1 == words) {
-      bin_buffer(pass, buffer, filled);
+      bin_buffer<kMixed>(pass, buffer, filled);
       filled = 0;
     }
   }
@@ -83,20 +89,24 @@ static void bin_full_words(const In* logits, const uint64_t* negatives, int64_t 
 
 #endif
 
-// logits: [count]. negatives: [words of count], bits beyond count are 0. Returns the number of NaN negatives.
+// logits: [count]. negatives: [words of count], bits beyond count are 0. lanes: parts of the elements, or none if all are of
+// the first part of the pass. Returns the number of NaN negatives.
 template <class In, class T>
-static int64_t bin_negatives(const In* logits, int64_t count, const uint64_t* negatives, const BinPass<T>& pass) {
+static int64_t bin_negatives(const In* logits, int64_t count, const uint64_t* negatives, const LaneParts* lanes,
+                             const BinPass<T>& pass) {
   int64_t nan_count = 0, word = 0;
 #if RSL_ISA != 0
   if constexpr (has_vectors<In>()) {
     word = count / 64;
-    bin_full_words(logits, negatives, word, pass, nan_count);
+    if (lanes == nullptr) bin_full_words<false>(logits, negatives, word, lanes, pass, nan_count);
+    else bin_full_words<true>(logits, negatives, word, lanes, pass, nan_count);
   }
 #endif
   for (; word * 64 < count; ++word) {
     const int64_t left = count - word * 64;
     const uint64_t inside = left < 64 ? (uint64_t{1} << left) - 1 : ~uint64_t{0};
-    bin_word(logits + word * 64, negatives[word] & inside, pass, nan_count);
+    const int32_t* part = lanes == nullptr ? nullptr : lanes->part + word * 64;
+    bin_word(logits + word * 64, negatives[word] & inside, part, pass, nan_count);
   }
   return nan_count;
 }

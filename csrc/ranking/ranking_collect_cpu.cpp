@@ -19,6 +19,7 @@
 #include "ranking/ranking.h"
 #include "ranking/ranking_checks.h"
 #include "ranking/ranking_sweep.h"
+#include "ranking/segments_cpu.h"
 
 #define RSL_SIMD_BODY "ranking/ranking_scan_simd.h"
 #include "common/for_each_isa.h"
@@ -96,12 +97,29 @@ std::vector<int64_t> scan_labels(const Label* labels, int64_t rows, int64_t clas
   return std::move(found[0]);
 }
 
+// Takes what belongs to no segment out of the mask and of the positives of one tensor.
+void drop_ignored(const SegmentMap& segments, size_t level, int64_t count, uint64_t* words, std::vector<int64_t>& positives) {
+  const int64_t tasks = task_count(mask_words(count), kWordsPerTask);
+  run_tasks(tasks, [&](int64_t task) {
+    const int64_t begin = 64 * task_begin(mask_words(count), tasks, task);
+    const int64_t end = std::min(count, 64 * task_begin(mask_words(count), tasks, task + 1));
+    segments.for_runs(level, begin, end, [&](int64_t segment, int64_t first, int64_t last) {
+      if (segment == segments.num_segments()) clear_bits(words, first, last);
+    });
+  });
+  const auto is_ignored = [&](int64_t index) {
+    return segments.run_at(level, index, index + 1).segment == segments.num_segments();
+  };
+  positives.erase(std::remove_if(positives.begin(), positives.end(), is_ignored), positives.end());
+}
+
 std::tuple<Tensor, Tensor, Tensor> ranking_collect(Tensors logits, Tensors targets, Tensors quality,
                                                    std::optional<Tensor> segments, int64_t num_segments,
                                                    std::optional<int64_t> max_positives, bool background_first) {
   check_logits("ranking_collect", logits);
   check_collect_targets("ranking_collect", logits, targets, quality);
-  check_unsegmented("ranking_collect", segments, num_segments);
+  check_segments("ranking_collect", logits, segments, num_segments);
+  const SegmentMap map(logits, segments, num_segments);
   STD_TORCH_CHECK(!max_positives || *max_positives >= 0, "ranking_collect: max_positives must be None or at least 0, got ",
                   max_positives.value_or(0));
   Tensor negatives = new_cpu_tensor({mask_bytes(logits)}, ScalarType::Byte);
@@ -124,6 +142,7 @@ std::tuple<Tensor, Tensor, Tensor> ranking_collect(Tensors logits, Tensors targe
               ? scan_labels(static_cast<const int32_t*>(target.const_data_ptr()), rows, classes, background_first, words)
               : scan_labels(static_cast<const int64_t*>(target.const_data_ptr()), rows, classes, background_first, words));
     }
+    if (map.ignores_elements()) drop_ignored(map, level, count, words, found.back());
     words += mask_words(count);
     found_count += static_cast<int64_t>(found.back().size());
   }
@@ -141,8 +160,10 @@ std::tuple<Tensor, Tensor, Tensor> ranking_collect(Tensors logits, Tensors targe
     else gather_elements(quality[level], found[level], logits[level].size(logits[level].dim() - 1), count, value);
     for (int64_t i = 0; i < count; ++i) {
       if (!std::isfinite(logit[i]) || !std::isfinite(value[i])) logit[i] = kNaN;
-      records[kSegment * capacity + slot + i] = 0;
-      records[kIndex * capacity + slot + i] = static_cast<double>(first_index + found[level][i]);
+      const int64_t index = found[level][i];
+      records[kSegment * capacity + slot + i] =
+          map.is_single() ? 0 : static_cast<double>(map.run_at(level, index, index + 1).segment);
+      records[kIndex * capacity + slot + i] = static_cast<double>(first_index + index);
     }
     slot += count;
     first_index += logits[level].numel();

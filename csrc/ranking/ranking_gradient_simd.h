@@ -5,16 +5,20 @@
 #include "ranking/ranking_simd.h"
 
 template <class In, class T>
-static void gradient_word(const In* logits, int64_t count, uint64_t negatives, const GradientPass<T>& pass, In* gradient) {
-  for (int64_t i = 0; i < count; ++i) gradient[i] = In(negatives >> i & 1 ? gradient_one(pass, widen(logits[i])) : T(0));
+static void gradient_word(const In* logits, int64_t count, uint64_t negatives, const int32_t* part, const GradientPass<T>& pass,
+                          In* gradient) {
+  for (int64_t i = 0; i < count; ++i)
+    gradient[i] = In(negatives >> i & 1 ? gradient_one(pass, part == nullptr ? 0 : part[i], widen(logits[i])) : T(0));
 }
 
 #if RSL_ISA != 0
 
 constexpr int kBlock = 1024;
 
-static inline Floats gradient_lanes(const GradientPass<float>& pass, Floats x, const int32_t* cells, uint32_t relevant) {
-  const Entries entries = gather_pairs(pass.cells, cells);
+// cells: inside the grid; addresses: with the part, in the table.
+static inline Floats gradient_lanes(const GradientPass<float>& pass, Floats x, const int32_t* cells, const int32_t* addresses,
+                                    uint32_t relevant) {
+  const Entries entries = gather_pairs(pass.cells, addresses);
   const Floats value = as_floats(entries.first), slope = as_floats(entries.second);
   const Floats t =
       multiply_subtract(at_most(broadcast(pass.grid.top), x), broadcast(pass.grid.scale), starts_of(pass.grid, cells));
@@ -26,26 +30,31 @@ static inline Floats gradient_lanes(const GradientPass<float>& pass, Floats x, c
   store(results, result);
   for (; searched; searched &= searched - 1) {
     const int lane = __builtin_ctz(searched);
-    if (values[lane] == values[lane])
-      results[lane] = searched_gradient(pass, edges_before(pass.cells[cells[lane]]), values[lane]);
+    if (values[lane] == values[lane]) results[lane] = crowded_gradient(pass, addresses[lane], values[lane]);
   }
   return load(results);
 }
 
 // A block of words: the cells of all its logits first, then the lines.
-template <class In>
-static void gradient_full_words(const In* logits, const uint64_t* negatives, int64_t words, const GradientPass<float>& pass,
-                                In* gradient) {
-  alignas(64) int32_t cells[kBlock];
-  const Floats lowest = broadcast(pass.edges[0]);
+template <bool kMixed, class In>
+static void gradient_full_words(const In* logits, const uint64_t* negatives, int64_t words, const LaneParts* lanes,
+                                const GradientPass<float>& pass, In* gradient) {
+  alignas(64) int32_t cells[kBlock], mixed_addresses[kMixed ? kBlock : 1];
+  const int32_t* addresses = kMixed ? mixed_addresses : cells;
+  Floats lowest = broadcast(pass.lowest);
   for (int64_t first = 0; first < words; first += kBlock / 64) {
     const int64_t last = first + kBlock / 64 < words ? first + kBlock / 64 : words;
     for (int64_t i = first * 64; i < last * 64; i += kLanes) store_cells(pass.grid, load(logits + i), cells + i - first * 64);
+    if constexpr (kMixed)
+      for (int64_t i = 0; i < (last - first) * 64; ++i)
+        mixed_addresses[i] = cells[i] + lanes->part[first * 64 + i] * pass.part_cells;
     for (int64_t i = first * 64; i < last * 64; i += kLanes) {
       const Floats x = load(logits + i);
+      if constexpr (kMixed) lowest = load(lanes->lowest + i);
       const uint32_t relevant = static_cast<uint32_t>(negatives[i / 64] >> i % 64) & kAllLanes & not_below(x, lowest);
+      const int64_t at = i - first * 64;
       store(gradient + i,
-            relevant ? select(relevant, gradient_lanes(pass, x, cells + i - first * 64, relevant)) : broadcast(0));
+            relevant ? select(relevant, gradient_lanes(pass, x, cells + at, addresses + at, relevant)) : broadcast(0));
     }
   }
 }
@@ -57,19 +66,23 @@ static void fill_line_cells(CellLine* cells, int64_t count, double value, double
   for (int64_t i = 0; i < count; ++i)
     cells[i] = {static_cast<float>(value + step * static_cast<double>(i)), static_cast<float>(step)};
 }
-// logits, gradient: [count]. negatives: [words of count].
+
+// logits, gradient: [count]. negatives: [words of count]. lanes: parts of the elements, or none if all are of the first part of
+// the pass.
 template <class In, class T>
-static void write_gradient(const In* logits, int64_t count, const uint64_t* negatives, const GradientPass<T>& pass,
-                           In* gradient) {
+static void write_gradient(const In* logits, int64_t count, const uint64_t* negatives, const LaneParts* lanes,
+                           const GradientPass<T>& pass, In* gradient) {
   int64_t word = 0;
 #if RSL_ISA != 0
   if constexpr (has_vectors<In>()) {
     word = count / 64;
-    gradient_full_words(logits, negatives, word, pass, gradient);
+    if (lanes == nullptr) gradient_full_words<false>(logits, negatives, word, lanes, pass, gradient);
+    else gradient_full_words<true>(logits, negatives, word, lanes, pass, gradient);
   }
 #endif
   for (; word * 64 < count; ++word) {
     const int64_t left = count - word * 64;
-    gradient_word(logits + word * 64, left < 64 ? left : 64, negatives[word], pass, gradient + word * 64);
+    const int32_t* part = lanes == nullptr ? nullptr : lanes->part + word * 64;
+    gradient_word(logits + word * 64, left < 64 ? left : 64, negatives[word], part, pass, gradient + word * 64);
   }
 }

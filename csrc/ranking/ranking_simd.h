@@ -193,6 +193,10 @@ static inline Floats at_most(Floats bound, Floats x) { return _mm256_min_ps(boun
 
 #if RSL_ISA != 0
 
+static inline void compress(int32_t* p, const int32_t* from, uint32_t mask) {
+  compress(reinterpret_cast<float*>(p), load(reinterpret_cast<const float*>(from)), mask);
+}
+
 // bfloat16 has no rounding instruction on every processor of these sets: round half to even on the bits, NaN stays NaN.
 static inline void store(BFloat16* p, Floats x) {
   alignas(64) float values[kLanes];

@@ -2,20 +2,38 @@
 // ranking_simd.h does the same with many. Bins are numbered by distinct breakpoints here: bin d has d of them at or below it.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "common/parallel.h"
 #include "ranking/cell_grid.h"
 #include "ranking/ranking.h"
+#include "ranking/segments_cpu.h"
 
 namespace rsloss {
 
 // Runs body(first cell, one past the last) on several threads.
 template <class Body>
-void for_cell_ranges(const CellGrid& grid, const Body& body) {
-  const int64_t cells = num_cells(grid), tasks = task_count(cells, kCellsPerTask);
-  run_tasks(tasks, [&](int64_t task) {
-    body(static_cast<int32_t>(task_begin(cells, tasks, task)), static_cast<int32_t>(task_begin(cells, tasks, task + 1)));
+void for_cell_ranges(int64_t cells, const Body& body) {
+  const int64_t tasks = task_count(cells, kCellsPerTask);
+  run_tasks(tasks, [&](int64_t task) { body(task_begin(cells, tasks, task), task_begin(cells, tasks, task + 1)); });
+}
+
+// The parts of the elements of some words, where these are of several segments.
+struct LaneParts {
+  alignas(64) int32_t part[kMixedElements];
+  alignas(64) float lowest[kMixedElements];  // first breakpoint; float32 only
+};
+
+template <class T>
+void fill_lane_parts(const SegmentMap& segments, const PartedEdges<T>& parted, size_t level, int64_t begin, int64_t end,
+                     LaneParts& lanes) {
+  segments.for_runs(level, begin, end, [&](int64_t segment, int64_t first, int64_t last) {
+    const int32_t part = parted.part(segment);
+    std::fill(lanes.part + (first - begin), lanes.part + (last - begin), part);
+    if constexpr (std::is_same_v<T, float>)
+      std::fill(lanes.lowest + (first - begin), lanes.lowest + (last - begin), parted.lowest(part));
   });
 }
 
@@ -47,22 +65,24 @@ struct BinPass;
 
 template <>
 struct BinPass<float> {
-  const float* edges;  // [num_edges] ascending, distinct
-  int32_t num_edges;
+  const float* edges;     // of all parts
+  const EdgePart* parts;  // from the one of all elements on, or the first one
+  const BinCell* cells;   // likewise, [parts, part_cells]
+  int32_t part_cells;
+  float lowest;  // first edge of the first of these parts
   CellGrid grid;
-  const BinCell* cells;
   double origin;         // of the offsets in `sums`
   OffsetScale far;       // their scale
   double scaled_origin;  // origin * far.scale
   OffsetScale near;      // scale of the offsets in `searched`, from the left breakpoint of the bin
-  BinSums* sums;         // [num_edges + 1]
-  BinSums* searched;     // [num_edges + 1]
+  BinSums* sums;         // [edges + 1]
+  BinSums* searched;     // [edges + 1]
 };
 
 template <>
 struct BinPass<double> {
   const double* edges;
-  int32_t num_edges;
+  const EdgePart* parts;
   OffsetScale near;
   BinSums* searched;
 };
@@ -72,23 +92,34 @@ inline void add(BinSums& bin, double distance, OffsetScale scale) {
   bin.sum += fixed_point_offset(distance, scale.scale, scale.most);
 }
 
+// `from` edges are at or below the value, one of part `part`, and some of them are its own; or the value is at or above the
+// first.
 template <class T>
-inline void bin_searched(const BinPass<T>& pass, int32_t from, T value) {
-  const int32_t bin = count_edges(pass.edges, pass.num_edges, from, value);
+inline void bin_searched(const BinPass<T>& pass, int32_t part, int32_t from, T value) {
+  const int32_t bin = count_edges(pass.edges, pass.parts[part].end, from, value);
   add(pass.searched[bin], static_cast<double>(value) - static_cast<double>(pass.edges[bin - 1]), pass.near);
 }
 
-// value >= edges[0]
-inline void bin_one(const BinPass<float>& pass, float value) {
-  const BinCell cell = pass.cells[cell_of(pass.grid, value)];
+// The cell at `address`, that of the value.
+inline void bin_crowded(const BinPass<float>& pass, int32_t address, float value) {
+  bin_searched<float>(pass, address / pass.part_cells, static_cast<int32_t>(pass.cells[address].before & ~kCrowded), value);
+}
+
+inline void bin_one(const BinPass<float>& pass, int32_t part, float value) {
+  if (!(value >= pass.edges[pass.parts[part].first])) return;
+  const int32_t address = part * pass.part_cells + cell_of(pass.grid, value);
+  const BinCell cell = pass.cells[address];
   if (cell.before & kCrowded) {
-    bin_searched<float>(pass, static_cast<int32_t>(cell.before & ~kCrowded), value);
+    bin_crowded(pass, address, value);
   } else {
     add(pass.sums[cell.before + (value >= cell.breakpoint ? 1 : 0)], static_cast<double>(value) - pass.origin, pass.far);
   }
 }
 
-inline void bin_one(const BinPass<double>& pass, double value) { bin_searched<double>(pass, 0, value); }
+inline void bin_one(const BinPass<double>& pass, int32_t part, double value) {
+  const int32_t first = pass.parts[part].first;
+  if (value >= pass.edges[first]) bin_searched<double>(pass, part, first, value);
+}
 
 // ---- gradient
 // ----------------------------------------------------------------------------------------------------------------
@@ -109,41 +140,55 @@ struct CellLine {
 
 template <class T>
 struct GradientPass {
-  const T* edges;  // [num_edges] ascending, distinct
-  int32_t num_edges;
-  const Line<T>* lines;  // [num_edges + 1] by bin, upstream gradient folded in
-  T highest;             // largest finite value; +inf is treated as this: the last line is flat
-  CellGrid grid;         // float32 only
-  const CellLine* cells;
+  const T* edges;         // of all parts
+  const EdgePart* parts;  // from the one of all elements on, or the first one
+  const Line<T>* lines;   // [edges + 1] by bin, upstream gradient folded in
+  T highest;              // largest finite value; +inf is treated as this: the last line is flat
+  T lowest;               // first edge of the first of these parts
+  CellGrid grid;          // float32 only, like all below
+  const CellLine* cells;  // [parts, part_cells]
+  int32_t part_cells;
 };
 
 template <class T>
-inline T searched_gradient(const GradientPass<T>& pass, int32_t from, T value) {
-  const int32_t bin = count_edges(pass.edges, pass.num_edges, from, value);
-  if (bin == 0) return 0;
+inline T searched_gradient(const GradientPass<T>& pass, int32_t part, int32_t from, T value) {
+  const int32_t bin = count_edges(pass.edges, pass.parts[part].end, from, value);
+  if (bin == pass.parts[part].first) return 0;
   const T bounded = value < pass.highest ? value : pass.highest;
   return pass.lines[bin].value + pass.lines[bin].slope * (bounded - pass.edges[bin - 1]);
 }
 
-inline int32_t edges_before(const CellLine& cell) {
+// The cell at `address`, that of the value, whose value is NaN.
+inline float crowded_gradient(const GradientPass<float>& pass, int32_t address, float value) {
   int32_t before;
-  __builtin_memcpy(&before, &cell.slope, sizeof before);
-  return before;
+  __builtin_memcpy(&before, &pass.cells[address].slope, sizeof before);
+  return searched_gradient(pass, address / pass.part_cells, before, value);
 }
 
-inline float gradient_one(const GradientPass<float>& pass, float value) {
+inline float gradient_one(const GradientPass<float>& pass, int32_t part, float value) {
   if (value != value) return value;
-  if (!(value >= pass.edges[0])) return 0;
-  const int32_t cell = cell_of(pass.grid, value);
-  const CellLine line = pass.cells[cell];
-  if (line.value != line.value) return searched_gradient(pass, edges_before(line), value);
+  if (!(value >= pass.edges[pass.parts[part].first])) return 0;
+  const int32_t cell = cell_of(pass.grid, value), address = part * pass.part_cells + cell;
+  const CellLine line = pass.cells[address];
+  if (line.value != line.value) return crowded_gradient(pass, address, value);
   const float bounded = value < pass.grid.top ? value : pass.grid.top;
   return line.value + line.slope * (bounded * pass.grid.scale - (pass.grid.origin + static_cast<float>(cell)));
 }
 
-inline double gradient_one(const GradientPass<double>& pass, double value) {
+inline double gradient_one(const GradientPass<double>& pass, int32_t part, double value) {
   if (value != value) return value;
-  return value >= pass.edges[0] ? searched_gradient(pass, 0, value) : 0;
+  const int32_t first = pass.parts[part].first;
+  return value >= pass.edges[first] ? searched_gradient(pass, part, first, value) : 0;
+}
+
+// The same pass for elements of one part alone, which is number 0 then.
+template <class Pass>
+Pass pass_of_part(Pass pass, int32_t part) {
+  pass.parts += part;
+  if constexpr (!std::is_same_v<Pass, BinPass<double>>) pass.lowest = pass.edges[pass.parts->first];
+  if constexpr (std::is_same_v<Pass, BinPass<float>> || std::is_same_v<Pass, GradientPass<float>>)
+    pass.cells += int64_t{part} * pass.part_cells;
+  return pass;
 }
 
 }  // namespace rsloss
