@@ -73,9 +73,10 @@ def rank_positives(
     else:
         capacity = max_positives or DEFAULT_CAPACITY
     if _checks.debug_checks():
-        # Of a group every process must raise, or none: that is left to `gather_positives`.
-        known_capacity = None if group is not None else max_positives or capacity
-        check_values(function, logits, targets, quality if is_unit_quality else [], background, known_capacity)
+        # More positives than the default of the loss, or of a process of a group, are told where that is known.
+        limit = max_positives or (None if default_capacity is not None else capacity)
+        values = quality if is_unit_quality else []
+        check_values(function, logits, targets, values, background, limit if group is None else None)
     positives, negatives, counts = _library.operator("ranking_collect", backend)(
         data, [targets], quality, ids, num_segments, capacity, background == "first"
     )
@@ -146,7 +147,7 @@ def read_targets(
         _checks.check_strided(function, "quality", quality)
         _checks.check_device(function, "quality", quality, logits)
         _checks.check_shape(function, "quality", quality, targets.shape, "the shape of targets")
-        return targets.contiguous(), [quality.detach().contiguous()]
+        return targets.contiguous(), [(quality.detach() if quality.requires_grad else quality).contiguous()]
     _checks.check_shape(
         function,
         "targets",
@@ -160,7 +161,7 @@ def read_targets(
         raise TypeError(f"{function}: targets must be real, got {targets.dtype}")
     dense = targets if targets.is_floating_point() else targets.to(torch.float32)
     _checks.check_floating(function, "targets", dense)
-    return dense.detach().contiguous(), []
+    return (dense.detach() if dense.requires_grad else dense).contiguous(), []
 
 
 def read_num_segments(function: str, logits: Tensor, segments: Tensor | int | str | None, num_segments: int | None) -> int:
