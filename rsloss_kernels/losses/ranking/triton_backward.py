@@ -65,14 +65,14 @@ def negative_gradient_kernel(
         begin, end = segment_ranks(ranges_ptr, segment, used, segment >= 0, True)
         first_slot, slots, top = 2 * begin, 2 * (end - begin), 2 * power_up_to(tl.max(end - begin))
     none = tl.zeros([BLOCK // 8, 8], tl.int32)
-    index = count_not_above(edges_ptr + first_slot, value, slots, top, is_negative, none)
-    on_line = is_negative & (index > 0)
-    index += first_slot
-    edge = tl.load(edges_ptr + index - 1, mask=on_line, other=0.0)
-    at_edge = tl.load(lines_ptr + used + index - 1, mask=on_line, other=0.0)
-    slope = tl.load(lines_ptr + 2 * used + index - 1, mask=on_line, other=0.0)
+    index = count_not_above(edges_ptr, first_slot, value, slots, top, is_negative, none)
+    # The last breakpoint at or below the element; -1 where there is none.
+    index = tl.where(is_negative & (index > 0), first_slot + index - 1, -1)
+    on_line = index >= 0
+    edge = tl.load(edges_ptr + index, mask=on_line, other=0.0)
     distance = tl.where(tl.abs(value) < float("inf"), value.to(tl.float64) - edge.to(tl.float64), 0.0)
-    gradient = at_edge + slope * distance
+    slope = tl.load(lines_ptr + 2 * used + index, mask=on_line, other=0.0)
+    gradient = tl.load(lines_ptr + used + index, mask=on_line, other=0.0) + slope * distance
     if grad_first_ptr is None:
         gradient = gradient * 0.0
     else:

@@ -123,11 +123,11 @@ def bin_kernel(
         lowest = tl.load(edges_ptr + first_slot, mask=slots > 0, other=float("nan"))
     wanted = is_negative & (value >= lowest)
     none = tl.zeros([BLOCK // 8, 8], tl.int32)
-    index = first_slot + count_not_above(edges_ptr + first_slot, value, slots, top, wanted, none)
+    index = first_slot + count_not_above(edges_ptr, first_slot, value, slots, top, wanted, none)
     tl.atomic_add(bins_ptr + index, tl.full([BLOCK // 8, 8], 1, tl.int64), mask=wanted, sem="relaxed")
     if not IS_STEP:
-        left = tl.load(edges_ptr + index - 1, mask=wanted, other=0.0)
         bits = offset_bits(counts_ptr)
+        left = tl.load(edges_ptr + index - 1, mask=wanted, other=0.0)
         offset = (value.to(tl.float64) - left.to(tl.float64)) * power_of_two(bits - exponent)
         most = power_of_two(bits) - 1
         offset = tl.where(offset > 0, tl.where(offset < most, offset, most), 0.0)

@@ -178,16 +178,16 @@ def power_up_to(size):
 
 
 @triton.jit
-def count_not_above(table_ptr, value, size, top, wanted, count):
-    """Number of entries of the ascending table[:size] that are <= value, where `wanted`.
+def count_not_above(table_ptr, base, value, size, top, wanted, count):
+    """Number of entries of the ascending table[base : base + size] that are <= value, where `wanted`.
 
-    table_ptr, size: one, or one for every value. top: a power of two with size < 2 top. count: zeros of the shape of value.
+    base, size: one, or one for every value. top: a power of two with size < 2 top. count: zeros of the shape of value.
     """
     step = top
     while step > 0:
         probe = count + step
         inside = wanted & (probe <= size)
-        entry = tl.load(table_ptr + probe - 1, mask=inside, other=0)
+        entry = tl.load(table_ptr + (base + probe - 1), mask=inside, other=0)
         count = tl.where(inside & (entry <= value), probe, count)
         step = step // 2
     return count

@@ -249,8 +249,8 @@ def lines_kernel(
     # The padding takes the last line.
     begin, end = ranks_of_segment(ranked_ptr, ranges_ptr, tl.minimum(slot // 2, valid - 1), valid, capacity, SEGMENTED)
     # Windows of the ranks below `closed` end at or left of all these slots, those from `opened` on start right of them.
-    closed = count_not_above(slots_ptr + capacity, first, valid, top, first >= 0, first * 0)
-    opened = count_not_above(slots_ptr, first + TILE - 1, valid, top, first >= 0, first * 0)
+    closed = count_not_above(slots_ptr, capacity, first, valid, top, first >= 0, first * 0)
+    opened = count_not_above(slots_ptr, 0, first + TILE - 1, valid, top, first >= 0, first * 0)
     below = tl.zeros([RUN], tl.float64)
     start = tl.min(begin)
     first_begin = start

@@ -91,10 +91,10 @@ def ranges_kernel(
     segment = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     wanted = segment <= num_segments
     none = tl.zeros([BLOCK], tl.int32)
-    begin = count_not_above(keys_ptr, segment.to(tl.float64) - 1, size, top, wanted, none)
+    begin = count_not_above(keys_ptr, 0, segment.to(tl.float64) - 1, size, top, wanted, none)
     tl.store(ranges_ptr + segment, begin, mask=wanted)
     if sizes_ptr is not None:
-        end = count_not_above(keys_ptr, segment.to(tl.float64), size, top, wanted & (segment < num_segments), none)
+        end = count_not_above(keys_ptr, 0, segment.to(tl.float64), size, top, wanted & (segment < num_segments), none)
         tl.atomic_add(sizes_ptr + 2, tl.sum((end > begin).to(tl.int32)), sem="relaxed")
 
 
