@@ -76,7 +76,8 @@ class Sweep:
             moment[first_slot] = 0
         inside = (from_slot[self.lo_slot] - from_slot[self.hi_slot]).double()
         distance = moment[self.hi_slot] - moment[self.lo_slot] - inside * self.offset
-        return above + (0.5 * inside + distance / (2 * self.delta)).clamp(min=0)
+        # Prefix sums that were not added up one after the other leave rounding where nothing was added.
+        return above + torch.where(inside > 0, 0.5 * inside + distance / (2 * self.delta), 0.0).clamp(min=0)
 
     def sums_above(self, values: Tensor) -> Tensor:
         """Sums of `values_j H(s_j - s_i)` over the positives j in the segment of i, for every positive i. [rows, V]"""
