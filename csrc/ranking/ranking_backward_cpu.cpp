@@ -16,6 +16,7 @@
 #include "common/isa.h"
 #include "common/new_tensor_cpu.h"
 #include "common/parallel.h"
+#include "ranking/patterns_cpu.h"
 #include "ranking/ranking.h"
 #include "ranking/ranking_checks.h"
 #include "ranking/ranking_sweep.h"
@@ -219,9 +220,17 @@ Tensors ranking_backward(Tensors logits, Tensor negatives, Tensor gradients, Ten
     const double* table = static_cast<const double*>(lines.const_data_ptr());
     const SegmentMap map(logits, segments, num_segments);
     const std::vector<SegmentRange> ranges = segment_ranges(records + kGradientSegment * capacity, capacity, num_segments);
+    const int64_t elements = static_cast<const int64_t*>(counts.const_data_ptr())[kElements];
+    if constexpr (sizeof(In) == 2) {
+      if (takes_patterns(map, elements)) {
+        const auto by_pattern = pattern_gradients<In>(table, 2 * capacity, 2 * count_ranks(ranges), first);
+        write_pattern_gradients<In>(logits, words, by_pattern.get(), results);
+        scatter_positives<In>(records, capacity, first, second, results);
+        return;
+      }
+    }
     const GradientTables<T> tables(table, 2 * capacity, ranges, PartedEdges<T>(table, ranges, num_segments, map.has_ids()),
-                                   first, largest_gradient(records, capacity, ratio),
-                                   static_cast<const int64_t*>(counts.const_data_ptr())[kElements]);
+                                   first, largest_gradient(records, capacity, ratio), elements);
     stream_gradient<In>(logits, words, map, tables, results);
     if (tables.factor != 1) scale_negatives<In>(words, tables.factor, results);
     scatter_positives<In>(records, capacity, first, second, results);

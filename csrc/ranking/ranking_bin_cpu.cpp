@@ -19,6 +19,7 @@
 #include "common/new_tensor_cpu.h"
 #include "common/parallel.h"
 #include "common/sort_doubles.h"
+#include "ranking/patterns_cpu.h"
 #include "ranking/ranking.h"
 #include "ranking/ranking_checks.h"
 #include "ranking/ranking_sweep.h"
@@ -132,7 +133,7 @@ struct BinTables {
   int64_t near_sum(const BinSums* sums, int64_t bin) const {
     const BinSums& distant = sums[bin];
     const int64_t searched = sums[num_sums() / 2 + bin].sum;
-    if (distant.count == 0) return searched;
+    if (distant.count == 0 || far.scale == 0) return searched;
     const auto left = static_cast<int64_t>(std::floor((static_cast<double>(parted.edges[bin - 1]) - origin) * far.scale));
     const uint64_t sum =
         static_cast<uint64_t>(distant.sum) - static_cast<uint64_t>(distant.count) * static_cast<uint64_t>(left);
@@ -148,10 +149,10 @@ struct BinTables {
 };
 
 // Writes counts and near sums to the bins of the slots; sums of bins outside every window stay 0, they may not fit.
-template <class T>
-void write_bins(const BinTables<T>& tables, const BinSums* sums, const Breakpoints& points,
-                const std::vector<SegmentRange>& ranges, int64_t* counts, int64_t* offsets) {
-  const int64_t num_bins = tables.num_sums() / 2;
+// count_of(bin), sum_of(bin): of the bins by distinct breakpoints.
+template <class Count, class Sum>
+void write_bins(const Breakpoints& points, const std::vector<SegmentRange>& ranges, const Count& count_of, const Sum& sum_of,
+                int64_t* counts, int64_t* offsets) {
   int64_t bin = 0;
   for (const SegmentRange& range : ranges) {
     const int64_t first = 2 * range.begin, last = 2 * range.end;
@@ -160,11 +161,24 @@ void write_bins(const BinTables<T>& tables, const BinSums* sums, const Breakpoin
       while (opened < range.end && points.lo_slot[opened] <= slot) ++opened;
       if (slot == first || points.edges[slot] != points.edges[slot - 1]) ++bin;
       if (slot + 1 < last && points.edges[slot + 1] == points.edges[slot]) continue;
-      counts[slot + 1] = sums[bin].count + sums[num_bins + bin].count;
+      counts[slot + 1] = count_of(bin);
       const bool is_covered = 2 * (opened - range.begin) > slot + 1 - first;
-      if (is_covered && tables.near.scale > 0) offsets[slot + 1] = tables.near_sum(sums, bin);
+      if (is_covered) offsets[slot + 1] = sum_of(bin);
     }
   }
+}
+
+// The same negatives by their bit patterns; returns the number of NaN among them.
+template <class In>
+int64_t bin_patterns(const Tensors& logits, const uint64_t* words, const std::vector<SegmentRange>& ranges,
+                     const Breakpoints& points, OffsetScale scale, int64_t* counts, int64_t* offsets) {
+  const PartedEdges<float> parted(points.edges.data(), ranges, 1, false);
+  std::vector<BinSums> sums(parted.edges.size() + 1);
+  const int64_t nan_count = bin_histogram<In>(histogram<In>(logits, words).get(), parted.edges, scale, sums.data());
+  write_bins(
+      points, ranges, [&](int64_t bin) { return sums[bin].count; }, [&](int64_t bin) { return sums[bin].sum; }, counts,
+      offsets);
+  return nan_count;
 }
 
 // Streams the negatives of all tensors; returns the number of NaN among them.
@@ -212,7 +226,9 @@ int64_t stream_negatives(const Tensors& logits, const uint64_t* words, const Seg
       sums[i].sum += sums[task * num_sums + i].sum;
     }
   }
-  write_bins(tables, sums.data(), points, ranges, counts, offsets);
+  write_bins(
+      points, ranges, [&](int64_t bin) { return sums[bin].count + sums[num_sums / 2 + bin].count; },
+      [&](int64_t bin) { return tables.near_sum(sums.data(), bin); }, counts, offsets);
   return nan_counts[0];
 }
 
@@ -238,6 +254,13 @@ std::tuple<Tensor, Tensor> ranking_bin(Tensors logits, Tensor negatives, Tensor 
   dispatch_floating(logits[0].scalar_type(), [&](auto tag) {
     using In = decltype(tag);
     const Breakpoints points = merge_breakpoints<Arithmetic<In>>(sorted, ranges, delta);
+    if constexpr (sizeof(In) == 2) {
+      if (takes_patterns(map, elements)) {
+        bin_counts[0] = bin_patterns<In>(logits, static_cast<const uint64_t*>(negatives.const_data_ptr()), ranges, points,
+                                         {unit > 0 ? 1 / unit : 0, most}, bin_counts, bin_counts + columns);
+        return;
+      }
+    }
     bin_counts[0] = stream_negatives<In>(logits, static_cast<const uint64_t*>(negatives.const_data_ptr()), map, ranges, points,
                                          unit, most, elements, bin_counts, bin_counts + columns);
   });

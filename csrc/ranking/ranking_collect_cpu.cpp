@@ -120,6 +120,7 @@ std::tuple<Tensor, Tensor, Tensor> ranking_collect(Tensors logits, Tensors targe
   check_collect_targets("ranking_collect", logits, targets, quality);
   check_segments("ranking_collect", logits, segments, num_segments);
   const SegmentMap map(logits, segments, num_segments);
+  const bool ignores_elements = map.ignores_elements();
   STD_TORCH_CHECK(!max_positives || *max_positives >= 0, "ranking_collect: max_positives must be None or at least 0, got ",
                   max_positives.value_or(0));
   Tensor negatives = new_cpu_tensor({mask_bytes(logits)}, ScalarType::Byte);
@@ -142,7 +143,7 @@ std::tuple<Tensor, Tensor, Tensor> ranking_collect(Tensors logits, Tensors targe
               ? scan_labels(static_cast<const int32_t*>(target.const_data_ptr()), rows, classes, background_first, words)
               : scan_labels(static_cast<const int64_t*>(target.const_data_ptr()), rows, classes, background_first, words));
     }
-    if (map.ignores_elements()) drop_ignored(map, level, count, words, found.back());
+    if (ignores_elements) drop_ignored(map, level, count, words, found.back());
     words += mask_words(count);
     found_count += static_cast<int64_t>(found.back().size());
   }

@@ -16,6 +16,15 @@ static inline void store(float* p, Floats x) { _mm512_storeu_ps(p, x); }
 static inline void store(Half* p, Floats x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 }
+// bfloat16 has no rounding instruction on every processor of these sets: round half to even on the bits, NaN stays NaN.
+static inline void store(BFloat16* p, Floats x) {
+  const __m512i bits = _mm512_castps_si512(x);
+  const __m512i is_odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(is_odd, _mm512_set1_epi32(0x7fff))), 16);
+  const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  const __m512i result = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(result));
+}
 static inline Floats broadcast(float x) { return _mm512_set1_ps(x); }
 static inline uint32_t equal(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
 static inline uint32_t not_at_most(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLE_UQ); }
@@ -102,6 +111,15 @@ static inline Floats load(const BFloat16* p) {
 static inline void store(float* p, Floats x) { _mm256_storeu_ps(p, x); }
 static inline void store(Half* p, Floats x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+static inline void store(BFloat16* p, Floats x) {
+  const __m256i bits = _mm256_castps_si256(x);
+  const __m256i is_odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(is_odd, _mm256_set1_epi32(0x7fff))), 16);
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+  const __m256i result = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), nan);
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(result, result), 0x08);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
 }
 static inline Floats broadcast(float x) { return _mm256_set1_ps(x); }
 static inline uint32_t bits_of(Floats mask) { return static_cast<uint32_t>(_mm256_movemask_ps(mask)); }
@@ -195,13 +213,6 @@ static inline Floats at_most(Floats bound, Floats x) { return _mm256_min_ps(boun
 
 static inline void compress(int32_t* p, const int32_t* from, uint32_t mask) {
   compress(reinterpret_cast<float*>(p), load(reinterpret_cast<const float*>(from)), mask);
-}
-
-// bfloat16 has no rounding instruction on every processor of these sets: round half to even on the bits, NaN stays NaN.
-static inline void store(BFloat16* p, Floats x) {
-  alignas(64) float values[kLanes];
-  store(values, x);
-  for (int lane = 0; lane < kLanes; ++lane) p[lane] = BFloat16(values[lane]);
 }
 
 constexpr uint32_t kAllLanes = static_cast<uint32_t>((uint64_t{1} << kLanes) - 1);

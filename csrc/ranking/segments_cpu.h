@@ -27,12 +27,15 @@ class SegmentMap {
     ids_ = static_cast<const int32_t*>(segments->const_data_ptr());
     num_ids_ = segments->numel();
     row_size_ = num_ids_ > 0 ? (first_.back() + size_.back()) / num_ids_ : 0;
-    for (int64_t i = 0; i < num_ids_; ++i) ignores_ |= segment(ids_[i]) == num_segments_;
   }
 
   bool is_single() const { return form_ == kChunks && num_segments_ == 1; }
   bool has_ids() const { return form_ != kChunks; }
-  bool ignores_elements() const { return ignores_; }
+  bool ignores_elements() const {
+    bool ignores = false;
+    for (int64_t i = 0; i < num_ids_; ++i) ignores |= segment(ids_[i]) == num_segments_;
+    return ignores;
+  }
   int64_t num_segments() const { return num_segments_; }
 
   // A run of elements of one segment: up to `end`, perhaps further.
@@ -107,7 +110,6 @@ class SegmentMap {
   const int32_t* ids_ = nullptr;
   int64_t num_ids_ = 0;
   int64_t row_size_ = 0;
-  bool ignores_ = false;
   std::vector<int64_t> first_;  // by tensor: index of its first element
   std::vector<int64_t> size_;
 };

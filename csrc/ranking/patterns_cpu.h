@@ -1,0 +1,167 @@
+// 16-bit logits take 65,536 values at most: many of them are counted by their bits, and one table of gradients serves all.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include "common/floating_cpu.h"
+#include "common/parallel.h"
+#include "ranking/ranking_sweep.h"
+
+namespace rsloss {
+
+constexpr int64_t kPatterns = 1 << 16;
+
+// Clearing, adding up and walking the counts, and filling the table, cost about as much as a quarter of a million elements
+// save. A count of all elements fits 32 bits. All processes of a group must decide alike.
+inline bool takes_patterns(const SegmentMap& segments, int64_t elements) {
+  return segments.is_single() && elements >= int64_t{1} << 18 && elements < int64_t{1} << 32;
+}
+
+// The pattern of the i-th value in ascending order, negative NaN first, positive NaN last.
+inline uint16_t pattern_at(int64_t i) {
+  return static_cast<uint16_t>(i < kPatterns / 2 ? kPatterns - 1 - i : i - kPatterns / 2);
+}
+
+template <class In>
+inline In from_pattern(uint16_t pattern) {
+  In value;
+  std::memcpy(&value, &pattern, sizeof value);
+  return value;
+}
+
+// Adds the elements whose bits are set to counts [2, kPatterns]; neighbours go to different rows, so that runs of equal values
+// do not wait for one another.
+inline void count_patterns(const uint16_t* logits, int64_t count, const uint64_t* negatives, uint32_t* counts) {
+  uint32_t* others = counts + kPatterns;
+  for (int64_t word = 0; word * 64 < count; ++word) {
+    const int64_t left = count - word * 64;
+    const uint64_t mask = left < 64 ? negatives[word] & ((uint64_t{1} << left) - 1) : negatives[word];
+    const uint16_t* values = logits + word * 64;
+    if (mask != ~uint64_t{0}) {
+      for (uint64_t bits = mask; bits != 0; bits &= bits - 1) ++counts[values[__builtin_ctzll(bits)]];
+      continue;
+    }
+    for (int i = 0; i < 64; i += 4) {
+      uint64_t four;
+      std::memcpy(&four, values + i, sizeof four);
+      ++counts[four & 0xffff];
+      ++others[four >> 16 & 0xffff];
+      ++counts[four >> 32 & 0xffff];
+      ++others[four >> 48];
+    }
+  }
+}
+
+// Counts of the patterns among the negatives of all tensors: half a megabyte per thread, of which there are two at most.
+template <class In>
+std::unique_ptr<uint32_t[]> histogram(const Tensors& logits, const uint64_t* words) {
+  const int64_t tasks = std::min<int64_t>(2, task_count(mask_words(count_elements(logits)), kWordsPerTask));
+  std::unique_ptr<uint32_t[]> counts(new uint32_t[2 * tasks * kPatterns]);
+  run_tasks(tasks, [&](int64_t task) { std::fill_n(&counts[2 * task * kPatterns], 2 * kPatterns, 0); });
+  for (const Tensor& level : logits) {
+    const uint16_t* data = static_cast<const uint16_t*>(level.const_data_ptr());
+    const int64_t count = level.numel(), level_words = mask_words(count);
+    run_tasks(tasks, [&](int64_t task) {
+      const int64_t begin = task_begin(level_words, tasks, task), end = task_begin(level_words, tasks, task + 1);
+      count_patterns(data + begin * 64, std::min(end * 64, count) - begin * 64, words + begin, &counts[2 * task * kPatterns]);
+    });
+    words += level_words;
+  }
+  for (int64_t row = 1; row < 2 * tasks; ++row)
+    for (int64_t i = 0; i < kPatterns; ++i) counts[i] += counts[row * kPatterns + i];
+  return counts;
+}
+
+// Adds all counted values to the bins of `edges`, [edges + 1]; returns the number of NaN.
+template <class In>
+int64_t bin_histogram(const uint32_t* counts, const std::vector<float>& edges, OffsetScale scale, BinSums* sums) {
+  int64_t nan_count = 0;
+  size_t bin = 0;
+  for (int64_t i = 0; i < kPatterns; ++i) {
+    const uint16_t pattern = pattern_at(i);
+    const int64_t count = counts[pattern];
+    if (count == 0) continue;
+    const float value = widen(from_pattern<In>(pattern));
+    if (value != value) {
+      nan_count += count;
+      continue;
+    }
+    while (bin < edges.size() && edges[bin] <= value) ++bin;
+    if (bin == 0) continue;
+    const double distance = static_cast<double>(value) - static_cast<double>(edges[bin - 1]);
+    sums[bin].count += count;
+    sums[bin].sum += count * fixed_point_offset(distance, scale.scale, scale.most);
+  }
+  return nan_count;
+}
+
+// The gradient of a negative by its pattern. lines: [3, columns], of which the first `slots` hold breakpoints.
+template <class In>
+std::unique_ptr<In[]> pattern_gradients(const double* lines, int64_t columns, int64_t slots, double upstream) {
+  std::unique_ptr<In[]> table(new In[kPatterns]);
+  const double *value = lines + columns, *slope = lines + 2 * columns;
+  const int64_t tasks = task_count(kPatterns, kPatterns / 8);
+  run_tasks(tasks, [&](int64_t task) {
+    int64_t below = -1;
+    for (int64_t i = task_begin(kPatterns, tasks, task); i < task_begin(kPatterns, tasks, task + 1); ++i) {
+      const uint16_t pattern = pattern_at(i);
+      const double s = widen(from_pattern<In>(pattern));
+      if (s != s) {
+        table[pattern] = from_pattern<In>(pattern);
+        continue;
+      }
+      if (below < 0) below = std::upper_bound(lines, lines + slots, s) - lines;
+      while (below < slots && lines[below] <= s) ++below;
+      // The last line is flat, up to infinity.
+      const double bounded = std::min(s, static_cast<double>(std::numeric_limits<float>::max()));
+      const double gradient = below > 0 ? value[below - 1] + slope[below - 1] * (bounded - lines[below - 1]) : 0;
+      table[pattern] = In(static_cast<float>(upstream * gradient));
+    }
+  });
+  return table;
+}
+
+// logits, gradient: [count]. negatives: [words of count].
+inline void look_up_patterns(const uint16_t* logits, int64_t count, const uint64_t* negatives, const uint16_t* table,
+                             uint16_t* gradient) {
+  for (int64_t word = 0; word * 64 < count; ++word) {
+    const int64_t begin = word * 64, end = std::min(begin + 64, count);
+    int64_t i = begin;
+    for (; i + 4 <= end; i += 4) {
+      uint64_t four;
+      std::memcpy(&four, logits + i, sizeof four);
+      const uint64_t result = uint64_t{table[four & 0xffff]} | uint64_t{table[four >> 16 & 0xffff]} << 16 |
+                              uint64_t{table[four >> 32 & 0xffff]} << 32 | uint64_t{table[four >> 48]} << 48;
+      std::memcpy(gradient + i, &result, sizeof result);
+    }
+    for (; i < end; ++i) gradient[i] = table[logits[i]];
+    for (uint64_t others = ~negatives[word]; others != 0; others &= others - 1) {
+      const int64_t at = begin + __builtin_ctzll(others);
+      if (at >= end) break;
+      gradient[at] = 0;
+    }
+  }
+}
+
+template <class In>
+void write_pattern_gradients(const Tensors& logits, const uint64_t* words, const In* table, const Tensors& gradients) {
+  for (size_t level = 0; level < logits.size(); ++level) {
+    const uint16_t* data = static_cast<const uint16_t*>(logits[level].const_data_ptr());
+    uint16_t* gradient = static_cast<uint16_t*>(gradients[level].mutable_data_ptr());
+    const int64_t count = logits[level].numel(), level_words = mask_words(count);
+    const int64_t tasks = task_count(level_words, kWordsPerTask);
+    run_tasks(tasks, [&](int64_t task) {
+      const int64_t begin = task_begin(level_words, tasks, task), end = task_begin(level_words, tasks, task + 1);
+      look_up_patterns(data + begin * 64, std::min(end * 64, count) - begin * 64, words + begin,
+                       reinterpret_cast<const uint16_t*>(table), gradient + begin * 64);
+    });
+    words += level_words;
+  }
+}
+
+}  // namespace rsloss
