@@ -29,6 +29,11 @@ MOST_REGISTERS = {
     "ranking_offsets_kernel": 40,
     "ranking_breakpoints_kernel": 40,
     "ranking_bin_kernel": 64,
+    "ranking_clear_kernel": 40,
+    "ranking_histogram_kernel": 64,
+    "ranking_distribute_kernel": 40,
+    "ranking_value_table_kernel": 40,
+    "ranking_look_up_kernel": 64,
     "ranking_before_slot_kernel": 64,
     "ranking_losses_kernel": 64,
     "ranking_tables_kernel": 64,
@@ -48,6 +53,10 @@ INSTANCES = {
     "ranking_rank_kernel": 2,
     "ranking_breakpoints_kernel": 4,
     "ranking_bin_kernel": 16,
+    "ranking_histogram_kernel": 4,
+    "ranking_distribute_kernel": 2,
+    "ranking_value_table_kernel": 2,
+    "ranking_look_up_kernel": 4,
     "ranking_before_slot_kernel": 2,
     "ranking_losses_kernel": 2,
     "ranking_tables_kernel": 2,
@@ -138,7 +147,7 @@ def test_glue_compiles_against_the_stable_headers(source):
 
 
 def test_every_source_is_compiled():
-    stages = ("backward", "bin", "collect", "finalize", "rank")
+    stages = ("backward", "bin", "collect", "finalize", "rank", "value")
     kernels = ["alrp_kernels.cu", "ap_kernels.cu", "rank_sort_kernels.cu", *(f"ranking_{stage}_kernels.cu" for stage in stages)]
     assert [path.name for path in KERNEL_FILES] == kernels
     assert [path.name for path in GLUE_FILES] == ["alrp_cuda.cpp", "ap_cuda.cpp", "rank_sort_cuda.cpp", "ranking_cuda.cpp"]

@@ -203,6 +203,40 @@ def test_more_positives_than_one_sort_tile(num_segments, generator):
     assert_close_tables(logits, found, delta, {"average_precision_finalize": (True,)}, None, num_segments)
 
 
+# Room for a few counters, for a part of the values, and for all of them.
+@pytest.mark.parametrize("settings", [{"shared_bytes": "16500"}, {}, {"shared_bytes": "270000", "reverse": "1"}], ids=str)
+@pytest.mark.parametrize("dtype", harness.ROUNDING, ids=str)
+def test_many_16_bit_logits_by_value(dtype, settings, generator):
+    """A histogram instead of searches: the same bins bit for bit; the gradient from a table."""
+    sizes, positives, delta = (1 << 20, 0, 7), 40, 0.25
+    logits = [(torch.randn(size + 1, generator=generator) * 3).to(dtype)[1:] for size in sizes]
+    logits[0] = logits[0].clone()
+    logits[0][-5:] = torch.tensor([torch.inf, -torch.inf, 0.0, -0.0, 7.0])
+    targets = [torch.zeros(size) for size in sizes]
+    targets[0][:positives] = torch.rand(positives, generator=generator) + 0.1
+    # The first edge is a zero, which comes with both signs.
+    logits[0][:positives] = logits[0][:positives].abs() + delta
+    logits[0][3] = delta
+    targets[0][positives : positives + 1000] = -1
+    before = launches()
+    with emulated(**settings):
+        got = harness.Pipeline(CUDA, logits, targets, delta=delta, capacity=64).run((0.5, 2.0))
+    by_value, before = launches() - before, launches()
+    few = [[level[:1000] for level in levels] for levels in (logits, targets)]
+    harness.Pipeline(CUDA, *few, delta=delta, capacity=64).run()
+    assert by_value == launches() - before + 3, "to clear and to spread the histogram, and to make the table"
+    wanted = harness.Pipeline(REFERENCE, [level.double() for level in logits], targets, delta=delta, capacity=64).run((0.5, 2.0))
+    assert_gates(CUDA, got, [float(loss) for loss in wanted.losses], wanted.gradient)
+    logits[0][5000], logits[2][3] = torch.nan, torch.nan
+    with emulated(**settings):
+        found = tables("cuda", logits, targets, [], 64, delta)
+        broken = harness.Pipeline(CUDA, logits, targets, delta=delta, capacity=64).run()
+        overflow = harness.Pipeline(CUDA, logits, targets, delta=delta, capacity=positives - 1).run()
+    assert_same_bits(found, tables("reference", logits, targets, [], 64, delta))
+    assert found[-1][0, 0] == 2 and broken.gradient.isnan().nonzero().flatten().tolist() == [5000, (1 << 20) + 3]
+    assert overflow.gradient.isnan().all()
+
+
 @pytest.mark.parametrize("finalize", FINALIZERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_two_processes_compute_the_bits_of_one(finalize, dtype, generator):
@@ -233,17 +267,22 @@ def test_two_processes_compute_the_bits_of_one(finalize, dtype, generator):
         assert torch.equal(own, gradient[first:last])
 
 
+def launches() -> int:
+    """Kernels launched since the library was loaded."""
+    count = ctypes.CDLL(str(build.build())).cuda_emulator_launches
+    count.restype = ctypes.c_int64
+    return count()
+
+
 def test_launches_depend_on_capacities_alone(generator):
-    library = ctypes.CDLL(str(build.build()))
-    library.cuda_emulator_launches.restype = ctypes.c_int64
     logits = torch.randn((600, 5), generator=generator)
     draws = [torch.rand((600, 5), generator=generator) * scale - scale + 1 for scale in (2, 20, 4000)]
     for num_segments in (1, 10):
         counted = set()
         for targets in (*draws, -torch.ones(600, 5), torch.ones(600, 5), torch.zeros(600, 5)):
-            before = library.cuda_emulator_launches()
+            before = launches()
             harness.Pipeline(CUDA, [logits], [targets.clamp(min=0)], capacity=1000, num_segments=num_segments).run()
-            counted.add(library.cuda_emulator_launches() - before)
+            counted.add(launches() - before)
         assert len(counted) == 1 and counted.pop() > 5
 
 

@@ -49,6 +49,13 @@ __device__ __forceinline__ void narrow(float x, __nv_bfloat16* out) { *out = __f
 __device__ __forceinline__ void narrow(float x, float* out) { *out = x; }
 __device__ __forceinline__ void narrow(double x, double* out) { *out = x; }
 
+template <class Element>
+__device__ __forceinline__ Element narrowed(Arithmetic<Element> x) {
+  Element element;
+  narrow(x, &element);
+  return element;
+}
+
 // One element of an array whose floating type is known at run time only; for the few elements that are positives.
 __device__ __forceinline__ double load_as_double(const void* array, Type type, int64_t index) {
   switch (type) {

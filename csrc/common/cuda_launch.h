@@ -27,6 +27,8 @@ namespace rsloss {
 // Element types of the caller's tensors.
 enum class Type : int { kHalf, kBFloat16, kFloat, kDouble, kInt32, kInt64 };
 
+inline bool is_16_bit(Type type) { return type == Type::kHalf || type == Type::kBFloat16; }
+
 // Enqueues `kernel` on `stream`; arguments convert to the kernel's parameters. Dynamic shared memory above 48 KiB is an opt-in.
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), int64_t grid, int block, size_t shared_bytes, cudaStream_t stream,

@@ -1,69 +1,20 @@
 // Streams the logits into their gradient: negatives from the lines, positives from the table.
 #include "ranking/ranking_stream.cuh"
+#include "ranking/ranking_value_kernels.cuh"
 
 namespace rsloss {
 namespace {
 
-// The lines of the gradient in the type they are evaluated in.
 template <class T, class Stored, bool kSegmented>
-struct Lines {
-  EdgeLocator<T, Stored, kSegmented> locator;
-  const Stored* values;
-  const Stored* slopes;
+using LinesOf = Lines<T, Stored, EdgeLocator<T, Stored, kSegmented>>;
 
-  __device__ __forceinline__ T operator()(T value, int32_t segment) const {
-    if (isnan(value)) return value;
-    const int k = locator.find(value, segment);
-    if (k < 0) return 0;
-    // At +inf the last line is flat; its distance would be inf * 0.
-    const T distance = isinf(value) ? T(0) : value - static_cast<T>(locator.edges[k]);
-    return static_cast<T>(values[k]) + static_cast<T>(slopes[k]) * distance;
-  }
-};
-
-// Streams the logits and writes the gradient of one tensor: (2 sizeof(Element) + 1/8) bytes per element.
-template <class Element, int kVector, class Cursor, class Gradient>
-__device__ __forceinline__ void stream_gradient(const BackwardLevel& level, Gradient gradient_of) {
-  const Element* const logits = static_cast<const Element*>(level.logits);
-  Element* const gradients = static_cast<Element*>(level.gradient);
-  const int64_t groups = (level.elements + kVector - 1) / kVector;
-  for (int64_t group = grid_thread(); group < groups; group += kUnroll * grid_threads()) {
-    Group<Element, kVector> loaded[kUnroll];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) loaded[u].load(logits, level.negatives, level.elements, group + u * grid_threads());
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int64_t first = (group + u * grid_threads()) * kVector;
-      if (first >= level.elements) continue;
-      Cursor cursor(level.segments, first);
-      Pack<Element, kVector> out;
-#pragma unroll
-      for (int v = 0; v < kVector; ++v, cursor.next()) {
-        const auto value = widen(loaded[u].pack.values[v]);
-        const bool is_negative = (loaded[u].negative >> v & 1) != 0;
-        narrow(gradient_of(value, is_negative, cursor), &out.values[v]);
-      }
-      if (first + kVector <= level.elements) {
-        *reinterpret_cast<Pack<Element, kVector>*>(gradients + first) = out;
-      } else {
-        // Unrolled, so that the pack stays in registers.
-#pragma unroll
-        for (int v = 0; v < kVector; ++v) {
-          if (first + v < level.elements) gradients[first + v] = out.values[v];
-        }
-      }
-    }
-  }
-}
-
-template <class Element, int kVector, bool kSegmented, class Stored>
+template <class Element, int kVector, class Stored, class Locate>
 __device__ __forceinline__ void stream_lines(const BackwardLevel& level,
-                                             const Lines<Arithmetic<Element>, Stored, kSegmented>& lines,
+                                             const Lines<Arithmetic<Element>, Stored, Locate>& lines,
                                              Arithmetic<Element> factor) {
-  using T = Arithmetic<Element>;
-  using Cursor = typename EdgeLocator<T, Stored, kSegmented>::Cursor;
-  stream_gradient<Element, kVector, Cursor>(level, [=](T value, bool is_negative, const Cursor& cursor) {
-    return is_negative ? lines(value, cursor.id()) * factor : T(0);
+  using Cursor = typename Locate::Cursor;
+  stream_gradient<Element, kVector, Cursor>(level, [=](Element element, bool is_negative, const Cursor& cursor) {
+    return narrowed<Element>(is_negative ? lines(widen(element), cursor.id()) * factor : 0);
   });
 }
 
@@ -81,7 +32,8 @@ __global__ void __launch_bounds__(kLargeBlock, 1)
   using T = Arithmetic<Element>;
   RSL_DYNAMIC_SHARED(memory);
   if (counts[kFound] > capacity) {
-    stream_gradient<Element, kVector, OneSegment>(level, [](T, bool, const OneSegment&) { return static_cast<T>(NAN); });
+    stream_gradient<Element, kVector, OneSegment>(
+        level, [](Element, bool, const OneSegment&) { return narrowed<Element>(static_cast<T>(NAN)); });
     return;
   }
   const int count = 2 * used_columns(counts, capacity);
@@ -92,11 +44,11 @@ __global__ void __launch_bounds__(kLargeBlock, 1)
       table[k] = static_cast<T>(lines[k / count * 2 * capacity + k % count]);
     }
     __syncthreads();
-    Lines<T, T, kSegmented> of = {{}, table + kValue * count, table + kSlope * count};
+    LinesOf<T, T, kSegmented> of = {{}, table + kValue * count, table + kSlope * count};
     of.locator.build(table, count, segments, memory);
     stream_lines<Element, kVector>(level, of, factor);
   } else {
-    Lines<T, double, kSegmented> of = {{}, lines + kValue * 2 * capacity, lines + kSlope * 2 * capacity};
+    LinesOf<T, double, kSegmented> of = {{}, lines + kValue * 2 * capacity, lines + kSlope * 2 * capacity};
     of.locator.build(lines, count, segments, memory);
     stream_lines<Element, kVector>(level, of, factor);
   }
@@ -134,24 +86,33 @@ cudaError_t launch_backward_typed(const BackwardLevel* levels, int num_levels, c
   RSL_RETURN_IF_ERROR(device_limits(&limits));
   const T* const first = static_cast<const T*>(grad_first);
   const T* const second = static_cast<const T*>(grad_second);
+  Workspace memory(workspace);
   SegmentTable segments = {};
   if (num_segments > 1) {
-    Workspace memory(workspace);
     segments = SegmentTable::take(&memory, num_segments);
     RSL_RETURN_IF_ERROR(
         launch_segment_offsets(gradients + kGradientSegment * capacity, nullptr, counts, capacity, segments, stream));
+  }
+  const bool by_value = sizeof(Element) == 2 && is_by_value(count_elements(levels, num_levels), num_segments);
+  if constexpr (sizeof(Element) == 2) {
+    Element* const table = memory.take<Element>(kValues);
+    if (by_value) {
+      RSL_RETURN_IF_ERROR(launch_value_backward<Element>(levels, num_levels, lines, counts, capacity, first, table, stream));
+    }
   }
   const int64_t shared = std::min<int64_t>(limits.shared_per_block, lines_shared_bytes<T>(2 * capacity));
   const int64_t scatter_grid = resident_grid(ceil_div(capacity, kThreads), limits);
   for (int i = 0; i < num_levels; ++i) {
     const BackwardLevel& level = levels[i];
     if (level.elements == 0) continue;
-    const bool is_vector = is_aligned(level.logits) && is_aligned(level.gradient);
-    const auto kernel = is_vector ? backward_kernel<Element, kFullVector<Element>>(num_segments > 1)
-                                  : backward_kernel<Element, 1>(num_segments > 1);
-    const int64_t grid = stream_grid(level.elements, is_vector ? kFullVector<Element> : 1, shared, limits);
-    RSL_RETURN_IF_ERROR(launch(kernel, grid, kLargeBlock, shared, stream, level, lines, counts, capacity, segments, first,
-                               static_cast<int>(shared)));
+    if (!by_value) {
+      const bool is_vector = is_aligned(level.logits) && is_aligned(level.gradient);
+      const auto kernel = is_vector ? backward_kernel<Element, kFullVector<Element>>(num_segments > 1)
+                                    : backward_kernel<Element, 1>(num_segments > 1);
+      const int64_t grid = stream_grid(level.elements, is_vector ? kFullVector<Element> : 1, shared, limits);
+      RSL_RETURN_IF_ERROR(launch(kernel, grid, kLargeBlock, shared, stream, level, lines, counts, capacity, segments, first,
+                                 static_cast<int>(shared)));
+    }
     if (scatter_grid == 0) continue;
     RSL_RETURN_IF_ERROR(launch(ranking_scatter_kernel<Element>, scatter_grid, kThreads, 0, stream, gradients, counts, capacity,
                                first, second, level.elements, level.first_index, static_cast<Element*>(level.gradient)));
@@ -161,9 +122,10 @@ cudaError_t launch_backward_typed(const BackwardLevel* levels, int num_levels, c
 
 }  // namespace
 
-int64_t backward_workspace_bytes(int32_t num_segments) {
+int64_t backward_workspace_bytes(Type logits_type, int32_t num_segments) {
   Workspace workspace(nullptr);
   if (num_segments > 1) SegmentTable::take(&workspace, num_segments);
+  if (is_16_bit(logits_type)) workspace.take<uint16_t>(kValues);
   return workspace.bytes();
 }
 

@@ -1,5 +1,6 @@
 // Streams the negatives into the bins between the breakpoints.
 #include "ranking/ranking_stream.cuh"
+#include "ranking/ranking_value_kernels.cuh"
 
 namespace rsloss {
 namespace {
@@ -23,10 +24,6 @@ struct SharedSums {
   __device__ __forceinline__ uint64_t get(int entry) const { return (static_cast<uint64_t>(high[entry]) << 32) + low[entry]; }
 };
 
-__device__ __forceinline__ void add_to_bin(int64_t* bin, uint64_t value) {
-  if (value != 0) atomicAdd(reinterpret_cast<unsigned long long*>(bin), static_cast<unsigned long long>(value));
-}
-
 constexpr int kMaxReplicas = 32;
 constexpr int64_t kBinBytes = sizeof(uint64_t) + sizeof(uint32_t);  // sum and count
 
@@ -39,32 +36,19 @@ RSL_HOST_DEVICE int64_t bin_shared_bytes(int64_t edges, int64_t replicas) {
 // Calls add(k, offset) for every negative at or above the first edge of its segment: k is the edge left of it, offset its
 // fixed-point distance from there. Returns the thread's number of NaN negatives.
 template <class Element, int kVector, class Locate, class Add>
-__device__ __forceinline__ uint64_t stream_negatives(const LogitsLevel& level, const Locate& locator,
+__device__ __forceinline__ uint64_t locate_negatives(const LogitsLevel& level, const Locate& locator,
                                                      const FixedPoint& fixed_point, Add add) {
   using T = Arithmetic<Element>;
-  const Element* const logits = static_cast<const Element*>(level.logits);
+  using Cursor = typename Locate::Cursor;
   unsigned nans = 0;
-  const int64_t groups = (level.elements + kVector - 1) / kVector;
-  for (int64_t group = grid_thread(); group < groups; group += kUnroll * grid_threads()) {
-    Group<Element, kVector> loaded[kUnroll];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) loaded[u].load(logits, level.negatives, level.elements, group + u * grid_threads());
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      if (loaded[u].negative == 0) continue;
-      typename Locate::Cursor cursor(level.segments, (group + u * grid_threads()) * kVector);
-#pragma unroll
-      for (int v = 0; v < kVector; ++v, cursor.next()) {
-        if ((loaded[u].negative >> v & 1) == 0) continue;
-        const T value = widen(loaded[u].pack.values[v]);
-        if (isnan(value)) ++nans;
-        const int k = locator.find(value, cursor.id());
-        if (k < 0) continue;
-        const double distance = static_cast<double>(value) - static_cast<double>(locator.edges[k]);
-        add(k, static_cast<uint64_t>(fixed_point_offset(distance, fixed_point.scale, fixed_point.most)));
-      }
-    }
-  }
+  stream_negatives<Element, kVector, Cursor>(level, [&](Element element, const Cursor& cursor) {
+    const T value = widen(element);
+    if (isnan(value)) ++nans;
+    const int k = locator.find(value, cursor.id());
+    if (k < 0) return;
+    const double distance = static_cast<double>(value) - static_cast<double>(locator.edges[k]);
+    add(k, static_cast<uint64_t>(fixed_point_offset(distance, fixed_point.scale, fixed_point.most)));
+  });
   return nans;
 }
 
@@ -91,7 +75,7 @@ __global__ void __launch_bounds__(kLargeBlock, 1)
       add_to_bin(bin_counts + k, 1);
       add_to_bin(bin_sums + k, offset);
     };
-    add_to_bin(bins, stream_negatives<Element, kVector>(level, locator, fixed_point, add));
+    add_to_bin(bins, locate_negatives<Element, kVector>(level, locator, fixed_point, add));
     return;
   }
 
@@ -112,7 +96,7 @@ __global__ void __launch_bounds__(kLargeBlock, 1)
     atomicAdd(&shared_counts[replica + k], 1u);
     sums.add(replica + k, offset);
   };
-  add_to_bin(bins, stream_negatives<Element, kVector>(level, locator, fixed_point, add));
+  add_to_bin(bins, locate_negatives<Element, kVector>(level, locator, fixed_point, add));
   __syncthreads();
 #pragma unroll 1
   for (int k = threadIdx.x; k < num_edges; k += blockDim.x) {
@@ -132,10 +116,12 @@ template <class T>
 struct BinWorkspace {
   Breakpoints<T> breakpoints;
   void* rank;
+  uint32_t* histogram;  // [kValues], for 16-bit logits
 
-  BinWorkspace(Workspace* workspace, int64_t capacity, int32_t num_segments)
+  BinWorkspace(Workspace* workspace, Type logits_type, int64_t capacity, int32_t num_segments)
       : breakpoints(Breakpoints<T>::take(workspace, capacity, num_segments)),
-        rank(workspace->take<char>(rank_workspace_bytes(capacity))) {}
+        rank(workspace->take<char>(rank_workspace_bytes(capacity))),
+        histogram(workspace->take<uint32_t>(is_16_bit(logits_type) ? kValues : 0)) {}
 };
 
 template <class Element, int kVector>
@@ -144,18 +130,24 @@ auto bin_kernel(bool is_segmented) {
 }
 
 template <class Element>
-cudaError_t launch_bin_typed(const LogitsLevel* levels, int num_levels, const double* positives, const int64_t* counts,
-                             int64_t capacity, int32_t num_segments, double delta, double* ranked, int64_t* bins,
-                             void* workspace, cudaStream_t stream) {
+cudaError_t launch_bin_typed(const LogitsLevel* levels, int num_levels, Type logits_type, const double* positives,
+                             const int64_t* counts, int64_t capacity, int32_t num_segments, double delta, double* ranked,
+                             int64_t* bins, void* workspace, cudaStream_t stream) {
   using T = Arithmetic<Element>;
   DeviceLimits limits;
   RSL_RETURN_IF_ERROR(device_limits(&limits));
   Workspace memory(workspace);
-  const BinWorkspace<T> tables(&memory, capacity, num_segments);
+  const BinWorkspace<T> tables(&memory, logits_type, capacity, num_segments);
   RSL_RETURN_IF_ERROR(launch_rank(positives, counts, capacity, num_segments, ranked, bins, tables.rank, stream));
   RSL_RETURN_IF_ERROR(launch_breakpoints<T>(ranked, counts, capacity, delta, tables.breakpoints, stream));
 
   const double widest = fixed_point_unit(delta, 0);
+  if constexpr (sizeof(Element) == 2) {
+    if (is_by_value(count_elements(levels, num_levels), num_segments)) {
+      return launch_value_bin<Element>(levels, num_levels, counts, capacity, tables.breakpoints, widest, bins, tables.histogram,
+                                       stream);
+    }
+  }
   const int64_t shared = std::min<int64_t>(limits.shared_per_block, bin_shared_bytes<T>(2 * capacity, kMaxReplicas));
   for (int i = 0; i < num_levels; ++i) {
     const LogitsLevel& level = levels[i];
@@ -175,9 +167,9 @@ cudaError_t launch_bin_typed(const LogitsLevel* levels, int num_levels, const do
 int64_t bin_workspace_bytes(Type logits_type, int64_t capacity, int32_t num_segments) {
   Workspace workspace(nullptr);
   if (logits_type == Type::kDouble) {
-    BinWorkspace<double>(&workspace, capacity, num_segments);
+    BinWorkspace<double>(&workspace, logits_type, capacity, num_segments);
   } else {
-    BinWorkspace<float>(&workspace, capacity, num_segments);
+    BinWorkspace<float>(&workspace, logits_type, capacity, num_segments);
   }
   return workspace.bytes();
 }
@@ -189,7 +181,8 @@ cudaError_t launch_ranking_bin(const LogitsLevel* levels, int num_levels, Type l
                      : logits_type == Type::kBFloat16 ? launch_bin_typed<__nv_bfloat16>
                      : logits_type == Type::kFloat    ? launch_bin_typed<float>
                                                       : launch_bin_typed<double>;
-  return typed(levels, num_levels, positives, counts, capacity, num_segments, delta, ranked, bins, workspace, stream);
+  return typed(levels, num_levels, logits_type, positives, counts, capacity, num_segments, delta, ranked, bins, workspace,
+               stream);
 }
 
 }  // namespace rsloss

@@ -140,7 +140,7 @@ Tensors ranking_backward(Tensors logits, Tensor negatives, Tensor gradients, Ten
     first_index += level.numel();
   }
   const int32_t segment_count = static_cast<int32_t>(num_segments);
-  Tensor workspace = new_workspace(logits[0], backward_workspace_bytes(segment_count));
+  Tensor workspace = new_workspace(logits[0], backward_workspace_bytes(type_of(logits[0]), segment_count));
   check_cuda(op, launch_ranking_backward(levels.data(), static_cast<int>(levels.size()), type_of(logits[0]),
                                          input<double>(gradients), input<double>(lines), input<int64_t>(counts), capacity,
                                          segment_count, first, second, output<void>(workspace), stream));

@@ -3,6 +3,7 @@
 //   ranking_collect_kernels.cu   the records of the positives, the mask of the negatives
 //   ranking_rank_kernels.cu      sorts the records; their breakpoints, and where each segment has its own
 //   ranking_bin_kernels.cu       streams the logits into the bins
+//   ranking_value_kernels.cu     bins and gradient of many 16-bit logits, value by value
 //   ranking_finalize_kernels.cu  what the losses' finalizers share: counts before each slot, means, lines
 //   ranking_backward_kernels.cu  streams the logits into their gradient
 // The number of launches depends on the number of tensors and on capacities, never on the data. Streaming passes: targets once
@@ -133,7 +134,7 @@ struct BackwardLevel {
 
 // gradients f64 [4, capacity], lines f64 [3, 2 capacity], counts int64 [3]; grad_first, grad_second: 0-d in the arithmetic
 // type, or null for zero. Writes every element of every gradient. workspace: backward_workspace_bytes(...) bytes.
-int64_t backward_workspace_bytes(int32_t num_segments);
+int64_t backward_workspace_bytes(Type logits_type, int32_t num_segments);
 cudaError_t launch_ranking_backward(const BackwardLevel* levels, int num_levels, Type logits_type, const double* gradients,
                                     const double* lines, const int64_t* counts, int64_t capacity, int32_t num_segments,
                                     const void* grad_first, const void* grad_second, void* workspace, cudaStream_t stream);

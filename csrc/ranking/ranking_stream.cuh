@@ -101,7 +101,20 @@ struct Locator {
   }
 };
 
-// The same inside a segment, whose edges are fewer: bisection alone.
+// Bisection alone, over all edges.
+template <class T, class Stored>
+struct BisectLocator {
+  using Cursor = OneSegment;
+
+  const Stored* edges;
+  int count;
+
+  __device__ __forceinline__ int find(T value, int32_t) const {
+    return partition_point(count, [&](int k) { return !(static_cast<T>(edges[k]) <= value); }) - 1;
+  }
+};
+
+// The same inside a segment, which has few.
 template <class T, class Stored>
 struct SegmentLocator {
   using Cursor = SegmentCursor;
@@ -119,8 +132,8 @@ struct SegmentLocator {
     if (segment < 0) return -1;
     const int first = 2 * segments.offsets[segment];
     const int count = 2 * segments.offsets[segment + 1] - first;
-    const int below = partition_point(count, [&](int k) { return !(static_cast<T>(edges[first + k]) <= value); });
-    return below == 0 ? -1 : first + below - 1;
+    const int k = BisectLocator<T, Stored>{edges + first, count}.find(value, segment);
+    return k < 0 ? -1 : first + k;
   }
 };
 
@@ -129,6 +142,82 @@ using EdgeLocator = std::conditional_t<kSegmented, SegmentLocator<T, Stored>, Lo
 
 // kUnroll groups are loaded before any is used: with one block of 1024 threads per processor 32 KiB are in flight.
 constexpr int kUnroll = 2;
+
+__device__ __forceinline__ void add_to_bin(int64_t* bin, uint64_t value) {
+  if (value != 0) atomicAdd(reinterpret_cast<unsigned long long*>(bin), static_cast<unsigned long long>(value));
+}
+
+// Calls visit(element, cursor) for every negative of one tensor: sizeof(Element) + 1/8 bytes per element.
+template <class Element, int kVector, class Cursor, class Visit>
+__device__ __forceinline__ void stream_negatives(const LogitsLevel& level, Visit visit) {
+  const Element* const logits = static_cast<const Element*>(level.logits);
+  const int64_t groups = (level.elements + kVector - 1) / kVector;
+  for (int64_t group = grid_thread(); group < groups; group += kUnroll * grid_threads()) {
+    Group<Element, kVector> loaded[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) loaded[u].load(logits, level.negatives, level.elements, group + u * grid_threads());
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      if (loaded[u].negative == 0) continue;
+      Cursor cursor(level.segments, (group + u * grid_threads()) * kVector);
+#pragma unroll
+      for (int v = 0; v < kVector; ++v, cursor.next()) {
+        if ((loaded[u].negative >> v & 1) != 0) visit(loaded[u].pack.values[v], cursor);
+      }
+    }
+  }
+}
+
+// Streams the logits and writes gradient_of(element, is negative, cursor) of one tensor: (2 sizeof(Element) + 1/8) bytes per
+// element.
+template <class Element, int kVector, class Cursor, class Gradient>
+__device__ __forceinline__ void stream_gradient(const BackwardLevel& level, Gradient gradient_of) {
+  const Element* const logits = static_cast<const Element*>(level.logits);
+  Element* const gradients = static_cast<Element*>(level.gradient);
+  const int64_t groups = (level.elements + kVector - 1) / kVector;
+  for (int64_t group = grid_thread(); group < groups; group += kUnroll * grid_threads()) {
+    Group<Element, kVector> loaded[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) loaded[u].load(logits, level.negatives, level.elements, group + u * grid_threads());
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int64_t first = (group + u * grid_threads()) * kVector;
+      if (first >= level.elements) continue;
+      Cursor cursor(level.segments, first);
+      Pack<Element, kVector> out;
+#pragma unroll
+      for (int v = 0; v < kVector; ++v, cursor.next()) {
+        out.values[v] = gradient_of(loaded[u].pack.values[v], (loaded[u].negative >> v & 1) != 0, cursor);
+      }
+      if (first + kVector <= level.elements) {
+        *reinterpret_cast<Pack<Element, kVector>*>(gradients + first) = out;
+      } else {
+        // Unrolled, so that the pack stays in registers.
+#pragma unroll
+        for (int v = 0; v < kVector; ++v) {
+          if (first + v < level.elements) gradients[first + v] = out.values[v];
+        }
+      }
+    }
+  }
+}
+
+// The lines of the gradient in the type they are evaluated in.
+template <class T, class Stored, class Locate>
+struct Lines {
+  Locate locator;
+  const Stored* values;
+  const Stored* slopes;
+
+  __device__ __forceinline__ T operator()(T value, int32_t segment) const {
+    if (isnan(value)) return value;
+    const int k = locator.find(value, segment);
+    if (k < 0) return 0;
+    // At +inf the last line is flat; its distance would be inf * 0.
+    const T distance = isinf(value) ? T(0) : value - static_cast<T>(locator.edges[k]);
+    return static_cast<T>(values[k]) + static_cast<T>(slopes[k]) * distance;
+  }
+};
 
 // One block per processor, or as many as its threads and shared memory hold: tables are set up once per block and the logits
 // are walked in strides of the grid. Small inputs take a block per kUnroll groups of threads.
