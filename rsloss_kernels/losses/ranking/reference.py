@@ -130,9 +130,12 @@ def _round_up(centre: Tensor, shift: float, dtype: torch.dtype) -> Tensor:
     return torch.where(too_small, torch.nextafter(rounded, torch.full_like(rounded, torch.inf)), rounded).double()
 
 
-def fixed_point_unit(delta: float, count: int) -> tuple[float, int]:
-    """The unit of the fixed-point sums of at most `count` offsets, a power of two (0 for delta = 0), and the bits of one offset."""
-    bits = min(44, 62 - max(count - 1, 0).bit_length())
+def fixed_point_unit(delta: float, count: int, dtype: torch.dtype) -> tuple[float, int]:
+    """The unit of the fixed-point sums of at most `count` offsets, a power of two (0 for delta = 0), and the bits of one offset.
+
+    dtype: of the arithmetic.
+    """
+    bits = min(52 if dtype == torch.float64 else 44, 62 - max(count - 1, 0).bit_length())
     if delta == 0:
         return 0.0, bits
     mantissa, exponent = math.frexp(2 * delta)
@@ -195,7 +198,7 @@ def ranking_bin(logits, negatives, positives, counts, segments, num_segments, de
     arithmetic = arithmetic_type(logits[0].dtype)
     merged, _, _ = merge_breakpoints(*breakpoints(valid[0], delta, arithmetic), rank_segment)
     edges = Ascending(merged, rank_segment.repeat_interleave(2) if is_segmented else None)
-    unit, bits = fixed_point_unit(delta, int(counts[2]))
+    unit, bits = fixed_point_unit(delta, int(counts[2]), arithmetic)
     bins = torch.zeros((2, 2 * ranked.shape[1] + 1), dtype=torch.int64, device=ranked.device)
     lowest = merged.min() if merged.numel() else torch.nan
     for value, is_negative, level, start in _chunks(logits, negatives):

@@ -58,6 +58,16 @@ class Sweep:
         starts = depth == opens
         return self.edges[starts][starts.cumsum(0) - 1]
 
+    def _cluster_tops(self) -> Tensor:
+        """For every bin the last breakpoint of the run of covered bins that it belongs to."""
+        ends = ~self.is_covered
+        return self.edges[ends][ends.cumsum(0) - ends.long()]
+
+    def _running_down(self, values: Tensor) -> Tensor:
+        """Running sum from the last slot of every segment down to its first."""
+        first = None if self.first is None else (values.numel() - 2 * self.end.repeat_interleave(2)).flip(0)
+        return running(values.flip(0), first).flip(0)
+
     def _first_slot(self) -> Tensor | None:
         return None if self.first is None else 2 * self.first.repeat_interleave(2)
 
@@ -68,14 +78,14 @@ class Sweep:
         above = (from_slot[self.hi_slot] - from_slot[2 * self.end]).double()
         if self.delta == 0:
             return above
-        unit, _ = reference.fixed_point_unit(self.delta, num_elements)
-        moment = torch.where(self.is_covered, fixed.double() * unit + count * (self.edges - self.origin), 0.0)
-        first_slot = self._first_slot()
-        moment = pad(running(moment, first_slot), (1, 0))
-        if first_slot is not None:
-            moment[first_slot] = 0
+        unit, _ = reference.fixed_point_unit(self.delta, num_elements, self.dtype)
+        # From the top of a cluster down, offsets from its last breakpoint: near the top, where few negatives make a small FP,
+        # nothing large is added that would have to cancel again.
+        top = self._cluster_tops()
+        moment = torch.where(self.is_covered, fixed.double() * unit + count * (self.edges - top), 0.0)
+        moment = self._running_down(moment)
         inside = (from_slot[self.lo_slot] - from_slot[self.hi_slot]).double()
-        distance = moment[self.hi_slot] - moment[self.lo_slot] - inside * self.offset
+        distance = moment[self.lo_slot] - moment[self.hi_slot] - inside * (self.centre - top[self.lo_slot])
         # Prefix sums that were not added up one after the other leave rounding where nothing was added.
         return above + torch.where(inside > 0, 0.5 * inside + distance / (2 * self.delta), 0.0).clamp(min=0)
 
@@ -118,7 +128,9 @@ class Sweep:
 
     def loss(self, errors: Tensor) -> Tensor:
         """The mean over segments of the means of `errors` [V]; NaN if something is invalid. 0-d"""
-        return torch.where(self.is_broken, torch.nan, (errors * self.share).sum()).to(self.dtype)
+        # One after the other: `sum` cuts many values into as many parts as there are threads.
+        total = (errors * self.share).cumsum(0)[-1:].sum()
+        return torch.where(self.is_broken, torch.nan, total).to(self.dtype)
 
     def gradients(self, *gradients: Tensor) -> Tensor:
         """The table `gradients`, from the gradients [V] of the positives for the first and the second loss before the mean."""
