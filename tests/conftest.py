@@ -9,6 +9,7 @@ import harness
 import hypothesis
 import pytest
 import torch
+from samples import LOSSES, Loss
 
 SEED = int(os.environ.get("RSLOSS_TEST_SEED") or random.SystemRandom().randrange(2**31))
 os.environ["RSLOSS_TEST_SEED"] = str(SEED)  # for the workers of pytest-xdist, which must collect the same tests
@@ -22,6 +23,7 @@ hypothesis.settings.load_profile("rsloss")
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow_interpreter: too slow under Triton's interpreter, left out there only")
+    config.addinivalue_line("markers", "shared_code: what the losses share; GPU kernels on the CPU take one loss only")
 
 
 def pytest_report_header(config):
@@ -32,12 +34,18 @@ def pytest_generate_tests(metafunc):
     if "backend" in metafunc.fixturenames:
         backends = harness.backends_under_test()
         metafunc.parametrize("backend", backends, ids=[backend.id for backend in backends], indirect=True, scope="session")
+    if "loss" in metafunc.fixturenames:
+        metafunc.parametrize("loss", LOSSES.values(), ids=LOSSES)
 
 
 def pytest_collection_modifyitems(config, items):
     def is_kept(item):
-        backend = getattr(item, "callspec", None) and item.callspec.params.get("backend")
-        return not (backend and backend.is_interpreted and item.get_closest_marker("slow_interpreter"))
+        params = getattr(item, "callspec", None) and item.callspec.params or {}
+        backend, loss = params.get("backend"), params.get("loss")
+        if backend and backend.is_interpreted and item.get_closest_marker("slow_interpreter"):
+            return False
+        is_repeated = isinstance(loss, Loss) and loss is not next(iter(LOSSES.values()))
+        return not (backend and backend.is_slow and is_repeated and item.get_closest_marker("shared_code"))
 
     dropped = [item for item in items if not is_kept(item)]
     if dropped:

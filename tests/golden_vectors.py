@@ -23,6 +23,7 @@ class Case:
     hyper: dict
     tags: tuple[str, ...]
     crashed: frozenset[str]
+    manifest: dict = dataclasses.field(compare=False)
 
     def inputs(self) -> dict[str, Tensor]:
         return self._arrays("in")
@@ -46,7 +47,7 @@ def _archive(family: str) -> dict[str, np.ndarray]:
 def cases(family: str) -> list[Case]:
     manifest = json.loads(bytes(_archive(family)["__manifest__"]).decode())
     return [
-        Case(family, case["name"], case["hyper"], tuple(case["tags"]), frozenset(crash["impl"] for crash in case["crashes"]))
+        Case(family, case["name"], case["hyper"], tuple(case["tags"]), frozenset(crash["impl"] for crash in case["crashes"]), case)
         for case in manifest["cases"]
     ]
 

@@ -112,14 +112,15 @@ def operator_names() -> list[str]:
 
 @dataclasses.dataclass
 class Evaluation:
-    """Losses and the gradient of the logits, on the CPU."""
+    """Losses, the gradient of the logits, and what else a loss returns, on the CPU."""
 
     losses: tuple[Tensor, ...]
     gradient: Tensor
+    statistics: tuple[Tensor, ...] = ()
 
     def __eq__(self, other: "Evaluation") -> bool:
         """Bitwise, NaN equal to NaN."""
-        mine, theirs = (*self.losses, self.gradient), (*other.losses, other.gradient)
+        mine, theirs = ((*one.losses, one.gradient, *one.statistics) for one in (self, other))
         return all(torch.equal(bits(a), bits(b)) for a, b in zip(mine, theirs, strict=True))
 
 
@@ -127,28 +128,40 @@ def bits(value: Tensor) -> Tensor:
     return value.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[value.element_size()])
 
 
+def losses_in(returned: Tensor | tuple) -> tuple[Tensor, ...]:
+    """The 0-d losses among what a loss returns; the others are called `rank` and `order`."""
+    if isinstance(returned, Tensor):
+        return (returned,)
+    return tuple(value for name, value in zip(returned._fields, returned, strict=True) if name not in ("rank", "order"))
+
+
 def evaluate(
     backend: Backend,
     logits: Tensor,
-    targets: Tensor,
-    quality: Tensor | None = None,
-    *,
+    *others: Tensor | None,
     loss: Callable = rsloss_kernels.rank_sort_loss,
-    upstream: Sequence[float | None] = (1.0, 1.0),
+    upstream: Sequence[float | None] | None = None,
     **options,
 ) -> Evaluation:
-    """Runs a loss and its backward. `upstream`: the gradient of each loss, None drops that loss from the graph.
+    """Runs a loss and its backward. `upstream`: the gradient of each loss, by default 1; None drops that loss from the graph.
 
     Backward runs after the choice of the backend was undone, as it does on a thread of its own.
     """
     leaf = logits.detach().to(backend.device).requires_grad_()
-    others = [value if value is None else value.to(backend.device) for value in (targets, quality)]
+    moved = [value if value is None else value.to(backend.device) for value in others]
     with rsloss_kernels.use_backend(backend.name):
-        losses = loss(leaf, *others, **options)
-    kept = [(value, factor) for value, factor in zip(losses, upstream, strict=True) if factor is not None]
+        returned = loss(leaf, *moved, **on_device(options, backend))
+    losses = losses_in(returned)
+    statistics = () if isinstance(returned, Tensor) else returned[len(losses) :]
+    kept = [(value, factor) for value, factor in zip(losses, upstream or [1.0] * len(losses), strict=True) if factor is not None]
     factors = [torch.full_like(value, factor) for value, factor in kept]
     (gradient,) = torch.autograd.grad([value for value, _ in kept], leaf, factors)
-    return Evaluation(tuple(value.detach().cpu() for value in losses), gradient.cpu())
+    detached = (tuple(value.detach().cpu() for value in values) for values in (losses, statistics))
+    return Evaluation(next(detached), gradient.cpu(), next(detached))
+
+
+def on_device(options: dict, backend: Backend) -> dict:
+    return {name: value.to(backend.device) if isinstance(value, Tensor) else value for name, value in options.items()}
 
 
 def assert_gates(
@@ -198,7 +211,7 @@ def generator(seed: int, name: str) -> torch.Generator:
 
 @dataclasses.dataclass
 class Pipeline:
-    """The operators of the Rank & Sort loss called one by one, as a process group or several feature maps would."""
+    """The operators of a ranking loss called one by one, as a process group or several feature maps would."""
 
     backend: Backend
     logits: list[Tensor]
@@ -207,23 +220,52 @@ class Pipeline:
     delta: float = 0.5
     capacity: int | None = None
     background_first: bool = False
+    segments: Tensor | None = None
+    num_segments: int = 1
+    finalize: str = "rank_sort_finalize"
+    finalize_options: tuple = (False,)
 
     def call(self, name: str, *arguments):
         return _library.operator(name, self.backend.name)(*arguments)
 
     def collect(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.call(
-            "ranking_collect", self.logits, self.targets, self.quality, None, 1, self.capacity, self.background_first
+            "ranking_collect",
+            self.logits,
+            self.targets,
+            self.quality,
+            self.segments,
+            self.num_segments,
+            self.capacity,
+            self.background_first,
         )
 
-    def run(self, upstream: tuple[float, float] = (1.0, 1.0)) -> Evaluation:
-        positives, negatives, counts = self.collect()
-        ranked, bins = self.call("ranking_bin", self.logits, negatives, positives, counts, None, 1, self.delta)
-        leaves = [level.detach().requires_grad_() for level in self.logits]
-        ranking, sorting, *_ = self.call(
-            "rank_sort_finalize", leaves, negatives, ranked, counts, bins, None, 1, self.delta, 1.0, False
+    def bin(self, negatives: Tensor, positives: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        arguments = (self.logits, negatives, positives, counts, self.segments, self.num_segments, self.delta)
+        return self.call("ranking_bin", *arguments)
+
+    def finish(self, logits: list[Tensor], negatives: Tensor, ranked: Tensor, counts: Tensor, bins: Tensor) -> tuple[Tensor, ...]:
+        """The losses, then a statistic of some losses, then `gradients` and `lines`."""
+        return self.call(
+            self.finalize,
+            logits,
+            negatives,
+            ranked,
+            counts,
+            bins,
+            self.segments,
+            self.num_segments,
+            self.delta,
+            1.0,
+            *self.finalize_options,
         )
-        factors = [torch.full_like(ranking, factor) for factor in upstream]
-        gradients = torch.autograd.grad([ranking, sorting], leaves, factors)
+
+    def run(self, upstream: Sequence[float] | None = None) -> Evaluation:
+        positives, negatives, counts = self.collect()
+        ranked, bins = self.bin(negatives, positives, counts)
+        leaves = [level.detach().requires_grad_() for level in self.logits]
+        losses = [value for value in self.finish(leaves, negatives, ranked, counts, bins) if value.requires_grad]
+        factors = [torch.full_like(value, factor) for value, factor in zip(losses, upstream or [1.0] * len(losses), strict=True)]
+        gradients = torch.autograd.grad(losses, leaves, factors)
         flat = torch.cat([gradient.flatten() for gradient in gradients])
-        return Evaluation((ranking.detach().cpu(), sorting.detach().cpu()), flat.cpu())
+        return Evaluation(tuple(value.detach().cpu() for value in losses), flat.cpu())

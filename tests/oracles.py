@@ -3,6 +3,7 @@
 Quadratic in time and memory, and meant to be read next to the papers.
 """
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -46,6 +47,14 @@ def read(logits: Tensor, targets: Tensor, quality: Tensor | None = None, backgro
     return read_labels(logits, targets, quality, background)
 
 
+def with_regression_losses(elements: Elements, losses: Tensor) -> Elements:
+    """`losses` [P], of the positives in flat order, take the place of the quality (which must be finite all the same)."""
+    quality = elements.quality.clone()
+    of_positives = quality[elements.is_positive]
+    quality[elements.is_positive] = torch.where(of_positives.isfinite(), losses.flatten().double(), torch.nan)
+    return dataclasses.replace(elements, quality=quality)
+
+
 def step(difference: Tensor, delta: float) -> Tensor:
     """H, the smoothed step; of an infinite difference its limit."""
     if delta == 0:
@@ -54,58 +63,134 @@ def step(difference: Tensor, delta: float) -> Tensor:
 
 
 @dataclasses.dataclass(frozen=True)
-class RankSort:
-    ranking: float
-    sorting: float
-    ranking_gradient: Tensor  # [n], of the ranking loss alone
-    sorting_gradient: Tensor  # [n], of the sorting loss alone
+class Truth:
+    losses: tuple[float, ...]
+    gradients: tuple[Tensor, ...]  # [n] each, of that loss alone
+    rank: Tensor | None = None  # [P], aLRP alone; positives in flat order, NaN for those that are not finite
 
-    def gradient(self, ranking: float | None = 1.0, sorting: float | None = 1.0) -> Tensor:
-        """For these upstream gradients. NaN stays NaN whatever the factor."""
-        return (ranking or 0.0) * self.ranking_gradient + (sorting or 0.0) * self.sorting_gradient
-
-    @property
-    def losses(self) -> tuple[float, float]:
-        return self.ranking, self.sorting
+    def gradient(self, *upstream: float | None) -> Tensor:
+        """For these upstream gradients, 1 if none are given. NaN stays NaN whatever the factor."""
+        factors = upstream or (1.0,) * len(self.gradients)
+        return sum((factor or 0.0) * gradient for factor, gradient in zip(factors, self.gradients, strict=True))
 
 
-def rank_sort(elements: Elements, delta: float, eps: float = 1e-10) -> RankSort:
-    """Rank & Sort loss (ICCV 2021, Eq. 3-8) and its identity update, with the library's rule for values that are not finite.
+class Pairs:
+    """All pairs of a positive with a positive, and with a negative, without the elements whose values are not finite.
 
-    A NaN negative, or a positive whose logit or quality is not finite, makes both losses and its own gradient NaN, and is left out
+    A NaN negative, or a positive whose logit or quality is not finite, makes every loss and its own gradient NaN, and is left out
     of everything else.
     """
-    s, y = elements.logits, elements.quality
-    is_broken = (elements.is_negative & s.isnan()) | (elements.is_positive & ~(s.isfinite() & y.isfinite()))
-    positive = (elements.is_positive & ~is_broken).nonzero().squeeze(1)
-    negative = (elements.is_negative & ~is_broken).nonzero().squeeze(1)
-    count = max(positive.numel(), 1)
-    sp, yp = s[positive], y[positive]
 
-    above = step(sp[None, :] - sp[:, None], delta)  # [P, P], H(s_j - s_i) at [i, j]
-    of_negatives = step(s[negative][None, :] - sp[:, None], delta)  # [P, N]
+    def __init__(self, elements: Elements, delta: float):
+        s, y = elements.logits, elements.quality
+        self.elements, self.delta = elements, delta
+        self.is_broken = (elements.is_negative & s.isnan()) | (elements.is_positive & ~(s.isfinite() & y.isfinite()))
+        self.positive = (elements.is_positive & ~self.is_broken).nonzero().squeeze(1)
+        negative = elements.is_negative & ~self.is_broken
+        self.count = max(self.positive.numel(), 1)
+        self.logits, self.quality = s[self.positive], y[self.positive]  # [P]
+        self.above = step(self.logits[None, :] - self.logits[:, None], delta)  # [P, P], H(s_j - s_i) at [i, j]
+        # Negatives of one value are alike: each value is compared once.
+        values, self.value_of, self.multiplicity = s[negative].unique(return_inverse=True, return_counts=True)
+        self.negative = negative.nonzero().squeeze(1)
+        self.of_negatives = step(values[None, :] - self.logits[:, None], delta)  # [P, values]
+        self.false_positives = (self.of_negatives * self.multiplicity).sum(1)
+
+    def losses(self, *errors: Tensor) -> tuple[float, ...]:
+        """Means over the positives."""
+        return tuple(float("nan") if self.is_broken.any() else float(error.sum() / self.count) for error in errors)
+
+    def gradient(self, of_positives: Tensor, share: Tensor | None = None) -> Tensor:
+        """[n], from those of the positives, and the coefficients of a negative's steps."""
+        gradient = torch.zeros_like(self.elements.logits)
+        gradient[self.positive] = of_positives / self.count
+        if share is not None:
+            gradient[self.negative] = (share[:, None] * self.of_negatives).sum(0)[self.value_of] / self.count
+        gradient[self.is_broken] = torch.nan
+        return gradient
+
+
+def quotient(numerator: Tensor, denominator: Tensor, eps: float = 0.0) -> Tensor:
+    """0 where the denominator is at most `eps`."""
+    return torch.where(denominator > eps, numerator / denominator, 0.0)
+
+
+def rank_sort(elements: Elements, delta: float, eps: float = 1e-10) -> Truth:
+    """Rank & Sort (ICCV 2021, Eq. 3-8) and its identity update: the ranking and the sorting loss."""
+    pairs = Pairs(elements, delta)
+    y, above, false_positives = pairs.quality, pairs.above, pairs.false_positives
     rank_among_positives = above.sum(1)
-    false_positives = of_negatives.sum(1)
     ranking_error = false_positives / (rank_among_positives + false_positives)
 
-    is_no_worse = yp[None, :] >= yp[:, None]
+    is_no_worse = y[None, :] >= y[:, None]
     better, worse = above * is_no_worse, above * ~is_no_worse
     # Current minus target sorting error, over a common denominator: sums of products of non-negative numbers do not cancel.
-    excess = (better * (yp[None, :] - yp[:, None])).sum(1)
-    deficit = (worse * (yp[:, None] - yp[None, :])).sum(1)
+    excess = (better * (y[None, :] - y[:, None])).sum(1)
+    deficit = (worse * (y[:, None] - y[None, :])).sum(1)
     sorting_error = (deficit * better.sum(1) + excess * worse.sum(1)) / (better.sum(1) * rank_among_positives)
 
-    ranking_gradient, sorting_gradient = torch.zeros_like(s), torch.zeros_like(s)
-    is_wrong = false_positives > eps
-    share = torch.where(is_wrong, ranking_error / false_positives, 0.0)
-    ranking_gradient[positive] = torch.where(is_wrong, -ranking_error, 0.0) / count
-    ranking_gradient[negative] = (share[:, None] * of_negatives).sum(0) / count
-    is_unsorted = worse.sum(1) > eps
-    share = torch.where(is_unsorted, sorting_error / worse.sum(1), 0.0)
-    sorting_gradient[positive] = (torch.where(is_unsorted, -sorting_error, 0.0) + (share[:, None] * worse).sum(0)) / count
-    ranking_gradient[is_broken] = sorting_gradient[is_broken] = torch.nan
+    ranking_gradient = pairs.gradient(
+        torch.where(false_positives > eps, -ranking_error, 0.0), quotient(ranking_error, false_positives, eps)
+    )
+    share = quotient(sorting_error, worse.sum(1), eps)
+    moved = torch.where(worse.sum(1) > eps, -sorting_error, 0.0) + (share[:, None] * worse).sum(0)
+    return Truth(pairs.losses(ranking_error, sorting_error), (ranking_gradient, pairs.gradient(moved)))
 
-    ranking, sorting = float(ranking_error.sum() / count), float(sorting_error.sum() / count)
-    if is_broken.any():
-        ranking = sorting = float("nan")
-    return RankSort(ranking, sorting, ranking_gradient, sorting_gradient)
+
+def rank_above(pairs: Pairs) -> Tensor:
+    """Among the positives, the self term counting 1."""
+    return pairs.above.sum(1) + (0.5 if pairs.delta > 0 else 0.0)
+
+
+def average_precision(elements: Elements, delta: float, interpolated: bool = True) -> Truth:
+    """AP loss (TPAMI 2020): one minus the precision at each positive, interpolated with the best at this or a lower score."""
+    pairs = Pairs(elements, delta)
+    error = pairs.false_positives / (rank_above(pairs) + pairs.false_positives)
+    if interpolated and error.numel():
+        is_at_or_below = pairs.logits[None, :] <= pairs.logits[:, None]
+        error = torch.where(is_at_or_below, error[None, :], torch.inf).amin(1)
+    return Truth(pairs.losses(error), (pairs.gradient(-error, quotient(error, pairs.false_positives)),))
+
+
+def alrp(elements: Elements, delta: float, eps: float = 1e-5) -> Truth:
+    """The classification part of aLRP (NeurIPS 2020); the quality of a positive is its regression loss."""
+    pairs = Pairs(elements, delta)
+    rank = rank_above(pairs) + pairs.false_positives
+    others = pairs.above.clone().fill_diagonal_(0.0)
+    is_wrong = pairs.false_positives > eps
+    error = torch.where(is_wrong, ((others * pairs.quality).sum(1) + pairs.false_positives) / rank, 0.0)
+    gradient = pairs.gradient(-error, quotient(error, pairs.false_positives, eps))
+    of_all = torch.full_like(elements.logits, torch.nan)
+    of_all[pairs.positive] = rank
+    return Truth(pairs.losses(pairs.false_positives / rank), (gradient,), of_all[elements.is_positive])
+
+
+def alrp_regression(losses: Tensor, rank: Tensor, order: Tensor) -> tuple[float, Tensor]:
+    """The regression part of aLRP and its gradient; `order` is ascending by score."""
+    if losses.numel() == 0:
+        return 0.0, torch.zeros_like(losses, dtype=torch.float64)
+    descending = order.flip(0)
+    losses, inverse_rank = losses.double()[descending], 1 / rank.double()[descending]
+    gradient = torch.empty_like(losses)
+    gradient[descending] = inverse_rank.flip(0).cumsum(0).flip(0) / losses.numel()
+    return float((losses.cumsum(0) * inverse_rank).mean()), gradient
+
+
+def segmented(oracle: Callable[..., Truth], elements: Elements, ids: Tensor, num_segments: int, *arguments) -> Truth:
+    """A loop over segments of an oracle; the mean over the segments that hold a finite positive.
+
+    `ids`: [n], of every element; one outside of `0..num_segments-1` makes the element ignored.
+    """
+    parts, used = [], 0
+    gradients: list[Tensor] = []
+    for number in range(num_segments):
+        index = (ids == number).nonzero().squeeze(1)
+        part = Elements(*(getattr(elements, field.name)[index] for field in dataclasses.fields(Elements)))
+        truth = oracle(part, *arguments)
+        used += int((part.is_positive & part.logits.isfinite() & part.quality.isfinite()).any())
+        parts.append(truth.losses)
+        gradients = gradients or [torch.zeros_like(elements.logits) for _ in truth.gradients]
+        for whole, own in zip(gradients, truth.gradients, strict=True):
+            whole[index] = own
+    used = max(used, 1)
+    return Truth(tuple(sum(values) / used for values in zip(*parts, strict=True)), tuple(whole / used for whole in gradients))

@@ -1,10 +1,12 @@
 """Sample inputs of every loss: one list that feeds the tests of values, gradients, opcheck, torch.compile and export.
 
-A loss adds itself to `LOSSES` with its public function, its module and its samples.
+A loss adds itself to `LOSSES` with its public function, its module, its oracle and its samples.
 """
 import dataclasses
 from collections.abc import Callable
 
+import harness
+import oracles
 import rsloss_kernels
 import torch
 from torch import Tensor
@@ -25,16 +27,18 @@ DISTRIBUTIONS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """Arguments of a ranking loss."""
+    """Arguments of a ranking loss: logits, targets, and where the loss has one a third."""
 
-    logits: Tensor
-    targets: Tensor
-    quality: Tensor | None
+    arguments: tuple[Tensor, ...]
     options: dict
 
     @property
-    def arguments(self) -> tuple[Tensor, ...]:
-        return (self.logits, self.targets) if self.quality is None else (self.logits, self.targets, self.quality)
+    def logits(self) -> Tensor:
+        return self.arguments[0]
+
+    @property
+    def targets(self) -> Tensor:
+        return self.arguments[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,19 +59,24 @@ class RankingSample:
     quality_dtype: torch.dtype | None = torch.float32
     quality_levels: int | None = None  # None: distinct qualities; 1: all 1
 
-    def draw(self, generator: torch.Generator) -> Inputs:
+    @property
+    def options(self) -> dict:
+        return {"delta": self.delta} | ({} if self.form == "dense" else {"background": self.background})
+
+    def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Logits, targets and quality, from which every ranking loss makes its arguments."""
         return (self._draw_dense if self.form == "dense" else self._draw_labels)(generator)
 
-    def _draw_dense(self, generator: torch.Generator) -> Inputs:
+    def _draw_dense(self, generator: torch.Generator) -> tuple[Tensor, Tensor, None]:
         counts = (self.positives, self.negatives, self.ignored)
         kind = torch.repeat_interleave(torch.arange(3), torch.tensor(counts))
         kind = kind[torch.randperm(sum(counts), generator=generator)]
         targets = torch.zeros(kind.shape, dtype=self.target_dtype or self.dtype)
         targets[kind == 0] = self._quality(self.positives, generator).to(targets.dtype)
         targets[kind == 2] = -1
-        return Inputs(self._logits(kind == 0, generator), targets, None, {"delta": self.delta})
+        return self._logits(kind == 0, generator), targets, None
 
-    def _draw_labels(self, generator: torch.Generator) -> Inputs:
+    def _draw_labels(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor | None]:
         counts = (self.positives, self.negatives, self.ignored)
         kind = torch.repeat_interleave(torch.arange(3), torch.tensor(counts))
         kind = kind[torch.randperm(sum(counts), generator=generator)]
@@ -79,8 +88,7 @@ class RankingSample:
         quality = None
         if self.quality_dtype is not None:
             quality = self._quality(kind.numel(), generator).to(self.quality_dtype)
-        options = {"delta": self.delta, "background": self.background}
-        return Inputs(self._logits(is_positive, generator), labels.to(self.target_dtype or torch.int64), quality, options)
+        return self._logits(is_positive, generator), labels.to(self.target_dtype or torch.int64), quality
 
     def _logits(self, is_positive: Tensor, generator: torch.Generator) -> Tensor:
         normal = torch.randn((2, *is_positive.shape), generator=generator, dtype=torch.float64)
@@ -122,17 +130,87 @@ RANKING_SAMPLES = [
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
+    """A ranking loss as the tests see it. `third` names its third argument; `finalize` its own operator, the last of the forward."""
+
+    name: str
     function: Callable
-    module: Callable[[], torch.nn.Module]
-    samples: list
-    operators: tuple[str, ...]
+    module: type[torch.nn.Module]
+    oracle: Callable[..., oracles.Truth]
+    delta: float
+    finalize: str
+    third: str | None = None
+    finalize_options: tuple = ()
+    num_losses: int = 1
+    takes_segments: bool = True
+
+    @property
+    def operators(self) -> tuple[str, ...]:
+        return ("ranking_collect", "ranking_bin", self.finalize, "ranking_backward")
+
+    def arguments(self, logits: Tensor, targets: Tensor, quality: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Those of the function. Regression losses follow from the quality: between 0 and 2, one per positive or per row."""
+        if self.third == "quality":
+            return (logits, targets) if quality is None else (logits, targets, quality)
+        if self.third is None:
+            return logits, targets
+        if not targets.is_floating_point():
+            rows = torch.ones(targets.shape, dtype=torch.float32, device=targets.device) if quality is None else quality
+            return logits, targets, 2 - 2 * rows
+        flat = targets.flatten()
+        return logits, targets, 2 - 2 * flat[~(flat <= 0)].clamp(max=1).nan_to_num(1.0)
+
+    def draw(self, sample: RankingSample, generator: torch.Generator) -> Inputs:
+        return Inputs(self.arguments(*sample.draw(generator)), sample.options)
+
+    def evaluate(self, backend: harness.Backend, *arguments: Tensor, **options) -> harness.Evaluation:
+        """`arguments` are those of the function."""
+        return harness.evaluate(backend, *arguments, loss=self.function, **options)
+
+    def read(self, logits: Tensor, targets: Tensor, third: Tensor | None = None, *, background: str = "last") -> oracles.Elements:
+        if self.third == "regression_losses" and targets.is_floating_point():
+            return oracles.with_regression_losses(oracles.read(logits, targets), third)
+        return oracles.read(logits, targets, third, background)
+
+    def truth(self, *arguments: Tensor, delta: float | None = None, background: str = "last") -> oracles.Truth:
+        return self.oracle(self.read(*arguments, background=background), self.delta if delta is None else delta)
+
+    def pipeline(self, backend: harness.Backend, *arguments: list[Tensor], **options) -> harness.Pipeline:
+        """The operators one by one; `arguments` are lists of logits, targets and qualities (here of regression losses too)."""
+        return harness.Pipeline(backend, *arguments, finalize=self.finalize, finalize_options=self.finalize_options, **options)
 
 
 LOSSES = {
-    "rank_sort": Loss(
-        rsloss_kernels.rank_sort_loss,
-        rsloss_kernels.RankSortLoss,
-        RANKING_SAMPLES,
-        ("ranking_collect", "ranking_bin", "rank_sort_finalize", "ranking_backward"),
-    ),
+    loss.name: loss
+    for loss in (
+        Loss(
+            "rank_sort",
+            rsloss_kernels.rank_sort_loss,
+            rsloss_kernels.RankSortLoss,
+            oracles.rank_sort,
+            delta=0.5,
+            finalize="rank_sort_finalize",
+            third="quality",
+            finalize_options=(False,),
+            num_losses=2,
+        ),
+        Loss(
+            "ap",
+            rsloss_kernels.average_precision_loss,
+            rsloss_kernels.APLoss,
+            oracles.average_precision,
+            delta=1.0,
+            finalize="average_precision_finalize",
+            finalize_options=(True,),
+        ),
+        Loss(
+            "alrp",
+            rsloss_kernels.alrp_loss,
+            rsloss_kernels.ALRPLoss,
+            oracles.alrp,
+            delta=1.0,
+            finalize="alrp_finalize",
+            third="regression_losses",
+            takes_segments=False,
+        ),
+    )
 }

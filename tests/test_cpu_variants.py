@@ -26,7 +26,7 @@ def run_tests(*selection: str, cwd: pathlib.Path = ROOT, **environment: str) -> 
 
 @pytest.mark.parametrize("capability", ["avx2", "plain"])
 def test_lesser_processors(capability):
-    tests = [ROOT / "tests" / name for name in ("test_rank_sort.py", "test_rank_sort_edge_cases.py")]
+    tests = [ROOT / "tests" / name for name in ("test_rank_sort.py", "test_ranking_edge_cases.py")]
     run_tests(*map(str, tests), "-k", "cpp", RSLOSS_CPU_CAPABILITY=capability)
 
 
@@ -42,7 +42,7 @@ def test_sanitizers_find_nothing(tmp_path, capability):
     environment = {**build.sanitizer_environment(), "RSLOSS_CPU_CAPABILITY": capability}
     loaded = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     assert pathlib.Path(loaded.stdout.strip()).parent == tmp_path / "rsloss_kernels"
-    tests = [ROOT / "tests" / name for name in ("test_rank_sort.py", "test_rank_sort_edge_cases.py")]
+    tests = [ROOT / "tests" / name for name in ("test_rank_sort.py", "test_ranking_edge_cases.py")]
     selection = "cpp and (apart or finite or nothing or dense or labels or capacity)"
     run_tests(
         *map(str, tests), "-k", selection, cwd=tmp_path, RSLOSS_CPU_CAPABILITY=capability, **build.sanitizer_environment()

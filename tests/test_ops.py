@@ -8,13 +8,12 @@ import dataclasses
 import pickle
 
 import harness
-import oracles
 import pytest
 import rsloss_kernels
 import torch
 from harness import Backend, assert_gates
 from rsloss_kernels import _library
-from samples import LOSSES
+from samples import LOSSES, RANKING_SAMPLES, Loss
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -22,7 +21,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 OPERATORS = harness.operator_names()
-SAMPLES = [pytest.param(loss, sample, id=f"{loss}-{sample.name}") for loss in LOSSES for sample in LOSSES[loss].samples]
+SAMPLES = [pytest.param(sample, id=sample.name) for sample in RANKING_SAMPLES]
 
 
 class Recorder(TorchDispatchMode):
@@ -39,12 +38,12 @@ class Recorder(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def record(backend: Backend, loss: str, sample, generator) -> list[tuple[torch._ops.OpOverload, tuple]]:
-    inputs = sample.draw(generator)
+def record(backend: Backend, loss: Loss, sample, generator) -> list[tuple[torch._ops.OpOverload, tuple]]:
+    inputs = loss.draw(sample, generator)
     logits, *others = (value.to(backend.device) for value in inputs.arguments)
     logits.requires_grad_()
     with Recorder() as recorder, rsloss_kernels.use_backend(backend.name):
-        losses = LOSSES[loss].function(logits, *others, **inputs.options)
+        losses = harness.losses_in(loss.function(logits, *others, **inputs.options))
         sum(losses).backward()
     return recorder.calls
 
@@ -59,8 +58,8 @@ def differentiable(function: torch._ops.OpOverload, args: tuple) -> tuple:
 def test_every_operator_is_reached_by_a_sample(backend, generator):
     claimed = {name for loss in LOSSES.values() for name in loss.operators}
     assert claimed == set(OPERATORS)
-    for name, loss in LOSSES.items():
-        calls = record(backend, name, loss.samples[0], generator)
+    for loss in LOSSES.values():
+        calls = record(backend, loss, RANKING_SAMPLES[0], generator)
         assert {str(function) for function, _ in calls} == {f"rsloss_kernels.{op}.{backend.name}" for op in loss.operators}
 
 
@@ -74,8 +73,8 @@ def test_every_operator_has_all_backends_with_one_schema(operator):
 
 
 @pytest.mark.slow_interpreter
-@pytest.mark.parametrize("loss, sample", SAMPLES)
-def test_opcheck(backend, generator, loss, sample):
+@pytest.mark.parametrize("sample", SAMPLES)
+def test_opcheck(backend, loss, generator, sample):
     for function, args in record(backend, loss, sample, generator):
         results = torch.library.opcheck(function, differentiable(function, args))
         assert set(results.values()) == {"SUCCESS"} and len(results) == 4, f"{function}: {results}"
@@ -86,38 +85,37 @@ def test_opcheck(backend, generator, loss, sample):
 
 def loss_and_gradient(function, logits, others, options):
     leaf = logits.detach().requires_grad_()
-    losses = function(leaf, *others, **options)
+    losses = harness.losses_in(function(leaf, *others, **options))
     (gradient,) = torch.autograd.grad(sum(losses), leaf)
     return harness.Evaluation(tuple(value.detach().cpu() for value in losses), gradient.cpu())
 
 
-def assert_true(backend, got, inputs):
-    elements = oracles.read(inputs.logits, inputs.targets, inputs.quality, inputs.options.get("background", "last"))
-    truth = oracles.rank_sort(elements, inputs.options["delta"])
+def assert_true(backend, loss, got, inputs):
+    truth = loss.truth(*inputs.arguments, **inputs.options)
     assert_gates(backend, got, truth.losses, truth.gradient())
 
 
 COMPILED_SAMPLES = [
-    param for param in SAMPLES if param.values[1].name in ("dense_float32", "dense_bfloat16_targets_float32", "index_float32")
+    param for param in SAMPLES if param.values[0].name in ("dense_float32", "dense_bfloat16_targets_float32", "index_float32")
 ]
 
 
 @pytest.mark.slow_interpreter
-@pytest.mark.parametrize("loss, sample", COMPILED_SAMPLES)
-def test_compile_once_for_all_shapes(backend, generator, loss, sample):
+@pytest.mark.parametrize("sample", COMPILED_SAMPLES)
+def test_compile_once_for_all_shapes(backend, loss, generator, sample):
     """One graph, whatever the number of rows and of positives, forward and backward."""
     torch._dynamo.reset()
     rsloss_kernels._backends.look_up_reasons()
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(LOSSES[loss].function, backend=counter, fullgraph=True, dynamic=True)
+    compiled = torch.compile(loss.function, backend=counter, fullgraph=True, dynamic=True)
     frames = []
     with rsloss_kernels.use_backend(backend.name):
         for positives, negatives in ((9, 120), (30, 64), (2, 333), (17, 1000)):
-            inputs = dataclasses.replace(sample, positives=positives, negatives=negatives).draw(generator)
+            inputs = loss.draw(dataclasses.replace(sample, positives=positives, negatives=negatives), generator)
             logits, *others = (value.to(backend.device) for value in inputs.arguments)
             got = loss_and_gradient(compiled, logits, others, inputs.options)
-            assert_true(backend, got, inputs)
-            assert got == loss_and_gradient(LOSSES[loss].function, logits, others, inputs.options)
+            assert_true(backend, loss, got, inputs)
+            assert got == loss_and_gradient(loss.function, logits, others, inputs.options)
             frames.append(counter.frame_count)
     # Tracing may start over within the first call; later calls must find its graph.
     assert frames[0] > 0 and len(set(frames)) == 1
@@ -125,7 +123,7 @@ def test_compile_once_for_all_shapes(backend, generator, loss, sample):
 
 def test_compiled_function_follows_a_change_of_backend(generator):
     """A graph of one backend must not serve a call that forces another."""
-    inputs = LOSSES["rank_sort"].samples[0].draw(generator)
+    inputs = LOSSES["rank_sort"].draw(RANKING_SAMPLES[0], generator)
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(rsloss_kernels.rank_sort_loss, backend=counter, fullgraph=True)
@@ -138,25 +136,25 @@ def test_compiled_function_follows_a_change_of_backend(generator):
 
 
 @pytest.mark.slow_interpreter
-@pytest.mark.parametrize("loss, sample", COMPILED_SAMPLES[:1])
-def test_compile_a_model_with_its_loss(backend, generator, loss, sample):
+def test_compile_a_model_with_its_loss(backend, loss, generator):
     """Through the default compiler, with layers before and arithmetic after the loss."""
     torch._dynamo.reset()
     layer = torch.nn.Linear(6, 5).to(backend.device)
-    module = LOSSES[loss].module()
+    module = loss.module()
 
-    def step(features, labels):
-        return sum(module(layer(features).relu(), labels)) * 2
+    def step(features, labels, *third):
+        return sum(harness.losses_in(module(layer(features).relu(), labels, *third))) * 2
 
     compiled = torch.compile(step, fullgraph=True, dynamic=True)
     with rsloss_kernels.use_backend(backend.name):
         for rows in (40, 55, 90):
             features = torch.randn((rows, 6), generator=generator).to(backend.device)
             labels = torch.randint(-1, 6, (rows,), generator=generator).to(backend.device)
+            _, *others = loss.arguments(features, labels, torch.rand(rows, generator=generator).to(backend.device))
             gradients = []
             for function in (step, compiled):
                 layer.weight.grad = None
-                total = function(features, labels)
+                total = function(features, *others)
                 total.backward()
                 gradients.append((total.detach(), layer.weight.grad))
             torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-7)
@@ -164,25 +162,27 @@ def test_compile_a_model_with_its_loss(backend, generator, loss, sample):
 
 
 @pytest.mark.slow_interpreter
-@pytest.mark.parametrize("loss, sample", COMPILED_SAMPLES)
-def test_export(backend, generator, loss, sample):
-    inputs = sample.draw(generator)
+@pytest.mark.parametrize("sample", COMPILED_SAMPLES)
+def test_export(backend, loss, generator, sample):
+    inputs = loss.draw(sample, generator)
     arguments = tuple(value.to(backend.device) for value in inputs.arguments)
 
     class Model(torch.nn.Module):
         def forward(self, *arguments):
-            return tuple(LOSSES[loss].function(*arguments, **inputs.options))
+            returned = loss.function(*arguments, **inputs.options)
+            return (returned,) if isinstance(returned, torch.Tensor) else tuple(returned)
 
-    rows = torch.export.Dim("rows", min=2)
+    rows, positives = torch.export.Dim("rows", min=2), torch.export.Dim("positives", min=1)
+    sizes = [{0: rows if value.shape[0] == len(arguments[0]) else positives} for value in arguments]
     with rsloss_kernels.use_backend(backend.name):
-        program = torch.export.export(Model(), arguments, dynamic_shapes={"arguments": tuple({0: rows} for _ in arguments)})
-        other = dataclasses.replace(sample, positives=4, negatives=77).draw(generator)
+        program = torch.export.export(Model(), arguments, dynamic_shapes={"arguments": tuple(sizes)})
+        other = loss.draw(dataclasses.replace(sample, positives=4, negatives=77), generator)
         moved = tuple(value.to(backend.device) for value in other.arguments)
         got = program.module()(*moved)
-        expected = LOSSES[loss].function(*moved, **other.options)
+        expected = Model()(*moved)
     used = {str(node.target) for node in program.graph.nodes if "rsloss_kernels" in str(node.target)}
     assert used and all(name.endswith(f".{backend.name}") for name in used)
-    assert [value.item() for value in got] == [value.item() for value in expected]
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 # --- fake and meta tensors ---
@@ -192,16 +192,16 @@ def on_fake_gpu(value: torch.Tensor) -> torch.Tensor:
     return torch.empty(value.shape, dtype=value.dtype, device="cuda")
 
 
-@pytest.mark.parametrize("loss, sample", SAMPLES)
-def test_fake_gpu_tensors_take_the_shapes_of_real_ones(generator, monkeypatch, loss, sample):
+@pytest.mark.parametrize("sample", SAMPLES)
+def test_fake_gpu_tensors_take_the_shapes_of_real_ones(loss, generator, monkeypatch, sample):
     """The logic of shapes, dtypes and devices on a GPU, without one: function by function and operator by operator."""
-    inputs = sample.draw(generator)
+    inputs = loss.draw(sample, generator)
     calls = record(Backend("reference", "cpu"), loss, sample, generator)
     for name in ("cuda", "triton", "reference"):
         # Fake tensors need no kernel, so the choice of one that is missing here must not be refused.
         monkeypatch.setattr(rsloss_kernels._backends, "resolve", lambda operator, device, name=name: name)
         with FakeTensorMode():
-            for value in LOSSES[loss].function(*map(on_fake_gpu, inputs.arguments), **inputs.options):
+            for value in harness.losses_in(loss.function(*map(on_fake_gpu, inputs.arguments), **inputs.options)):
                 assert value.shape == () and value.device.type == "cuda"
                 assert value.dtype == (torch.float64 if sample.dtype == torch.float64 else torch.float32)
         for function, args in calls:
@@ -215,12 +215,10 @@ def test_fake_gpu_tensors_take_the_shapes_of_real_ones(generator, monkeypatch, l
                 assert all(a == b for a, b in sizes if isinstance(a, int)), f"{operator}: {got.shape} for {wanted.shape}"
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_module_survives_deepcopy_and_pickle(backend, generator, loss):
-    inputs = LOSSES[loss].samples[0].draw(generator)
-    arguments = [value.to(backend.device) for value in inputs.arguments]
-    module = LOSSES[loss].module()
+def test_module_survives_deepcopy_and_pickle(backend, loss, generator):
+    arguments = [value.to(backend.device) for value in loss.draw(RANKING_SAMPLES[0], generator).arguments]
+    module = loss.module()
     with rsloss_kernels.use_backend(backend.name):
-        expected = [value.item() for value in module(*arguments)]
+        expected = [value.item() for value in harness.losses_in(module(*arguments))]
         for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), module.to("cpu").half().float()):
-            assert [value.item() for value in twin(*arguments)] == expected
+            assert [value.item() for value in harness.losses_in(twin(*arguments))] == expected

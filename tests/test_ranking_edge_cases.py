@@ -1,12 +1,11 @@
-"""Rank & Sort where there is nothing to rank, where values are not finite, where memory is dirty, and where a table is too small."""
+"""Ranking losses where there is nothing to rank, where values are not finite, where memory is dirty, and where a table is too small."""
 import contextlib
 
 import harness
-import oracles
 import pytest
 import rsloss_kernels
 import torch
-from harness import Pipeline, assert_gates, evaluate
+from harness import assert_gates
 from samples import RANKING_SAMPLES, RankingSample
 from torch.utils import deterministic
 
@@ -14,11 +13,10 @@ NAN, INF = float("nan"), float("inf")
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
 
-def assert_agrees(backend, logits, targets, quality=None, upstream=(1.0, 1.0), **options):
-    got = evaluate(backend, logits, targets, quality, upstream=upstream, **options)
-    elements = oracles.read(logits, targets, quality, options.get("background", "last"))
-    truth = oracles.rank_sort(elements, options.get("delta", 0.5))
-    assert_gates(backend, got, truth.losses, truth.gradient(*upstream))
+def assert_agrees(backend, loss, *arguments, upstream=None, **options):
+    got = loss.evaluate(backend, *arguments, upstream=upstream, **options)
+    truth = loss.truth(*arguments, **options)
+    assert_gates(backend, got, truth.losses, truth.gradient(*upstream or ()))
     return got, truth
 
 
@@ -42,22 +40,23 @@ NOTHING = {
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", NOTHING)
-def test_nothing_to_rank_gives_exact_zeros(backend, name, dtype):
+def test_nothing_to_rank_gives_exact_zeros(backend, loss, name, dtype):
     logits, targets, quality = NOTHING[name]
+    arguments = loss.arguments(logits.to(dtype), targets, quality)
     for delta in (0.0, 0.5):
-        got = evaluate(backend, logits.to(dtype), targets, quality, delta=delta)
-        assert [float(value) for value in got.losses] == [0.0, 0.0]
+        got = loss.evaluate(backend, *arguments, delta=delta)
+        assert [float(value) for value in got.losses] == [0.0] * loss.num_losses
         assert got.gradient.shape == logits.shape and got.gradient.dtype == dtype
         assert not got.gradient.isnan().any() and not got.gradient.any()
 
 
 @pytest.mark.parametrize("name", NOTHING)
-def test_nothing_to_rank_stays_connected_to_the_graph(backend, name):
+def test_nothing_to_rank_stays_connected_to_the_graph(backend, loss, name):
     """Or a rank without objects would leave its peers waiting for gradients."""
-    logits, targets, quality = (value if value is None else value.to(backend.device) for value in NOTHING[name])
+    logits, *others = (value.to(backend.device) for value in loss.arguments(*NOTHING[name]))
     weight = torch.ones((), device=backend.device, requires_grad=True)
     with rsloss_kernels.use_backend(backend.name):
-        losses = rsloss_kernels.rank_sort_loss(logits * weight, targets, quality)
+        losses = harness.losses_in(loss.function(logits * weight, *others))
     for value in losses:
         assert value.requires_grad
     sum(losses).backward()
@@ -65,10 +64,10 @@ def test_nothing_to_rank_stays_connected_to_the_graph(backend, name):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_no_negatives_leaves_only_sorting(backend, generator, dtype):
+def test_no_negatives_leaves_no_ranking_loss(backend, loss, generator, dtype):
     logits = torch.randn(12, generator=generator).to(dtype)
-    got, truth = assert_agrees(backend, logits, torch.linspace(0.1, 1, 12).to(dtype))
-    assert got.losses[0] == 0 and truth.sorting > 0
+    got, _ = assert_agrees(backend, loss, *loss.arguments(logits, torch.linspace(0.1, 1, 12).to(dtype)))
+    assert got.losses[0] == 0 and (loss.num_losses == 2 or not got.gradient.any())
 
 
 # --- values that are not finite ---
@@ -101,85 +100,89 @@ NON_FINITE_LOGITS = {
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("delta", [0.0, 0.5])
 @pytest.mark.parametrize("name", NON_FINITE_LOGITS)
-def test_logits_that_are_not_finite(backend, generator, name, delta, dtype):
+def test_logits_that_are_not_finite(backend, loss, generator, name, dtype):
     values, is_broken = NON_FINITE_LOGITS[name]
     logits, targets = base(generator, dtype)
     for index, value in values.items():
         logits[index] = value
-    got, _ = assert_agrees(backend, logits, targets, delta=delta)
-    assert all(bool(value.isnan()) == is_broken for value in got.losses)
+    arguments = loss.arguments(logits, targets)
     broken = (targets >= 0) & (logits.isnan() | (logits.isinf() & (targets > 0)))
-    assert torch.equal(got.gradient.isnan(), broken)
-    ignored = targets.where(~broken, -1)
-    others = evaluate(backend, logits.where(targets >= 0, 0), ignored, delta=delta).gradient
-    assert torch.equal(got.gradient[~broken], others[~broken])
-    if not is_broken:
-        assert all(value.isfinite() for value in got.losses)
+    without = loss.arguments(logits.where(targets >= 0, 0), targets.where(~broken, -1))
+    for delta in (0.0, 0.5):
+        got, _ = assert_agrees(backend, loss, *arguments, delta=delta)
+        assert all(bool(value.isnan()) == is_broken for value in got.losses)
+        assert torch.equal(got.gradient.isnan(), broken)
+        assert torch.equal(got.gradient[~broken], loss.evaluate(backend, *without, delta=delta).gradient[~broken])
 
 
 @pytest.mark.parametrize("value", [NAN, INF])
 @pytest.mark.parametrize("delta", [0.0, 0.5])
-def test_dense_target_that_is_not_finite(backend, generator, value, delta):
+def test_dense_target_that_is_not_finite(backend, loss, generator, value, delta):
     logits, targets = base(generator)
     targets[1] = value
-    got, _ = assert_agrees(backend, logits, targets, delta=delta)
-    assert all(loss.isnan() for loss in got.losses)
+    got, _ = assert_agrees(backend, loss, *loss.arguments(logits, targets), delta=delta)
+    assert all(value.isnan() for value in got.losses)
     assert harness.where(got.gradient.isnan()) == [1]
 
 
-@pytest.mark.parametrize("quality_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
-def test_quality_that_is_not_finite(backend, generator, value, quality_dtype):
+def test_third_argument_that_is_not_finite(backend, loss, generator, value, dtype):
+    if loss.third is None:
+        return
     logits = torch.randn((5, 3), generator=generator)
     labels = torch.tensor([1, 3, 0, 2, -1])
-    quality = torch.tensor([0.5, value, value, 0.7, value], dtype=quality_dtype)
-    got, _ = assert_agrees(backend, logits, labels, quality)
-    assert all(loss.isnan() for loss in got.losses)
-    assert harness.where(got.gradient.isnan()) == [6], "the quality of background and ignored rows may hold anything"
+    third = torch.tensor([0.5, value, value, 0.7, value], dtype=dtype)
+    got, _ = assert_agrees(backend, loss, logits, labels, third)
+    assert all(value.isnan() for value in got.losses)
+    assert harness.where(got.gradient.isnan()) == [6], "values of background and ignored rows may be anything"
 
 
 @pytest.mark.parametrize("upstream", [(1.0, None), (None, 1.0), (0.0, 1.0), (0.0, 0.0)])
-def test_nan_reaches_the_gradient_whatever_the_upstream_factors(backend, generator, upstream):
+def test_nan_reaches_the_gradient_whatever_the_upstream_factors(backend, loss, generator, upstream):
     """A gradient scaler must see it."""
+    upstream = upstream[: loss.num_losses]
+    if upstream == (None,):
+        return
     logits, targets = base(generator)
     for index in (1, 4):
         broken = logits.clone()
         broken[index] = NAN
-        assert harness.where(evaluate(backend, broken, targets, upstream=upstream).gradient.isnan()) == [index]
+        got = loss.evaluate(backend, *loss.arguments(broken, targets), upstream=upstream)
+        assert harness.where(got.gradient.isnan()) == [index]
 
 
-def test_nan_negative_without_positives(backend):
+def test_nan_negative_without_positives(backend, loss):
     logits = torch.tensor([0.0, NAN, 1.0])
-    got, _ = assert_agrees(backend, logits, torch.zeros(3))
-    assert all(loss.isnan() for loss in got.losses) and harness.where(got.gradient.isnan()) == [1]
+    got, _ = assert_agrees(backend, loss, *loss.arguments(logits, torch.zeros(3)))
+    assert all(value.isnan() for value in got.losses) and harness.where(got.gradient.isnan()) == [1]
 
 
-def test_many_nan_logits_do_not_write_out_of_bounds(backend, generator):
+def test_many_nan_logits_do_not_write_out_of_bounds(backend, loss, generator):
     """NaN compares false with everything: an unguarded search would leave its table."""
-    inputs = RankingSample("nan", 40, 4000).draw(generator)
-    holes = torch.rand(inputs.logits.shape, generator=generator) < 0.5
-    assert_agrees(backend, inputs.logits.where(~holes, NAN), inputs.targets)
-    assert_agrees(backend, torch.full_like(inputs.logits, NAN), inputs.targets)
+    logits, *others = loss.draw(RankingSample("nan", 40, 4000), generator).arguments
+    holes = torch.rand(logits.shape, generator=generator) < 0.5
+    assert_agrees(backend, loss, logits.where(~holes, NAN), *others)
+    assert_agrees(backend, loss, torch.full_like(logits, NAN), *others)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_largest_finite_logits(backend, dtype):
+def test_largest_finite_logits(backend, loss, dtype):
     largest = torch.finfo(dtype).max
     logits = torch.tensor([largest, -largest, 0, largest, -largest, 0, 1], dtype=dtype)
     targets = torch.tensor([0.5, 0.7, 0.9, 0, 0, 0, 0])
     for delta in (0.0, 0.5, 1e30):
-        assert_agrees(backend, logits, targets, delta=delta)
+        assert_agrees(backend, loss, *loss.arguments(logits, targets), delta=delta)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_subnormal_logits_and_signed_zeros(backend, dtype):
+def test_subnormal_logits_and_signed_zeros(backend, loss, dtype):
     tiny = torch.finfo(dtype).smallest_normal / 8
     logits = torch.tensor([tiny, -tiny, 0.0, -0.0, 0.0, -0.0, tiny, -tiny], dtype=dtype)
     targets = torch.tensor([0.5, 0.7, 0.9, 0.2, 0, 0, 0, 0])
     for delta in (0.0, 1e-30, 0.5):
-        assert_agrees(backend, logits, targets, delta=delta)
+        assert_agrees(backend, loss, *loss.arguments(logits, targets), delta=delta)
 
 
 # --- dirty memory ---
@@ -200,40 +203,48 @@ def poisoned_memory():
 
 @pytest.mark.filterwarnings("ignore:.*deterministic")
 @pytest.mark.parametrize("sample", RANKING_SAMPLES, ids=lambda sample: sample.name)
-def test_no_uninitialised_memory_reaches_the_result(backend, generator, sample):
-    inputs = sample.draw(generator)
-    expected = evaluate(backend, *inputs.arguments, **inputs.options)
+def test_no_uninitialised_memory_reaches_the_result(backend, loss, generator, sample):
+    inputs = loss.draw(sample, generator)
+    expected = loss.evaluate(backend, *inputs.arguments, **inputs.options)
     with poisoned_memory():
-        assert evaluate(backend, *inputs.arguments, **inputs.options) == expected
+        assert loss.evaluate(backend, *inputs.arguments, **inputs.options) == expected
 
 
 @pytest.mark.filterwarnings("ignore:.*deterministic")
-def test_tables_and_masks_are_padded_as_documented(backend, generator):
-    inputs = RankingSample("padding", 5, 40, 3).draw(generator)
-    logits, targets = inputs.logits.to(backend.device), inputs.targets.to(backend.device)
+def test_tables_and_masks_are_padded_as_documented(backend, loss, generator):
+    logits, targets, _ = RankingSample("padding", 5, 40, 3).draw(generator)
     with poisoned_memory():
-        pipeline = Pipeline(backend, [logits], [targets], capacity=9)
+        pipeline = loss.pipeline(backend, [logits.to(backend.device)], [targets.to(backend.device)], capacity=9)
         positives, negatives, counts = pipeline.collect()
-        ranked, bins = pipeline.call("ranking_bin", [logits], negatives, positives, counts, None, 1, 0.5)
-        *_, gradients, lines = pipeline.call(
-            "rank_sort_finalize", [logits], negatives, ranked, counts, bins, None, 1, 0.5, 1.0, False
-        )
-    is_negative = (targets == 0).cpu()
-    unpacked = (negatives.cpu()[:, None] >> torch.arange(8)) & 1
-    assert torch.equal(unpacked.flatten()[:48].bool(), is_negative) and not unpacked.flatten()[48:].any()
-    assert counts.tolist() == [5, 40]
+        ranked, bins = pipeline.bin(negatives, positives, counts)
+        outputs = pipeline.finish(pipeline.logits, negatives, ranked, counts, bins)
+    *_, gradients, lines = outputs
     index = (targets > 0).nonzero().squeeze(1)
-    assert torch.equal(positives[3, :5], index.double()) and torch.equal(positives[0, :5], logits[index].double())
-    assert torch.equal(positives[1, :5], targets[index].double())
     order = logits[index].sort().indices
+    negatives, counts, positives, ranked, bins, gradients, lines = (
+        value.cpu() for value in (negatives, counts, positives, ranked, bins, gradients, lines)
+    )
+    unpacked = (negatives[:, None] >> torch.arange(8)) & 1
+    assert torch.equal(unpacked.flatten()[:48].bool(), targets == 0) and not unpacked.flatten()[48:].any()
+    assert counts.tolist() == [5, 40, 48]
+    assert torch.equal(positives[3, :5], index.double()) and torch.equal(positives[0, :5], logits[index].double())
+    assert torch.equal(positives[1, :5], targets[index].double()) and not positives[2].any()
     assert torch.equal(ranked[:, :5], positives[:, :5][:, order])
     for table in (positives, ranked):
         assert table.dtype == torch.float64 and table.shape == (4, 9)
         assert table[0, 5:].isnan().all() and not table[1:3, 5:].any() and (table[3, 5:] == -1).all()
     assert bins.dtype == torch.int64 and bins.shape == (2, 19) and not bins[:, 11:].any() and bins[0, 0] == 0
-    assert gradients.shape == (3, 9) and (gradients[0, 5:] == -1).all() and not gradients[1:, 5:].any()
+    assert gradients.shape == (4, 9) and (gradients[0, 5:] == -1).all() and not gradients[1:3, 5:].any()
+    assert not gradients[3, :5].any() and (gradients[3, 5:] == 1).all()
+    assert torch.equal(gradients[0, :5], ranked[3, :5]) and (loss.num_losses == 2 or not gradients[2].any())
     assert lines.shape == (3, 18) and (lines[0, 10:] == INF).all() and (lines[1, 10:] == lines[1, 9]).all()
     assert (lines[0, 1:10] >= lines[0, :9]).all() and not lines[2, 10:].any()
+    if loss.third == "regression_losses":
+        rank = outputs[1].cpu()
+        elements = loss.read(logits, targets, targets[index])
+        wanted = loss.oracle(elements, pipeline.delta).rank[order]
+        assert rank.dtype == torch.float64 and rank.shape == (9,) and not rank[5:].any()
+        torch.testing.assert_close(rank[:5], wanted, rtol=1e-7, atol=0)
 
 
 # --- capacity ---
@@ -241,28 +252,28 @@ def test_tables_and_masks_are_padded_as_documented(backend, generator):
 
 @pytest.mark.parametrize("form", ["dense", "index"])
 @pytest.mark.parametrize("capacity", [1, 8, 29])
-def test_more_positives_than_capacity_gives_nan_everywhere(backend, generator, form, capacity):
-    inputs = RankingSample("overflow", 30, 200, form=form).draw(generator)
-    arguments = [[value.to(backend.device)] for value in inputs.arguments]
-    got = Pipeline(backend, *arguments, capacity=capacity).run()
+def test_more_positives_than_capacity_gives_nan_everywhere(backend, loss, generator, form, capacity):
+    values = RankingSample("overflow", 30, 200, form=form).draw(generator)
+    arguments = [[value.to(backend.device)] for value in values if value is not None]
+    got = loss.pipeline(backend, *arguments, capacity=capacity).run()
     assert all(value.isnan() for value in got.losses)
     assert got.gradient.isnan().all()
 
 
-def test_overflow_is_counted(backend, generator):
-    inputs = RankingSample("overflow", 30, 200).draw(generator)
-    pipeline = Pipeline(backend, [inputs.logits.to(backend.device)], [inputs.targets.to(backend.device)], capacity=7)
-    positives, _, counts = pipeline.collect()
-    assert counts.tolist() == [30, 200] and positives.shape == (4, 7)
+@pytest.mark.shared_code
+def test_overflow_is_counted(backend, loss, generator):
+    logits, targets, _ = RankingSample("overflow", 30, 200).draw(generator)
+    positives, _, counts = loss.pipeline(backend, [logits.to(backend.device)], [targets.to(backend.device)], capacity=7).collect()
+    assert counts.tolist() == [30, 200, 230] and positives.shape == (4, 7)
 
 
 @pytest.mark.parametrize("form", ["dense", "index"])
-def test_max_positives_binds_on_a_gpu_only(backend, generator, form):
-    inputs = RankingSample("capacity", 30, 200, form=form).draw(generator)
-    expected = evaluate(backend, *inputs.arguments)
-    got = evaluate(backend, *inputs.arguments, max_positives=3)
+def test_max_positives_binds_on_a_gpu_only(backend, loss, generator, form):
+    arguments = loss.draw(RankingSample("capacity", 30, 200, form=form), generator).arguments
+    expected = loss.evaluate(backend, *arguments)
+    got = loss.evaluate(backend, *arguments, max_positives=3)
     if backend.device == "cpu":
         assert got == expected
     else:
         assert all(value.isnan() for value in got.losses) and got.gradient.isnan().all()
-    assert evaluate(backend, *inputs.arguments, max_positives=30) == expected
+    assert loss.evaluate(backend, *arguments, max_positives=30) == expected

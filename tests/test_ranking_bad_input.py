@@ -1,23 +1,29 @@
-"""Rank & Sort refuses bad input by name, changes nothing, and its operators cannot be made to read or write out of bounds."""
+"""The ranking losses refuse bad input by name, changes nothing, and its operators cannot be made to read or write out of bounds."""
 import functools
 import re
 
+import harness
 import pytest
 import rsloss_kernels
 import torch
-from harness import Pipeline, evaluate
 from rsloss_kernels import _library
-from samples import RankingSample
+from samples import LOSSES, RankingSample
 
 INT_MAX = 2**31 - 1
 
 
 def good(form: str = "index") -> dict:
+    """Arguments of Rank & Sort; those of another loss follow from them."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn((6, 4), generator=generator)
     if form == "dense":
         return {"logits": logits, "targets": (torch.rand((6, 4), generator=generator) - 0.7).clamp(min=0)}
     return {"logits": logits, "targets": torch.tensor([0, 4, 2, 4, -1, 4]), "quality": torch.rand(6, generator=generator)}
+
+
+def good_for(loss, form: str) -> dict:
+    names = ("logits", "targets", loss.third)
+    return dict(zip(names, loss.arguments(*good(form).values()), strict=False))
 
 
 # (form, argument, value from the good arguments, exception, what was wanted, what was got)
@@ -66,27 +72,36 @@ def assert_unchanged(arguments: dict, before: list) -> None:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_bad_argument_is_refused_by_name(backend, fault):
+def test_bad_argument_is_refused_by_name(backend, loss, fault):
     form, argument, make, exception, wanted, got = FAULTS[fault]
-    arguments = good(form)
+    if argument == "quality" and loss.third != "quality":
+        argument = loss.third
+        if argument is None or fault == "quality_with_dense":
+            return
+        make_of_quality, make = make, lambda a: make_of_quality(a | {"quality": a["regression_losses"]})
+        # One per positive is as good as one per row: their number is known on the device only.
+        wanted, got = {"quality_shape": (None, None), "quality_2d": ("one dimension", r"\[6, 1\]")}.get(fault, (wanted, got))
+        if wanted is None:
+            return
+    arguments = good_for(loss, form)
     arguments[argument] = make(arguments)
     arguments = {name: v.to(backend.device) if torch.is_tensor(v) and not v.is_meta else v for name, v in arguments.items()}
     before = snapshot(arguments)
     with rsloss_kernels.use_backend(backend.name), pytest.raises(exception) as raised:
-        rsloss_kernels.rank_sort_loss(**arguments)
+        loss.function(**arguments)
     message = str(raised.value)
-    named = argument if fault != "labels_float" else "targets|quality"
-    assert re.search(rf"^rank_sort_loss: ({named}) must .*({wanted}).*, got .*({got})", message), message
+    named, wanted, got = (argument, wanted, got) if fault != "labels_float" else ("targets|quality|regression_losses", ".*", "")
+    assert re.search(rf"^{loss.function.__name__}: ({named}) must .*({wanted}).*, got .*({got})", message), message
     assert_unchanged(arguments, before)
 
 
 @pytest.mark.parametrize("form", ["dense", "index"])
-def test_good_arguments_are_not_changed(backend, form):
-    arguments = {name: value.to(backend.device) for name, value in good(form).items()}
+def test_good_arguments_are_not_changed(backend, loss, form):
+    arguments = {name: value.to(backend.device) for name, value in good_for(loss, form).items()}
     arguments["logits"].requires_grad_()
     before = snapshot(arguments)
     with rsloss_kernels.use_backend(backend.name):
-        sum(rsloss_kernels.rank_sort_loss(**arguments)).backward()
+        sum(harness.losses_in(loss.function(**arguments))).backward()
     assert_unchanged(arguments, before)
 
 
@@ -104,23 +119,27 @@ DEBUG_FAULTS = {
 
 
 @pytest.mark.parametrize("fault", DEBUG_FAULTS)
-def test_debug_checks_refuse_values(backend, monkeypatch, fault):
+def test_debug_checks_refuse_values(backend, loss, monkeypatch, fault):
     form, changed, exception, message = DEBUG_FAULTS[fault]
-    arguments = good(form) | changed
-    arguments = {name: value.to(backend.device) if torch.is_tensor(value) else value for name, value in arguments.items()}
+    if "quality" in changed and loss.third != "quality":
+        return
+    logits, targets, quality = (*(good(form) | {name: v for name, v in changed.items() if name != "background"}).values(), None)[:3]
+    arguments = [value.to(backend.device) for value in loss.arguments(logits, targets, quality)]
+    options = {name: value for name, value in changed.items() if name == "background"}
     with rsloss_kernels.use_backend(backend.name):
-        assert all(value.isfinite() or fault == "quality_nan" for value in rsloss_kernels.rank_sort_loss(**arguments))
+        losses = harness.losses_in(loss.function(*arguments, **options))
+        assert all(value.isfinite() or fault == "quality_nan" for value in losses)
         monkeypatch.setenv("RSLOSS_DEBUG_CHECKS", "1")
-        with pytest.raises(exception, match=f"^rank_sort_loss: {message}"):
-            rsloss_kernels.rank_sort_loss(**arguments)
+        with pytest.raises(exception, match=f"^{loss.function.__name__}: {message}"):
+            loss.function(*arguments, **options)
 
 
 @pytest.mark.parametrize("form", ["dense", "index"])
-def test_debug_checks_accept_good_input(backend, monkeypatch, generator, form):
-    inputs = RankingSample("debug", 20, 100, form=form, ignored=5).draw(generator)
-    expected = evaluate(backend, *inputs.arguments)
+def test_debug_checks_accept_good_input(backend, loss, monkeypatch, generator, form):
+    arguments = loss.draw(RankingSample("debug", 20, 100, form=form, ignored=5), generator).arguments
+    expected = loss.evaluate(backend, *arguments)
     monkeypatch.setenv("RSLOSS_DEBUG_CHECKS", "1")
-    assert evaluate(backend, *inputs.arguments) == expected
+    assert loss.evaluate(backend, *arguments) == expected
 
 
 # --- the operators themselves ---
@@ -130,7 +149,11 @@ OPERATOR_ARGUMENTS = {
     "ranking_bin": ["logits", "negatives", "positives", "counts", "segments", "num_segments", "delta"],
     "rank_sort_finalize": [
         "logits", "negatives", "ranked", "counts", "bins", "segments", "num_segments", "delta", "gradient_scale", "upstream_parity",
-    ],  # fmt: skip
+    ],
+    "average_precision_finalize": [
+        "logits", "negatives", "ranked", "counts", "bins", "segments", "num_segments", "delta", "gradient_scale", "interpolated",
+    ],
+    "alrp_finalize": ["logits", "negatives", "ranked", "counts", "bins", "segments", "num_segments", "delta", "gradient_scale"],  # fmt: skip
     "ranking_backward": [
         "logits", "negatives", "gradients", "lines", "counts", "segments", "num_segments", "grad_first", "grad_second",
     ],  # fmt: skip
@@ -144,19 +167,17 @@ def operator_arguments(backend, form: str = "index") -> dict:
 
 @functools.cache
 def _operator_arguments(backend, form: str) -> dict:
-    inputs = RankingSample("operators", 12, 62, 5, form=form).draw(torch.Generator().manual_seed(0))
-    split = [list(value.to(backend.device).split([70, inputs.targets.shape[0] - 70])) for value in inputs.arguments]
-    pipeline = Pipeline(backend, *split)
+    values = [value for value in RankingSample("operators", 12, 62, 5, form=form).draw(torch.Generator().manual_seed(0)) if value is not None]
+    split = [list(value.to(backend.device).split([70, values[1].shape[0] - 70])) for value in values]
+    pipeline = LOSSES["rank_sort"].pipeline(backend, *split)
     positives, negatives, counts = pipeline.collect()
-    ranked, bins = pipeline.call("ranking_bin", pipeline.logits, negatives, positives, counts, None, 1, 0.5)
-    ranking, _, gradients, lines = pipeline.call(
-        "rank_sort_finalize", pipeline.logits, negatives, ranked, counts, bins, None, 1, 0.5, 1.0, False
-    )
+    ranked, bins = pipeline.bin(negatives, positives, counts)
+    ranking, _, gradients, lines = pipeline.finish(pipeline.logits, negatives, ranked, counts, bins)
     arguments = {
         "logits": pipeline.logits, "targets": pipeline.targets, "quality": pipeline.quality, "positives": positives,
         "negatives": negatives, "counts": counts, "ranked": ranked, "bins": bins, "gradients": gradients, "lines": lines,
         "segments": None, "num_segments": 1, "max_positives": 12, "background_first": False, "delta": 0.5, "gradient_scale": 1.0,
-        "upstream_parity": False, "grad_first": torch.ones_like(ranking), "grad_second": torch.ones_like(ranking),
+        "upstream_parity": False, "interpolated": True, "grad_first": torch.ones_like(ranking), "grad_second": torch.ones_like(ranking),
     }  # fmt: skip
     for operator in ALL:
         call_operator(backend, operator, arguments)
@@ -167,7 +188,7 @@ def call_operator(backend, operator: str, arguments: dict):
     return _library.operator(operator, backend.name)(*[arguments[name] for name in OPERATOR_ARGUMENTS[operator]])
 
 
-COLLECT, BIN, FINALIZE, BACKWARD = OPERATOR_ARGUMENTS
+COLLECT, BIN, *FINALIZES, BACKWARD = OPERATOR_ARGUMENTS
 ALL = tuple(OPERATOR_ARGUMENTS)
 TABLE_FAULTS = {
     "flat": lambda t: t.flatten(),
@@ -195,15 +216,15 @@ def operator_faults() -> dict[str, tuple[str, str, object]]:
     faults = {}
 
     def add(operators, argument, fault, change):
-        for operator in operators if isinstance(operators, tuple) else (operators,):
+        for operator in [operators] if isinstance(operators, str) else operators:
             faults[f"{operator}-{argument}-{fault}"] = (operator, argument, change)
 
     add(ALL, "logits", "none_at_all", lambda levels: [])
     add(ALL, "logits", "int64", lambda levels: [level.long() for level in levels])
     add(ALL, "logits", "mixed_dtypes", lambda levels: [levels[0], levels[1].double()])
     add(ALL, "logits", "mixed_devices", lambda levels: [levels[0], levels[1].to("meta")])
-    add((COLLECT, BIN, BACKWARD, FINALIZE), "logits", "one_level_less", lambda levels: levels[:1])
-    add((BIN, BACKWARD, FINALIZE), "logits", "longer_than_mask", lambda levels: [*levels, levels[0]])
+    add(ALL, "logits", "one_level_less", lambda levels: levels[:1])
+    add(ALL[1:], "logits", "longer_than_mask", lambda levels: [*levels, levels[0]])
     for argument in ("targets", "quality"):
         add(COLLECT, argument, "one_level_less", lambda levels: levels[:1])
         add(COLLECT, argument, "one_level_more", lambda levels: [*levels, levels[0]])
@@ -215,23 +236,34 @@ def operator_faults() -> dict[str, tuple[str, str, object]]:
     add(COLLECT, "targets", "int16", lambda levels: [level.to(torch.int16) for level in levels])
     add(COLLECT, "quality", "int64", lambda levels: [level.long() for level in levels])
     add(COLLECT, "max_positives", "negative", lambda value: -1)
-    for operator, argument in ((BIN, "positives"), (FINALIZE, "ranked"), (FINALIZE, "bins"), (BACKWARD, "gradients"), (BACKWARD, "lines")):
+    tables = [(operator, argument) for operator in FINALIZES for argument in ("ranked", "bins")]
+    for operator, argument in [*tables, (BIN, "positives"), (BACKWARD, "gradients"), (BACKWARD, "lines")]:
         for fault, change in TABLE_FAULTS.items():
             add(operator, argument, fault, change)
-    add(FINALIZE, "bins", "one_column_less", lambda t: t[:, :-1].contiguous())
-    add(FINALIZE, "bins", "one_column_more", lambda t: torch.cat([t, t[:, :1]], 1))
-    add(FINALIZE, "ranked", "one_column_more", lambda t: torch.cat([t, t[:, :1]], 1))
+    add(FINALIZES, "bins", "one_column_less", lambda t: t[:, :-1].contiguous())
+    add(FINALIZES, "bins", "one_column_more", lambda t: torch.cat([t, t[:, :1]], 1))
+    add(FINALIZES, "ranked", "one_column_more", lambda t: torch.cat([t, t[:, :1]], 1))
     add(BACKWARD, "lines", "one_column_less", lambda t: t[:, :-1].contiguous())
     add(BACKWARD, "gradients", "one_column_more", lambda t: torch.cat([t, t[:, :1]], 1))
     for argument in ("negatives", "counts"):
         for fault, change in VECTOR_FAULTS.items():
-            add((BIN, FINALIZE, BACKWARD), argument, fault, change)
+            add(ALL[1:], argument, fault, change)
+    for operator in ALL:
+        for fault, change in {
+            "vector": lambda rows: torch.zeros(rows, dtype=torch.int32),
+            "int64": lambda rows: torch.zeros((rows, 1), dtype=torch.int64),
+            "fewer_rows": lambda rows: torch.zeros((rows - 1, 1), dtype=torch.int32),
+            "meta": lambda rows: torch.zeros((rows, 1), dtype=torch.int32, device="meta"),
+        }.items():
+            add(operator, "segments", fault, lambda _, change=change: change(79))
+        add(operator, "num_segments", "zero", lambda _: 0)
+        add(operator, "num_segments", "does_not_divide", lambda _: 3)
     for argument in ("grad_first", "grad_second"):
         add(BACKWARD, argument, "vector", lambda t: t.expand(3))
         add(BACKWARD, argument, "meta", lambda t: t.to("meta"))
         add(BACKWARD, argument, "int64", lambda t: t.long())
     for fault, delta in (("negative", -0.5), ("nan", float("nan")), ("inf", float("inf"))):
-        add((BIN, FINALIZE), "delta", fault, lambda _, delta=delta: delta)
+        add((BIN, *FINALIZES), "delta", fault, lambda _, delta=delta: delta)
     return faults
 
 
@@ -246,7 +278,7 @@ def test_operator_refuses_bad_argument(backend, fault):
     with pytest.raises((RuntimeError, ValueError, TypeError, IndexError, NotImplementedError)) as raised:
         call_operator(backend, operator, arguments)
     # Where two arguments disagree, either may be named.
-    named = {"logits": "logits|targets|quality|negatives", "ranked": "ranked|bins", "gradients": "gradients|lines"}.get(argument, argument)
+    named = {"logits": "logits|targets|quality|negatives|segments", "ranked": "ranked|bins", "gradients": "gradients|lines"}.get(argument, argument)
     assert re.search(rf"\b{operator}: ({named}) (must|has the wrong)", str(raised.value)), raised.value
 
 
@@ -295,5 +327,5 @@ def test_operators_survive_tables_with_garbage(backend, positives):
     operators = ALL[1:] if backend.is_compiled or backend.name == "triton" else ALL[1:2]
     for operator in operators:
         results = call_operator(backend, operator, arguments)
-        assert len(results) == {BIN: 2, FINALIZE: 4, BACKWARD: 2}[operator]
+        assert len(results) == {BIN: 2, BACKWARD: 2, "average_precision_finalize": 3}.get(operator, 4)
     assert all(level.isnan().all() for level in call_operator(backend, BACKWARD, arguments)), "counts say overflow"
