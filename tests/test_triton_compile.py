@@ -31,7 +31,7 @@ def _choices(**values):
 
 
 def _streamed(common) -> dict:
-    return {"BLOCK": common.STREAM_BLOCK["cuda"], "num_warps": common.STREAM_WARPS}
+    return {"BLOCK": common.STREAM_BLOCK["cuda"], **common.STREAM_OPTIONS}
 
 
 def _tabled(common) -> dict:
@@ -171,7 +171,8 @@ def _compile(kernel, variant: dict, capability: int) -> dict:
         else:
             signature[name] = "i64" if name in WIDE_INTEGERS else variant.get(name, "i32")
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": variant["num_warps"]})
+    options = {name: variant[name] for name in ("num_warps", "maxnreg") if name in variant}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     tool = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

@@ -7,7 +7,7 @@ from torch import Tensor
 from rsloss_kernels.losses.ranking import reference
 from rsloss_kernels.losses.ranking.triton_common import (
     PLAIN_INTEGERS,
-    STREAM_WARPS,
+    STREAM_OPTIONS,
     TABLE_WARPS,
     arithmetic,
     count_not_above,
@@ -73,13 +73,12 @@ def negative_gradient_kernel(
     distance = tl.where(tl.abs(value) < float("inf"), value.to(tl.float64) - edge.to(tl.float64), 0.0)
     slope = tl.load(lines_ptr + 2 * used + index, mask=on_line, other=0.0)
     gradient = tl.load(lines_ptr + used + index, mask=on_line, other=0.0) + slope * distance
-    if grad_first_ptr is None:
-        gradient = gradient * 0.0
-    else:
-        gradient = gradient * upstream_of(grad_first_ptr)
-    gradient = tl.where(value == value, gradient, float("nan"))
-    gradient = tl.where(is_negative, gradient, 0.0)
-    gradient = tl.where(tl.load(counts_ptr) > capacity, float("nan"), gradient)
+    upstream = 0.0
+    if grad_first_ptr is not None:
+        upstream = upstream_of(grad_first_ptr)
+    gradient = tl.where(value == value, gradient * upstream, float("nan"))
+    # After an overflow everything is NaN.
+    gradient = tl.where(is_negative, gradient, 0.0) + tl.where(tl.load(counts_ptr) > capacity, float("nan"), 0.0)
     tl.store(results_ptr + start + lane, rounded_to(gradient, results_ptr.dtype.element_ty), mask=inside)
 
 
@@ -142,7 +141,7 @@ def ranking_backward(
                     DOUBLE=level.dtype == torch.float64,
                     BLOCK=block,
                     **in_segments,
-                    num_warps=STREAM_WARPS,
+                    **STREAM_OPTIONS,
                 )
             if size and capacity:
                 block = table_block(capacity, device)

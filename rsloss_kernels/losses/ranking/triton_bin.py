@@ -9,7 +9,7 @@ from rsloss_kernels.losses.ranking import reference
 from rsloss_kernels.losses.ranking.triton_common import (
     PAIR_TILE,
     PLAIN_INTEGERS,
-    STREAM_WARPS,
+    STREAM_OPTIONS,
     TABLE_WARPS,
     arithmetic,
     count_not_above,
@@ -192,7 +192,7 @@ def ranking_bin(logits, negatives, positives, counts, segments, num_segments, de
                     exponent=width_exponent(delta),
                     **{"DOUBLE": double, "IS_STEP": delta == 0, "MAX_COPIES": MAX_COPIES, "BLOCK": block},
                     **in_segments,
-                    num_warps=STREAM_WARPS,
+                    **STREAM_OPTIONS,
                 )
             first_byte += (size + 63) // 64 * 8
         block = table_block(2 * capacity + 1, device)

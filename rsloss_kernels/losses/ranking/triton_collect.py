@@ -8,7 +8,7 @@ import triton.language as tl
 from rsloss_kernels.losses.ranking.op import COUNT_ENTRIES, RECORD_ROWS, mask_bytes
 from rsloss_kernels.losses.ranking.triton_common import (
     PLAIN_INTEGERS,
-    STREAM_WARPS,
+    STREAM_OPTIONS,
     arithmetic,
     launching_on,
     segment_arguments,
@@ -162,7 +162,7 @@ def ranking_collect(logits, targets, quality, segments, num_segments, max_positi
                 "BACKGROUND_FIRST": background_first,
                 "DOUBLE": any(source.dtype == torch.float64 for source in sources),
                 "BLOCK": blocks[level],
-                "num_warps": STREAM_WARPS,
+                **STREAM_OPTIONS,
                 **in_segments[level],
             }
             if size > 0:

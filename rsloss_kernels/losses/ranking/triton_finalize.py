@@ -209,14 +209,15 @@ def gradients_kernel(
     scale = float_of(scale_bits) / share_of_positive(begin, end, sizes_ptr, SEGMENTED)
     if_invalid = tl.where(rank < tl.load(counts_ptr), float("nan"), 0.0)
     first = tl.load(terms_ptr + FIRST_GRADIENT * capacity + rank, mask=is_valid, other=0.0) * scale
-    second = first * 0.0
+    second = tl.zeros([BLOCK], tl.float64)
     if HAS_SECOND:
         second = tl.load(terms_ptr + SECOND_GRADIENT * capacity + rank, mask=is_valid, other=0.0) * scale
+        second = tl.where(is_valid, second, if_invalid)
     index = tl.load(ranked_ptr + 3 * capacity + rank, mask=fits, other=-1.0)
     segment = tl.load(ranked_ptr + 2 * capacity + rank, mask=is_valid, other=0.0)
     tl.store(gradients_ptr + rank, index, mask=fits)
     tl.store(gradients_ptr + capacity + rank, tl.where(is_valid, first, if_invalid), mask=fits)
-    tl.store(gradients_ptr + 2 * capacity + rank, tl.where(is_valid, second, if_invalid), mask=fits)
+    tl.store(gradients_ptr + 2 * capacity + rank, second, mask=fits)
     tl.store(gradients_ptr + 3 * capacity + rank, tl.where(is_valid, segment, num_segments.to(tl.float64)), mask=fits)
     if statistic_ptr is not None:
         statistic = tl.load(terms_ptr + OWN * capacity + rank, mask=is_valid, other=0.0)
