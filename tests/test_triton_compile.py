@@ -56,7 +56,8 @@ def _collect_variants(common) -> dict[str, list[dict]]:
     for target in (*FLOATS, "i32", "i64"):
         kinds = _choices(IS_DENSE=(target in FLOATS,), BACKGROUND_FIRST=(False,) if target in FLOATS else ANY_FLAG)
         pointers = {"targets_ptr": target, "negatives_ptr": "u8", "block_counts_ptr": "i32", "DOUBLE": _double(target)}
-        mask += [{**pointers, **kind, **form, **_streamed(common)} for kind in kinds for form in FORMS]
+        forms = FORMS if target in ("fp32", "i64") else FORMS[:1]
+        mask += [{**pointers, **kind, **form, **_streamed(common)} for kind in kinds for form in forms]
         if target in FLOATS:
             sources = [(logit, None) for logit in FLOATS]
         else:
@@ -67,7 +68,7 @@ def _collect_variants(common) -> dict[str, list[dict]]:
             for logit, quality in sources
             for form in (FORMS if (logit, target) in (("fp32", "fp32"), ("fp64", "i64")) else FORMS[:1])
         ]
-    mask += [{**mask[number], "size": "i64", "period": "i64"} for number in range(len(FORMS))]
+    mask += [{**mask[-1], **form, "size": "i64", "period": "i64"} for form in FORMS]
     return {"mask_kernel": mask, "record_kernel": record}
 
 
@@ -77,7 +78,7 @@ def _sweep_variants(common, impl) -> dict[str, list[dict]]:
     marks = {"sizes_ptr": "i32", "slots_ptr": "i32", "bounds_ptr": "fp64", "ranked_ptr": "fp64", **_tabled(common)}
     streamed = []
     for logit, size in (*((logit, "i32") for logit in FLOATS), ("bf16", "i64")):
-        for form in FORMS:
+        for form in FORMS if logit != "fp16" else FORMS[:1]:
             double = _double(logit)
             types = {"logits_ptr": logit, "negatives_ptr": "u8", "edges_ptr": "fp64" if double else "fp32", "counts_ptr": "i64"}
             ranges = {"ranges_ptr": None if form["FORM"] == "whole" else "i32"}
@@ -92,12 +93,16 @@ def _sweep_variants(common, impl) -> dict[str, list[dict]]:
         "windows_kernel": [{**marks, "DOUBLE": double} for double in ANY_FLAG],
         "ranges_kernel": [{**marks, "keys_ptr": "fp64", "ranges_ptr": "i32", "sizes_ptr": sizes} for sizes in (None, "i32")],
         "breakpoints_kernel": [{**marks, "edges_ptr": edge, **ranges} for edge in ("fp32", "fp64") for ranges in RANGES],
-        "bin_kernel": [{**base, **copies, "IS_STEP": is_step} for base in streamed for is_step in ANY_FLAG],
+        "bin_kernel": [
+            {**base, **copies, "IS_STEP": is_step}
+            for base in streamed
+            for is_step in (ANY_FLAG if base["FORM"] == "whole" else (False,))
+        ],
         "sum_copies_kernel": [{**copies, "bins_ptr": "i64", **_tabled(common)}],
         "negative_gradient_kernel": [
             {**base, "lines_ptr": "fp64", "grad_first_ptr": grad, "results_ptr": base["logits_ptr"]}
             for base in streamed
-            for grad in (None, "fp64" if base["DOUBLE"] else "fp32")
+            for grad in ("fp64" if base["DOUBLE"] else "fp32", None)[: 2 if base["FORM"] == "whole" else 1]
         ],
         "positive_gradient_kernel": [
             {"gradients_ptr": "fp64", "counts_ptr": "i64", **grads, "results_ptr": result, **_tabled(common)}
