@@ -34,7 +34,8 @@ def pytest_generate_tests(metafunc):
     if "backend" in metafunc.fixturenames:
         backends = harness.backends_under_test()
         metafunc.parametrize("backend", backends, ids=[backend.id for backend in backends], indirect=True, scope="session")
-    if "loss" in metafunc.fixturenames:
+    is_chosen = any("loss" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
+    if "loss" in metafunc.fixturenames and not is_chosen:
         metafunc.parametrize("loss", LOSSES.values(), ids=LOSSES)
 
 

@@ -278,7 +278,8 @@ def test_operator_refuses_bad_argument(backend, fault):
     with pytest.raises((RuntimeError, ValueError, TypeError, IndexError, NotImplementedError)) as raised:
         call_operator(backend, operator, arguments)
     # Where two arguments disagree, either may be named.
-    named = {"logits": "logits|targets|quality|negatives|segments", "ranked": "ranked|bins", "gradients": "gradients|lines"}.get(argument, argument)
+    either = {"logits": "logits|targets|quality|negatives|segments", "ranked": "ranked|bins", "gradients": "gradients|lines"}
+    named = either.get(argument, argument)
     assert re.search(rf"\b{operator}: ({named}) (must|has the wrong)", str(raised.value)), raised.value
 
 

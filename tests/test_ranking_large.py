@@ -1,0 +1,138 @@
+"""Many positives, and 16-bit logits in large numbers: against slower ways to the same truth, and within memory."""
+import subprocess
+import sys
+
+import oracles
+import pytest
+import torch
+from harness import Backend, assert_gates, evaluate
+from samples import LOSSES, RankingSample
+
+BLOCK = 2000
+SCRIPT = """
+import resource, torch, rsloss_kernels
+P = N = 1_000_000
+logits, targets = torch.full((P + N,), -4.6), torch.zeros(P + N)
+targets[::2] = 1.0
+{prepare}
+logits.requires_grad_()
+loss = {call}
+loss.backward()
+assert logits.grad.isfinite().all()
+print(float(loss), float(logits.grad.double().clamp(min=0).sum()), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+CALLS = {
+    "rank_sort": "sum(rsloss_kernels.rank_sort_loss(logits, targets, delta=0.5))",
+    "ap": "rsloss_kernels.average_precision_loss(logits, targets, delta=0.5)",
+    "alrp": "rsloss_kernels.alrp_loss(logits, targets, torch.zeros(P), delta=0.5)[0]",
+}
+
+
+def measured(loss: str, prepare: str = "") -> tuple[float, float, int]:
+    """Loss, sum of the positive gradients, and peak of the memory in bytes, of a process of its own."""
+    script = SCRIPT.format(prepare=prepare, call=CALLS[loss])
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    value, moved, kilobytes = done.stdout.split()
+    return float(value), float(moved), int(kilobytes) * 1024
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_million_positives_of_equal_logits(name):
+    """Analytic: every positive has P / 2 positives and N / 2 negatives above it, a tie counting half."""
+    half = 500_000.0
+    self_term = 0.0 if name == "rank_sort" else 0.5
+    wanted = half / (half + self_term + half)
+    value, moved, peak = measured(name)
+    assert value == pytest.approx(wanted, rel=1e-6)
+    # What the negatives get is what the positives lose: the error, in aLRP the same as its boxes are perfect.
+    assert moved == pytest.approx(wanted, rel=1e-4)
+    assert peak < 1.5e9, f"{peak / 1e9:.2f} GB"
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_million_positives_of_different_logits(name):
+    """float32 logits and the same numbers in float64 take different breakpoints, grids and units."""
+    prepare = "logits.copy_(torch.randn(P + N, generator=torch.Generator().manual_seed(1)) + targets)"
+    single, moved, peak = measured(name, prepare)
+    assert peak < 1.5e9, f"{peak / 1e9:.2f} GB"
+    double, moved_double, _ = measured(name, prepare + "; logits = logits.double()")
+    assert single == pytest.approx(double, rel=2e-7) and moved == pytest.approx(moved_double, rel=1e-5) and 0.1 < double < 0.9
+
+
+def in_blocks(logits: torch.Tensor, targets: torch.Tensor, delta: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sums over positives and negatives of H of every positive, in float64, pair by pair but never all pairs at once."""
+    positives, negatives = logits[targets > 0].double(), logits[targets == 0].double()
+    sums = [[oracles.step(others - part[:, None], delta).sum(1) for part in positives.split(BLOCK)] for others in (positives, negatives)]
+    return positives, *map(torch.cat, sums)
+
+
+def test_thirty_thousand_positives(generator):
+    """AP and aLRP on every compiled path of the CPU against all 1.8e9 pairs."""
+    count, delta = 30_000, 0.5
+    logits = torch.randn(2 * count, generator=generator)
+    targets = torch.zeros(2 * count)
+    targets[:count] = torch.rand(count, generator=generator) * 0.9 + 0.1
+    positives, above, false_positives = in_blocks(logits, targets, delta)
+    rank = above + 0.5 + false_positives
+    error = false_positives / rank
+    ascending = positives.sort()
+    interpolated = error[ascending.indices].cummin(0).values
+    wanted = {
+        "ap": float(interpolated.mean()),
+        "alrp": float(error.mean()),
+        "rank_sort": float((false_positives / (above + false_positives)).mean()),
+    }
+    for name, loss in LOSSES.items():
+        got = loss.evaluate(Backend("cpp", "cpu"), *loss.arguments(logits, targets), delta=delta)
+        assert abs(float(got.losses[0].double()) - wanted[name]) <= 1e-7 * wanted[name], name
+        if name == "ap":
+            of_positives = torch.empty(count, dtype=torch.float64)
+            of_positives[ascending.indices] = -interpolated / count
+            largest = got.gradient.abs().max().double()
+            assert (got.gradient[:count] - of_positives).abs().max() <= 1e-6 * largest
+        if name == "alrp":
+            assert ((got.statistics[0] - rank).abs() <= 1e-7 * rank).all()
+
+
+@pytest.mark.slow_interpreter
+def test_capacity_above_one_block(backend, loss, generator):
+    """Tables in several tiles, with few positives in them: as with just enough room."""
+    values = RankingSample("capacity", 60, 400).draw(generator)[:2]
+    arguments = [[value.to(backend.device)] for value in values]
+    expected = loss.pipeline(backend, *arguments, capacity=60).run()
+    for capacity in (4097, 20_000, 65_536):
+        got = loss.pipeline(backend, *arguments, capacity=capacity).run()
+        assert got.losses == expected.losses and torch.equal(got.gradient, expected.gradient), capacity
+
+
+@pytest.mark.slow_interpreter
+def test_positives_above_one_block(backend, loss, generator):
+    sample = RankingSample("many", 4500, 1500, delta=0.5, dtype=torch.float32, quality_levels=50)
+    arguments = loss.draw(sample, generator).arguments
+    got = loss.evaluate(backend, *arguments, delta=0.5, max_positives=5000)
+    truth = loss.truth(*arguments, delta=0.5)
+    assert_gates(backend, got, truth.losses, truth.gradient())
+
+
+@pytest.mark.slow_interpreter
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_many_16_bit_logits_are_those_in_float32(backend, loss, generator, dtype):
+    """Enough for the path over distinct values, with all that 16 bits can hold."""
+    count = 300_000
+    logits = (torch.randn(count, generator=generator) * 2 - 3).to(dtype)
+    targets = torch.zeros(count)
+    targets[torch.randperm(count, generator=generator)[:400]] = torch.rand(400, generator=generator) * 0.9 + 0.1
+    targets[torch.rand(count, generator=generator) < 0.05] = -1
+    special = torch.tensor([torch.inf, -torch.inf, 0.0, -0.0, torch.finfo(dtype).tiny / 2, -torch.finfo(dtype).tiny / 2, torch.finfo(dtype).max])
+    places = (targets == 0).nonzero().squeeze(1)[:7000]
+    logits[places] = special.repeat(1000).to(dtype)
+    logits[targets < 0] = torch.nan
+    for has_nan in (False, True):
+        if has_nan:
+            logits[places[3]] = torch.nan
+        arguments = loss.arguments(logits, targets)
+        narrow = evaluate(backend, *arguments, loss=loss.function, delta=0.5)
+        wide = evaluate(backend, logits.float(), *arguments[1:], loss=loss.function, delta=0.5)
+        assert_gates(backend, narrow, [float(value) for value in wide.losses], wide.gradient.double())
+        assert narrow.losses[0].isnan() == has_nan and narrow.gradient.isnan().sum() == has_nan
