@@ -31,7 +31,7 @@ def _choices(**values):
 
 
 def _streamed(common) -> dict:
-    return {"BLOCK": common.STREAM_BLOCK["cuda"], **common.STREAM_OPTIONS}
+    return {"BLOCK": common.STREAM_BLOCK["cuda"], "num_warps": common.STREAM_WARPS}
 
 
 def _tabled(common) -> dict:
@@ -82,7 +82,8 @@ def _sweep_variants(common, impl) -> dict[str, list[dict]]:
             double = _double(logit)
             types = {"logits_ptr": logit, "negatives_ptr": "u8", "edges_ptr": "fp64" if double else "fp32", "counts_ptr": "i64"}
             ranges = {"ranges_ptr": None if form["FORM"] == "whole" else "i32"}
-            streamed.append({**types, **form, **ranges, "size": size, "period": size, "DOUBLE": double, **_streamed(common)})
+            sizes = {"size": size, "period": size, "DOUBLE": double, **_streamed(common), **common.SEARCH_OPTIONS}
+            streamed.append({**types, **form, **ranges, **sizes})
     copies = {"sizes_ptr": "i32", "copies_ptr": "i64", "MAX_COPIES": impl.MAX_COPIES}
     upstream = [
         {"grad_first_ptr": first, "grad_second_ptr": second}
@@ -125,7 +126,7 @@ def _finalize_variants(common, impl) -> dict[str, list[dict]]:
         for statistic in (None, "fp64")
     ]
     losses = [
-        {**tables, **ranges, "first_ptr": loss, "second_ptr": second, "RUN": impl.LOSS_RUN["cuda"], "num_warps": common.TABLE_WARPS}
+        {**tables, **ranges, "first_ptr": loss, "second_ptr": second, **_tabled(common), "RUN": impl.LOSS_RUN["cuda"]}
         for ranges in RANGES
         for loss, second in (("fp32", None), ("fp32", "fp32"), ("fp64", "fp64"))
     ]

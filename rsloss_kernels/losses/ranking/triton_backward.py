@@ -7,7 +7,7 @@ from torch import Tensor
 from rsloss_kernels.losses.ranking import reference
 from rsloss_kernels.losses.ranking.triton_common import (
     PLAIN_INTEGERS,
-    STREAM_OPTIONS,
+    SEARCH_OPTIONS,
     TABLE_WARPS,
     arithmetic,
     count_not_above,
@@ -141,7 +141,7 @@ def ranking_backward(
                     DOUBLE=level.dtype == torch.float64,
                     BLOCK=block,
                     **in_segments,
-                    **STREAM_OPTIONS,
+                    **SEARCH_OPTIONS,
                 )
             if size and capacity:
                 block = table_block(capacity, device)

@@ -1,5 +1,5 @@
-"""`ranking_bin` as Triton kernels: ranks by comparing all pairs of positives, slots of the breakpoints by binary search, then one
-pass over the logits with integer atomics into copies of the bins.
+"""`ranking_bin` as Triton kernels: ranks by comparing all pairs of positives, slots of the breakpoints by binary search, then
+one pass over the logits with integer atomics into copies of the bins.
 """
 import torch
 import triton
@@ -9,7 +9,7 @@ from rsloss_kernels.losses.ranking import reference
 from rsloss_kernels.losses.ranking.triton_common import (
     PAIR_TILE,
     PLAIN_INTEGERS,
-    STREAM_OPTIONS,
+    SEARCH_OPTIONS,
     TABLE_WARPS,
     arithmetic,
     count_not_above,
@@ -192,7 +192,7 @@ def ranking_bin(logits, negatives, positives, counts, segments, num_segments, de
                     exponent=width_exponent(delta),
                     **{"DOUBLE": double, "IS_STEP": delta == 0, "MAX_COPIES": MAX_COPIES, "BLOCK": block},
                     **in_segments,
-                    **STREAM_OPTIONS,
+                    **SEARCH_OPTIONS,
                 )
             first_byte += (size + 63) // 64 * 8
         block = table_block(2 * capacity + 1, device)

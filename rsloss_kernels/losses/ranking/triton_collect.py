@@ -1,5 +1,5 @@
-"""`ranking_collect` as Triton kernels: a pass over the targets writes the bit mask and the counts of every block; their prefix sum
-gives each block its slots, and a second pass over the blocks that hold positives writes the records in flat order.
+"""`ranking_collect` as Triton kernels: a pass over the targets writes the bit mask and the counts of every block; their prefix
+sum gives each block its slots, and a second pass over the blocks that hold positives writes the records in flat order.
 """
 import torch
 import triton
@@ -8,7 +8,7 @@ import triton.language as tl
 from rsloss_kernels.losses.ranking.op import COUNT_ENTRIES, RECORD_ROWS, mask_bytes
 from rsloss_kernels.losses.ranking.triton_common import (
     PLAIN_INTEGERS,
-    STREAM_OPTIONS,
+    STREAM_WARPS,
     arithmetic,
     launching_on,
     segment_arguments,
@@ -162,7 +162,7 @@ def ranking_collect(logits, targets, quality, segments, num_segments, max_positi
                 "BACKGROUND_FIRST": background_first,
                 "DOUBLE": any(source.dtype == torch.float64 for source in sources),
                 "BLOCK": blocks[level],
-                **STREAM_OPTIONS,
+                "num_warps": STREAM_WARPS,
                 **in_segments[level],
             }
             if size > 0:

@@ -15,9 +15,9 @@ from torch import Tensor
 STREAM_BLOCK = {"cuda": 1024, "cpu": 1 << 16}
 PAIR_TILE = {"cuda": (8, 128), "cpu": (128, 128)}
 TABLE_BLOCK = {"cuda": 256, "cpu": 1 << 12}
-TABLE_WARPS = 8
-# Without a limit of its own the assembler spills registers to fit one more block on a processor.
-STREAM_OPTIONS = {"num_warps": 4, "maxnreg": 128}
+STREAM_WARPS, TABLE_WARPS = 4, 8
+# Of a pass that searches: without a limit of its own the assembler spills registers to fit one more block on a processor.
+SEARCH_OPTIONS = {"num_warps": STREAM_WARPS, "maxnreg": 128}
 
 # Arguments that change from call to call without a gain from code of their own. Floats travel as the bits of a float64,
 # because Triton passes a Python float as a float32.

@@ -1,5 +1,5 @@
-"""What the last operators of all ranking losses share, as Triton kernels: float64 inside, every sum over positives and over bins
-by comparing pairs.
+"""What the last operators of all ranking losses share, as Triton kernels: float64 inside, every sum over positives and over
+bins by comparing pairs.
 
 Launches: breakpoints (two, three with segments); the false positives of every positive; the loss's own terms; gradients of the
 positives; lines of the negatives; the losses. A sum over pairs takes about P^2 steps, needs no float prefix sums (so it has a
@@ -33,8 +33,8 @@ from rsloss_kernels.losses.ranking.triton_common import (
 )
 from rsloss_kernels.losses.ranking.triton_windows import write_breakpoints
 
-# Rows of the table between the kernels, by rank. A loss reads the first and writes the others: its terms of the mean, the share of
-# the error that a negative takes per unit of H, the gradients of the positive before scaling, and one row for its own use.
+# Rows of the table between the kernels, by rank. A loss reads the first and writes the others: its terms of the mean, the share
+# of the error that a negative takes per unit of H, the gradients of the positive before scaling, and one row for its own use.
 TERM_ROWS = 7
 FALSE_POSITIVES = tl.constexpr(0)
 FIRST_VALUE = tl.constexpr(1)
