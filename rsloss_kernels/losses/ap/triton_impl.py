@@ -1,5 +1,5 @@
-"""The AP loss's terms as Triton kernels: one pass over the pairs of positives, then the running minimum of their errors. Formulas:
-README.md beside this file; everything else: ../ranking/triton_finalize.py.
+"""The AP loss's terms as Triton kernels: one pass over the pairs of positives, then the running minimum of their errors.
+Formulas: README.md beside this file; everything else: ../ranking/triton_finalize.py.
 """
 import triton
 import triton.language as tl

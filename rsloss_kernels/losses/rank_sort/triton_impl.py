@@ -1,5 +1,5 @@
-"""Rank & Sort's terms as Triton kernels: two passes over the pairs of positives. Formulas: README.md beside this file; everything
-else: ../ranking/triton_finalize.py.
+"""Rank & Sort's terms as Triton kernels: two passes over the pairs of positives. Formulas: README.md beside this file;
+everything else: ../ranking/triton_finalize.py.
 """
 import triton
 import triton.language as tl
