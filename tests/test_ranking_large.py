@@ -124,7 +124,8 @@ def test_many_16_bit_logits_are_those_in_float32(backend, loss, generator, dtype
     targets = torch.zeros(count)
     targets[torch.randperm(count, generator=generator)[:400]] = torch.rand(400, generator=generator) * 0.9 + 0.1
     targets[torch.rand(count, generator=generator) < 0.05] = -1
-    special = torch.tensor([torch.inf, -torch.inf, 0.0, -0.0, torch.finfo(dtype).tiny / 2, -torch.finfo(dtype).tiny / 2, torch.finfo(dtype).max])
+    largest, subnormal = torch.finfo(dtype).max, torch.finfo(dtype).tiny / 2
+    special = torch.tensor([torch.inf, -torch.inf, 0.0, -0.0, subnormal, -subnormal, largest])
     places = (targets == 0).nonzero().squeeze(1)[:7000]
     logits[places] = special.repeat(1000).to(dtype)
     logits[targets < 0] = torch.nan
