@@ -44,7 +44,7 @@ class RankedPositives {
                          : make_windows<float>(records_, std::move(ranges), delta);
     const int64_t* bin_counts = static_cast<const int64_t*>(bins.const_data_ptr());
     const int64_t* count = static_cast<const int64_t*>(counts.const_data_ptr());
-    const double unit = fixed_point_unit(delta, fixed_point_bits(count[kElements]));
+    const double unit = fixed_point_unit(delta, fixed_point_bits(count[kElements], is_double_));
     false_positive = false_positives(windows, bin_counts, bin_counts + columns, unit);
     is_broken_ = count[kFound] > capacity_ || bin_counts[0] > 0;
     for (int64_t i = windows.count; i < capacity_; ++i) is_broken_ |= is_invalid(i);

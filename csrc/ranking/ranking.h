@@ -54,11 +54,12 @@ RSL_HOST_DEVICE T round_up_sum(double centre, double shift) {
 }
 
 // Offsets inside a bin are summed in units of a power of two, 2^(ceil(log2(2 delta)) - bits). `bits` per offset: as many as
-// cannot overflow int64 when all `count` elements share a bin, at most 44.
-RSL_HOST_DEVICE int fixed_point_bits(int64_t count) {
+// cannot overflow int64 when all `count` elements share a bin, at most 44, or 52 for float64.
+RSL_HOST_DEVICE int fixed_point_bits(int64_t count, bool is_double = false) {
+  const int most = is_double ? 52 : 44;
   int log_count = 0;
   while (log_count < 31 && (int64_t{1} << log_count) < count) ++log_count;
-  return 62 - log_count < 44 ? 62 - log_count : 44;
+  return 62 - log_count < most ? 62 - log_count : most;
 }
 
 inline double fixed_point_unit(double delta, int bits) {
@@ -83,7 +84,7 @@ RSL_HOST_DEVICE double step_over_width(double x, double inverse_width) {
 }
 
 // FP_i from the bins: `above` negatives at or right of hi_i; `inside` negatives in the window, whose sum of (s - origin) is
-// `moment`; `centre` is s_i - origin, `origin` the first breakpoint of the cluster.
+// `moment`; `centre` is s_i - origin, `origin` an end of the cluster.
 RSL_HOST_DEVICE double false_positives(double above, double inside, double moment, double centre, double delta) {
   if (delta == 0) return above;
   const double partial = 0.5 * inside + (moment - inside * centre) / (2 * delta);

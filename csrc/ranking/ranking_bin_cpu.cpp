@@ -22,6 +22,7 @@
 #include "ranking/patterns_cpu.h"
 #include "ranking/ranking.h"
 #include "ranking/ranking_checks.h"
+#include "ranking/ranking_forward.h"
 #include "ranking/ranking_sweep.h"
 #include "ranking/windows_cpu.h"
 
@@ -232,6 +233,8 @@ int64_t stream_negatives(const Tensors& logits, const uint64_t* words, const Seg
   return nan_counts[0];
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor> ranking_bin(Tensors logits, Tensor negatives, Tensor positives, Tensor counts,
                                        std::optional<Tensor> segments, int64_t num_segments, double delta) {
   const char* op = "ranking_bin";
@@ -248,7 +251,7 @@ std::tuple<Tensor, Tensor> ranking_bin(Tensors logits, Tensor negatives, Tensor 
   int64_t* bin_counts = static_cast<int64_t*>(bins.mutable_data_ptr());
   std::memset(bin_counts, 0, static_cast<size_t>(2 * columns) * sizeof(int64_t));
   const int64_t elements = static_cast<const int64_t*>(counts.const_data_ptr())[kElements];
-  const int bits = fixed_point_bits(elements);
+  const int bits = fixed_point_bits(elements, logits[0].scalar_type() == ScalarType::Double);
   const double unit = fixed_point_unit(delta, bits), most = static_cast<double>((int64_t{1} << bits) - 1);
   const SegmentMap map(logits, segments, num_segments);
   dispatch_floating(logits[0].scalar_type(), [&](auto tag) {
@@ -266,8 +269,6 @@ std::tuple<Tensor, Tensor> ranking_bin(Tensors logits, Tensor negatives, Tensor 
   });
   return {ranked, bins};
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(rsloss_kernels, CPU, m) { m.impl("ranking_bin.cpp", TORCH_BOX(&ranking_bin)); }
 

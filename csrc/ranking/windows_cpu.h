@@ -146,34 +146,36 @@ Windows make_windows(const double* centre, std::vector<SegmentRange> ranges, dou
 inline std::vector<double> false_positives(const Windows& windows, const int64_t* counts, const int64_t* sums, double unit) {
   const Breakpoints& points = windows.breakpoints;
   const int64_t largest = largest_range(windows.ranges);
-  // Right of slot k: negatives at or above it, and the moment of the covered bins before it, from the origin of its cluster.
+  // From slot k on: the negatives, and their moment inside the cluster, from the end of which it is summed down: FP_i is small
+  // near the top alone, and there nothing large may have to cancel.
   std::vector<int64_t> from_slots(2 * largest + 1);
-  std::vector<double> moments(2 * largest + 1), origin(windows.count), result(windows.count);
+  std::vector<double> moments(2 * largest + 1), top(windows.count), result(windows.count);
   for (const SegmentRange& range : windows.ranges) {
     const int64_t first = 2 * range.begin, last = 2 * range.end;
     int64_t* from_slot = from_slots.data() - first;
     double* moment = moments.data() - first;
     from_slot[last] = 0;
-    for (int64_t slot = last; slot-- > first;) from_slot[slot] = from_slot[slot + 1] + counts[slot + 1];
-    double cluster = 0;
-    int64_t open = 0, next_lo = range.begin;
-    for (int64_t slot = first; slot < last; ++slot) {
-      if (open == 0) {
-        cluster = points.edges[slot];
-        moment[slot] = 0;
+    moment[last] = 0;
+    double end = 0;
+    int64_t open = 0, next_hi = range.end - 1, next_lo = range.end - 1;
+    for (int64_t slot = last; slot-- > first;) {
+      from_slot[slot] = from_slot[slot + 1] + counts[slot + 1];
+      moment[slot] = open > 0 ? moment[slot + 1] + static_cast<double>(sums[slot + 1]) * unit +
+                                    static_cast<double>(counts[slot + 1]) * (points.edges[slot] - end)
+                              : 0;
+      if (next_hi >= range.begin && points.hi_slot[next_hi] == slot) {
+        if (open == 0) end = points.edges[slot];
+        ++open;
+        --next_hi;
+      } else {
+        top[next_lo--] = end;
+        --open;
       }
-      const bool is_lo = next_lo < range.end && points.lo_slot[next_lo] == slot;
-      if (is_lo) origin[next_lo++] = cluster;
-      open += is_lo ? 1 : -1;
-      const double gained = open > 0 ? static_cast<double>(sums[slot + 1]) * unit +
-                                           static_cast<double>(counts[slot + 1]) * (points.edges[slot] - cluster)
-                                     : 0;
-      moment[slot + 1] = moment[slot] + gained;
     }
     for (int64_t i = range.begin; i < range.end; ++i) {
       const int32_t lo = points.lo_slot[i], hi = points.hi_slot[i];
       result[i] = false_positives(static_cast<double>(from_slot[hi]), static_cast<double>(from_slot[lo] - from_slot[hi]),
-                                  moment[hi] - moment[lo], windows.centre[i] - origin[i], windows.delta);
+                                  moment[lo] - moment[hi], windows.centre[i] - top[i], windows.delta);
     }
   }
   return result;
