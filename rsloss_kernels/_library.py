@@ -28,6 +28,7 @@ def define(
     make_backward: Callable[[str], Callable] | None = None,
     num_tables: int = 0,
     num_saved_tables: int = 0,
+    compose: Callable[[str], Callable] | None = None,
 ) -> None:
     """Defines `name` for every backend.
 
@@ -37,7 +38,8 @@ def define(
     The Python backends are looked up on the first call as the function `name` of `losses/<stem>/reference.py` and
     `losses/<stem>/triton_impl.py`, so that importing the library imports neither. `make_backward(backend)` returns the
     autograd formula, which must call operators of that backend only. Before a Python backend runs, the function `name` of
-    `losses/<stem>/op_checks.py` gets the same arguments and raises on bad ones; a compiled backend checks for itself. Tensors on
+    `losses/<stem>/op_checks.py` gets the same arguments and raises on bad ones; a compiled backend checks for itself. An operator
+    that calls others has `compose(backend)` instead, its implementation for a Python backend. Tensors on
     different devices are refused by the fake implementation too: with a meta tensor among them the dispatcher calls that.
     """
     defined.append(name)
@@ -46,7 +48,8 @@ def define(
         torch.library.define(qualified, schema)
         torch.library.register_fake(qualified, _on_one_device(name, backend, fake))
         if backend in _PYTHON_MODULES:
-            torch.library.impl(qualified, "default", _lazily(stem, backend, name))
+            implementation = _lazily(stem, backend, name) if compose is None else compose(backend)
+            torch.library.impl(qualified, "default", implementation)
         if make_backward is not None:
             backward = make_backward(backend)
             torch.library.register_autograd(qualified, backward, setup_context=setup_context)

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import rsloss_kernels
 from rsloss_kernels import _backends, _checks, _library
+from rsloss_kernels.losses.ranking import api as ranking
 
 
 class Case(NamedTuple):
@@ -47,8 +48,19 @@ def cases(seed: int) -> Iterator[Case]:
 
         return Case(f"{loss.__name__}, {name}", operator, logits, run)
 
-    rank_sort = functools.partial(case, rsloss_kernels.rank_sort_loss, "rank_sort_finalize")
-    average_precision = functools.partial(case, rsloss_kernels.average_precision_loss, "average_precision_finalize")
+    def step_by_step(loss: str, option: object) -> Callable:
+        """The loss as it is with a process group, which communicates between the steps."""
+
+        def evaluate(x: Tensor, targets: Tensor, quality: Tensor | None = None) -> tuple[Tensor, ...]:
+            settings = {"delta": 0.5, "background": "last", "max_positives": None, "process_group": None, "average_gradients": True}
+            request = ranking.read_arguments(loss, f"{loss}_finalize", x, targets, quality, **settings)
+            return ranking.finish(loss, ranking.rank_positives(request), option)
+
+        evaluate.__name__ = f"{loss}_finalize"
+        return evaluate
+
+    rank_sort = functools.partial(case, rsloss_kernels.rank_sort_loss, "rank_sort_forward")
+    average_precision = functools.partial(case, rsloss_kernels.average_precision_loss, "average_precision_forward")
     alrp = functools.partial(case, rsloss_kernels.alrp_loss, "alrp_finalize")
 
     anchors, classes = 96, 5
@@ -68,6 +80,8 @@ def cases(seed: int) -> Iterator[Case]:
     yield average_precision("interpolated", logits, dense)
     yield average_precision("not interpolated", logits, labels, interpolated=False)
     yield average_precision("segments by class", logits, dense, segments="class")
+    for loss, option in (("rank_sort", False), ("average_precision", True)):
+        yield case(step_by_step(loss, option), f"{loss}_finalize", "step by step", logits, dense)
     yield alrp("a value per positive", logits, dense, torch.rand(int((dense > 0).sum()), generator=generator))
     yield alrp("a value per row", logits * 3, labels, quality, delta=0.0)
 

@@ -145,7 +145,13 @@ class Loss:
 
     @property
     def operators(self) -> tuple[str, ...]:
-        return ("ranking_collect", "ranking_bin", self.finalize, "ranking_backward")
+        steps = ("ranking_collect", "ranking_bin", self.finalize, "ranking_backward")
+        return (*steps, self.forward) if self.forward else steps
+
+    @property
+    def forward(self) -> str | None:
+        """The operator that does all steps of the forward in one call; aLRP has work of its own between the steps."""
+        return None if self.third == "regression_losses" else self.finalize.replace("_finalize", "_forward")
 
     def arguments(self, logits: Tensor, targets: Tensor, quality: Tensor | None = None) -> tuple[Tensor, ...]:
         """Those of the function. Regression losses follow from the quality: between 0 and 2, one per positive or per row."""

@@ -45,12 +45,16 @@ def record(backend: Backend, loss: Loss, sample, generator) -> list[tuple[torch.
     with Recorder() as recorder, rsloss_kernels.use_backend(backend.name):
         losses = harness.losses_in(loss.function(logits, *others, **inputs.options))
         sum(losses).backward()
+        if loss.forward:
+            logits, targets, *quality = (value.to(backend.device) for value in inputs.arguments)
+            options = {"delta": inputs.options["delta"], "background_first": inputs.options.get("background") == "first"}
+            loss.pipeline(backend, [logits], [targets], quality, **options).run()
     return recorder.calls
 
 
 def differentiable(function: torch._ops.OpOverload, args: tuple) -> tuple:
     """The logits require grad where the operator has a gradient; a gradient pass has none (it refuses double backward)."""
-    if function.__name__.split(".")[0].endswith("_finalize"):
+    if function.__name__.split(".")[0].endswith(("_finalize", "_forward")):
         return ([level.requires_grad_() for level in args[0]], *args[1:])
     return args
 

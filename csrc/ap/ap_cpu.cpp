@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "ranking/finalize_cpu.h"
+#include "ranking/ranking_forward.h"
 
 namespace rsloss {
 namespace {
@@ -36,10 +37,18 @@ std::tuple<Tensor, Tensor, Tensor> average_precision_finalize(Tensors logits, Te
   return {positives.loss(error), gradients, positives.lines(terms)};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> average_precision_forward(
+    Tensors logits, Tensors targets, Tensors quality, std::optional<Tensor> segments, int64_t num_segments,
+    std::optional<int64_t> max_positives, bool background_first, double delta, double gradient_scale, bool interpolated) {
+  return ranking_forward(average_precision_finalize, logits, targets, quality, segments, num_segments, max_positives,
+                         background_first, delta, gradient_scale, interpolated);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(rsloss_kernels, CPU, m) {
   m.impl("average_precision_finalize.cpp", TORCH_BOX(&average_precision_finalize));
+  m.impl("average_precision_forward.cpp", TORCH_BOX(&average_precision_forward));
 }
 
 }  // namespace rsloss

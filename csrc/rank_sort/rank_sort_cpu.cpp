@@ -17,6 +17,7 @@
 #include "rank_sort/members.h"
 #include "rank_sort/rank_sort.h"
 #include "ranking/finalize_cpu.h"
+#include "ranking/ranking_forward.h"
 
 #define RSL_SIMD_BODY "rank_sort/rank_sort_simd.h"
 #include "common/for_each_isa.h"
@@ -226,8 +227,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rank_sort_finalize(Tensors logits, Te
   return {positives.loss(ranking_error), positives.loss(sorting_error), gradients, positives.lines(terms)};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rank_sort_forward(
+    Tensors logits, Tensors targets, Tensors quality, std::optional<Tensor> segments, int64_t num_segments,
+    std::optional<int64_t> max_positives, bool background_first, double delta, double gradient_scale, bool upstream_parity) {
+  return ranking_forward(rank_sort_finalize, logits, targets, quality, segments, num_segments, max_positives, background_first,
+                         delta, gradient_scale, upstream_parity);
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(rsloss_kernels, CPU, m) { m.impl("rank_sort_finalize.cpp", TORCH_BOX(&rank_sort_finalize)); }
+STABLE_TORCH_LIBRARY_IMPL(rsloss_kernels, CPU, m) {
+  m.impl("rank_sort_finalize.cpp", TORCH_BOX(&rank_sort_finalize));
+  m.impl("rank_sort_forward.cpp", TORCH_BOX(&rank_sort_forward));
+}
 
 }  // namespace rsloss

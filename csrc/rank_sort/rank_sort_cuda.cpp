@@ -5,6 +5,7 @@
 #include "common/cuda_glue.h"
 #include "rank_sort/rank_sort_kernels.cuh"
 #include "ranking/ranking_finalize_glue.h"
+#include "ranking/ranking_forward.h"
 
 namespace rsloss {
 namespace {
@@ -23,10 +24,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rank_sort_finalize(Tensors logits, Te
   return {ranking, sorting, finalize.gradients, finalize.lines};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rank_sort_forward(
+    Tensors logits, Tensors targets, Tensors quality, std::optional<Tensor> segments, int64_t num_segments,
+    std::optional<int64_t> max_positives, bool background_first, double delta, double gradient_scale, bool upstream_parity) {
+  return ranking_forward(rank_sort_finalize, logits, targets, quality, segments, num_segments, max_positives, background_first,
+                         delta, gradient_scale, upstream_parity);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(rsloss_kernels, RSL_CUDA_KEY, m) {
   m.impl("rank_sort_finalize.cuda", TORCH_BOX(&rank_sort_finalize));
+  m.impl("rank_sort_forward.cuda", TORCH_BOX(&rank_sort_forward));
 }
 
 }  // namespace rsloss

@@ -36,15 +36,16 @@ inline void check_collect_targets(const char* op, const Tensors& logits, const T
   }
 }
 
-// None: every tensor is cut into equal chunks. Else ids [rows, 1], every row with as many elements, or [1, columns], every tensor
-// with whole rows.
+// None: every tensor is cut into equal chunks. Else ids [rows, 1], every row with as many elements, or [1, columns], every
+// tensor with whole rows.
 inline void check_segments(const char* op, const Tensors& logits, const std::optional<Tensor>& segments, int64_t num_segments) {
   STD_TORCH_CHECK(num_segments >= 1 && num_segments < std::numeric_limits<int32_t>::max(), op,
                   ": num_segments must be within [1, 2^31 - 1), got ", num_segments);
   if (!segments) {
     for (const Tensor& level : logits) {
-      STD_TORCH_CHECK(level.numel() % num_segments == 0, op, ": num_segments must divide the elements of every tensor of logits, ",
-                      level.numel(), ", got ", num_segments);
+      STD_TORCH_CHECK(level.numel() % num_segments == 0, op,
+                      ": num_segments must divide the elements of every tensor of logits, ", level.numel(), ", got ",
+                      num_segments);
     }
     return;
   }

@@ -18,6 +18,7 @@
 #include "common/parallel.h"
 #include "ranking/ranking.h"
 #include "ranking/ranking_checks.h"
+#include "ranking/ranking_forward.h"
 #include "ranking/ranking_sweep.h"
 #include "ranking/segments_cpu.h"
 
@@ -113,6 +114,8 @@ void drop_ignored(const SegmentMap& segments, size_t level, int64_t count, uint6
   positives.erase(std::remove_if(positives.begin(), positives.end(), is_ignored), positives.end());
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor, Tensor> ranking_collect(Tensors logits, Tensors targets, Tensors quality,
                                                    std::optional<Tensor> segments, int64_t num_segments,
                                                    std::optional<int64_t> max_positives, bool background_first) {
@@ -183,8 +186,6 @@ std::tuple<Tensor, Tensor, Tensor> ranking_collect(Tensors logits, Tensors targe
   count[kElements] = count_elements(logits);
   return {positives, negatives, counts};
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(rsloss_kernels, CPU, m) { m.impl("ranking_collect.cpp", TORCH_BOX(&ranking_collect)); }
 

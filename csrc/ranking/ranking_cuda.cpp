@@ -8,6 +8,7 @@
 #include "common/cuda_glue.h"
 #include "ranking/ranking.h"
 #include "ranking/ranking_checks.h"
+#include "ranking/ranking_forward.h"
 #include "ranking/ranking_kernels.cuh"
 
 namespace rsloss {
@@ -22,6 +23,8 @@ SegmentMap segment_map(const Tensors& logits, const Tensor& level, int64_t first
   if (segments->size(1) != 1) return {ids, true, count, 0, segments->size(1)};
   return {ids, false, count, first_index, count_elements(logits) / std::max<int64_t>(1, segments->size(0))};
 }
+
+}  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> ranking_collect(Tensors logits, Tensors targets, Tensors quality,
                                                    std::optional<Tensor> segments, int64_t num_segments,
@@ -107,6 +110,8 @@ std::tuple<Tensor, Tensor> ranking_bin(Tensors logits, Tensor negatives, Tensor 
                                     output<int64_t>(bins), output<void>(workspace), stream));
   return {ranked, bins};
 }
+
+namespace {
 
 const void* upstream(const char* op, const char* name, const std::optional<Tensor>& gradient, const Tensor& logits) {
   if (!gradient) return nullptr;

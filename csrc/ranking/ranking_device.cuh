@@ -48,9 +48,10 @@ struct Span {
   int last;
 };
 
-// Ranks of the valid positives in the segment of the one of rank i.
+// Ranks of the valid positives in the segment of the one of rank i. Whatever `ranked` holds, it is no address.
 __device__ __forceinline__ Span segment_span(const double* ranked, int64_t capacity, const SegmentTable& segments, int i) {
-  const int id = static_cast<int>(ranked[kSegment * capacity + i]);
+  const double segment = ranked[kSegment * capacity + i];
+  const int id = segment > 0 ? (segment < segments.count ? static_cast<int>(segment) : segments.count - 1) : 0;
   return {segments.offsets[id], segments.offsets[id + 1]};
 }
 

@@ -75,7 +75,7 @@ def alrp_loss(
             f"{list(regression_losses.shape)} for targets {list(targets.shape)}"
         )
     regression_losses = regression_losses.detach()
-    state = ranking.rank_positives(
+    request = ranking.read_arguments(
         function,
         "alrp_finalize",
         logits,
@@ -88,9 +88,10 @@ def alrp_loss(
         average_gradients=average_gradients,
         default_capacity=None if is_per_row else regression_losses.numel(),
         is_unit_quality=False,
-        edit_records=None if is_per_row else functools.partial(_put_regression_losses, regression_losses),
     )
-    classification, rank = ranking.finish("alrp_finalize", state)
+    edit_records = None if is_per_row else functools.partial(_put_regression_losses, regression_losses)
+    state = ranking.rank_positives(request, edit_records)
+    classification, rank = ranking.finish("alrp", state)
     slot = _row_of(state, logits.shape[-1]) if is_per_row else _place_of(state)
     rank, order = _in_input_order(state, rank, slot, regression_losses.numel())
     return ALRPLosses(classification, rank.view(regression_losses.shape), order.view(regression_losses.shape))

@@ -1,4 +1,4 @@
-"""The last operator of the aLRP loss's forward. The quality of a positive is its regression loss here."""
-from rsloss_kernels.losses.ranking.op import define_finalize
+"""The operator of the aLRP loss. The quality of a positive is its regression loss here."""
+from rsloss_kernels.losses.ranking.op import define_loss
 
-define_finalize("alrp", "alrp_finalize", "", losses="classification", statistics="rank")
+define_loss("alrp", "alrp", "", losses="classification", statistics="rank")

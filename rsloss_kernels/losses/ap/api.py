@@ -42,9 +42,9 @@ def average_precision_loss(
     Raises:
         TypeError, ValueError, RuntimeError: as `rank_sort_loss`.
     """
-    state = ranking.rank_positives(
+    request = ranking.read_arguments(
         "average_precision_loss",
-        "average_precision_finalize",
+        "average_precision_forward",
         logits,
         targets,
         delta=delta,
@@ -55,7 +55,7 @@ def average_precision_loss(
         process_group=process_group,
         average_gradients=average_gradients,
     )
-    return ranking.finish("average_precision_finalize", state, interpolated)[0]
+    return ranking.evaluate("average_precision", request, interpolated)[0]
 
 
 class APLoss(ranking.RankingLoss):

@@ -1,4 +1,4 @@
-"""The last operator of the AP loss's forward."""
-from rsloss_kernels.losses.ranking.op import define_finalize
+"""The operators of the AP loss."""
+from rsloss_kernels.losses.ranking.op import define_loss
 
-define_finalize("ap", "average_precision_finalize", ", bool interpolated", losses="loss")
+define_loss("ap", "average_precision", ", bool interpolated", losses="loss")

@@ -70,9 +70,9 @@ def rank_sort_loss(
         positive for more than half of the elements.
         RuntimeError: a forced backend that cannot run; with RSLOSS_DEBUG_CHECKS=1 more positives than `max_positives`.
     """
-    state = ranking.rank_positives(
+    request = ranking.read_arguments(
         "rank_sort_loss",
-        "rank_sort_finalize",
+        "rank_sort_forward",
         logits,
         targets,
         quality,
@@ -84,7 +84,7 @@ def rank_sort_loss(
         process_group=process_group,
         average_gradients=average_gradients,
     )
-    return RankSortLosses(*ranking.finish("rank_sort_finalize", state, upstream_parity))
+    return RankSortLosses(*ranking.evaluate("rank_sort", request, upstream_parity))
 
 
 class RankSortLoss(ranking.RankingLoss):

@@ -1,4 +1,4 @@
-"""The last operator of the Rank & Sort forward."""
-from rsloss_kernels.losses.ranking.op import define_finalize
+"""The operators of the Rank & Sort loss."""
+from rsloss_kernels.losses.ranking.op import define_loss
 
-define_finalize("rank_sort", "rank_sort_finalize", ", bool upstream_parity", losses="ranking sorting")
+define_loss("rank_sort", "rank_sort", ", bool upstream_parity", losses="ranking sorting")

@@ -11,6 +11,23 @@ from rsloss_kernels import _backends, _checks, _library, distributed
 DEFAULT_CAPACITY = 16384
 
 
+class Request(NamedTuple):
+    """The checked arguments of a ranking loss, in the form that the operators take."""
+
+    function: str
+    logits: Tensor
+    targets: Tensor
+    quality: list[Tensor]  # empty, or one
+    segments: Tensor | None
+    num_segments: int
+    capacity: int | None
+    is_background_first: bool
+    delta: float
+    group: object | None
+    average_gradients: bool
+    backend: str
+
+
 class Ranked(NamedTuple):
     """The state between the shared operators and a loss's finalize; the tensors are described in README.md beside this file."""
 
@@ -27,9 +44,9 @@ class Ranked(NamedTuple):
     positives: Tensor  # those of this process
 
 
-def rank_positives(
+def read_arguments(
     function: str,
-    finalize: str,
+    operator: str,
     logits: Tensor,
     targets: Tensor,
     quality: Tensor | None = None,
@@ -43,14 +60,12 @@ def rank_positives(
     average_gradients: bool,
     default_capacity: int | None = None,
     is_unit_quality: bool = True,
-    edit_records: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
-) -> Ranked:
-    """Checks the arguments of the loss `function` and runs the collect and bin operators on the backend of `finalize`.
+) -> Request:
+    """Checks the arguments of the loss `function`, to run on the backend of `operator`.
 
     Args:
         default_capacity: replaces the default of `max_positives` where there is no process group.
         is_unit_quality: whether `quality` must be within [0, 1].
-        edit_records: gets `positives` and `counts` as collected, returns what to go on with.
     """
     _checks.check_logits(function, logits)
     _checks.check_tensor(function, "targets", targets)
@@ -63,11 +78,7 @@ def rank_positives(
     if num_segments > 1 or isinstance(segments, Tensor):
         ids = read_segment_ids(function, logits, targets, segments, num_segments)
     group = None if process_group is None else distributed.resolve_group(function, process_group)
-    backend = _backends.resolve(finalize, logits.device.type)
-
-    level = logits.contiguous()
-    # Nothing below needs a gradient but the logits, which the last operator gets attached.
-    data = [level.detach()] if level.requires_grad else [level]
+    backend = _backends.resolve(operator, logits.device.type)
     if group is None:
         capacity = capacity_of(logits, targets, default_capacity if max_positives is None else max_positives)
     else:
@@ -77,8 +88,55 @@ def rank_positives(
         limit = max_positives or (None if default_capacity is not None else capacity)
         values = quality if is_unit_quality else []
         check_values(function, logits, targets, values, background, limit if group is None else None)
+    return Request(
+        function,
+        logits.contiguous(),
+        targets,
+        quality,
+        ids,
+        num_segments,
+        capacity,
+        background == "first",
+        delta,
+        group,
+        average_gradients,
+        backend,
+    )
+
+
+def evaluate(loss: str, request: Request, *options: object) -> tuple[Tensor, ...]:
+    """The losses, with their gradient: in one call, or step by step where a process group communicates between the steps."""
+    if request.group is not None:
+        return finish(loss, rank_positives(request), *options)
+    return _library.differentiable(
+        f"{loss}_forward",
+        request.backend,
+        [request.logits],
+        [request.targets],
+        request.quality,
+        request.segments,
+        request.num_segments,
+        request.capacity,
+        request.is_background_first,
+        request.delta,
+        1.0,
+        *options,
+    )
+
+
+def rank_positives(
+    request: Request, edit_records: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+) -> Ranked:
+    """Runs the collect and bin operators.
+
+    Args:
+        edit_records: gets `positives` and `counts` as collected, returns what to go on with.
+    """
+    function, level, targets, quality, ids, num_segments, capacity, is_background_first, delta, group, _, backend = request
+    # Nothing below needs a gradient but the logits, which the last operator gets attached.
+    data = [level.detach()] if level.requires_grad else [level]
     positives, negatives, counts = _library.operator("ranking_collect", backend)(
-        data, [targets], quality, ids, num_segments, capacity, background == "first"
+        data, [targets], quality, ids, num_segments, capacity, is_background_first
     )
     if edit_records is not None:
         positives, counts = edit_records(positives, counts)
@@ -93,14 +151,14 @@ def rank_positives(
         ranked, bins = bin_negatives(data, negatives, batch.positives, counts, ids, num_segments, delta)
         bins = distributed.reduce_bins(bins, group)
         ranked = distributed.to_local(ranked, batch, level.numel())
-        gradient_scale = float(batch.world_size) if average_gradients else 1.0
+        gradient_scale = float(batch.world_size) if request.average_gradients else 1.0
     return Ranked([level], negatives, ranked, counts, bins, ids, num_segments, delta, gradient_scale, backend, positives)
 
 
-def finish(finalize: str, state: Ranked, *options: object) -> tuple[Tensor, ...]:
+def finish(loss: str, state: Ranked, *options: object) -> tuple[Tensor, ...]:
     """Runs the last operator of a loss: its losses, with their gradient, and statistics."""
     return _library.differentiable(
-        finalize,
+        f"{loss}_finalize",
         state.backend,
         state.logits,
         state.negatives,

@@ -5,6 +5,10 @@
 The forward of a ranking loss is cut at the two places where a process group communicates. README.md beside this file has the
 derivation, and the layout of every tensor that passes between the operators.
 """
+import functools
+import itertools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -67,39 +71,34 @@ def _nothing_to_save(ctx, inputs, output):
     pass
 
 
-def define_finalize(stem: str, name: str, options: str, losses: str, statistics: str = "") -> None:
-    """Defines the last operator of a ranking loss, from ranked positives and bins to losses and gradient tables.
+def define_loss(stem: str, loss: str, options: str, losses: str, statistics: str = "") -> None:
+    """Defines the operators of a ranking loss that have an autograd formula; backward of both is the gradient pass
+    `ranking_backward`.
 
-    The only operator of a forward with an autograd formula: its backward is the gradient pass `ranking_backward`. All take
-    `(logits, negatives, ranked, counts, bins, segments, num_segments, delta, gradient_scale)` first and return `gradients` and
-    `lines` last, tables for backward alone. With an option named `upstream_parity`, always the last one, the second loss has
-    the upstream gradient of the first.
+    - `<loss>_finalize`, the last step, from ranked positives and bins to losses and gradient tables.
+    - `<loss>_forward`, all steps in one call, for where nothing happens between them. Only of losses without statistics.
+
+    The second loss has its own upstream gradient; with an option named `upstream_parity`, always the last one, that of the first.
 
     Args:
-        options: the rest of the schema's arguments, each with a leading comma, or "".
+        options: the schema's own arguments of the loss, each with a leading comma, or "".
         losses: names of the one or two losses, 0-d, separated by blanks.
         statistics: name of a float64 `[cap]` output in the order of `ranked`, without a gradient, or "".
     """
     num_losses, has_statistics = len(losses.split()), bool(statistics)
     has_parity = "upstream_parity" in options
-    returns = ", ".join(f"Tensor {output}" for output in [*losses.split(), *statistics.split(), "gradients", "lines"])
-    schema = (
-        "(Tensor[] logits, Tensor negatives, Tensor ranked, Tensor counts, Tensor bins, Tensor? segments, int num_segments, "
-        f"float delta, float gradient_scale{options}) -> ({returns})"
-    )
+    outputs = [f"Tensor {output}" for output in [*losses.split(), *statistics.split()]]
 
-    def fake(logits, negatives, ranked, *_):
-        capacity = ranked.shape[1]
+    def new_outputs(logits: list[Tensor], capacity: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Losses and statistics; gradients and lines."""
         loss_type = torch.float64 if logits[0].dtype == torch.float64 else torch.float32
-        return (
-            *[ranked.new_empty((), dtype=loss_type) for _ in range(num_losses)],
-            *[ranked.new_empty((capacity,)) for _ in range(has_statistics)],
-            ranked.new_empty((GRADIENT_ROWS, capacity)),
-            ranked.new_empty((LINE_ROWS, 2 * capacity)),
-        )
+        returned = [logits[0].new_empty((), dtype=loss_type) for _ in range(num_losses)]
+        returned += [logits[0].new_empty((capacity,), dtype=torch.float64) for _ in range(has_statistics)]
+        shapes = (GRADIENT_ROWS, capacity), (LINE_ROWS, 2 * capacity)
+        return returned, [logits[0].new_empty(shape, dtype=torch.float64) for shape in shapes]
 
-    def setup_context(ctx, inputs, output):
-        logits, negatives, _, counts, _, segments, ctx.num_segments, *_, last = inputs
+    def save(ctx, logits, segments, num_segments, last, output, negatives, counts):
+        ctx.num_segments = num_segments
         ctx.upstream_parity = has_parity and last
         ctx.mark_non_differentiable(*output[num_losses:])
         ctx.set_materialize_grads(False)
@@ -117,11 +116,76 @@ def define_finalize(stem: str, name: str, options: str, losses: str, statistics:
             grad_logits = ranking_backward(
                 logits, negatives, gradients, lines, counts, segments, ctx.num_segments, grad_first, grad_second
             )
-            return (grad_logits, *[None] * (8 + options.count(",")))
+            return grad_logits, *ctx.no_gradients
 
         return backward
 
-    _library.define(stem, name, schema, fake, setup_context, make_backward, num_tables=2, num_saved_tables=4)
+    def finalize_fake(logits, negatives, ranked, *_):
+        return tuple(itertools.chain(*new_outputs(logits, ranked.shape[1])))
+
+    def save_for_finalize(ctx, inputs, output):
+        logits, negatives, _, counts, _, segments, num_segments, *_, last = inputs
+        save(ctx, logits, segments, num_segments, last, output, negatives, counts)
+        ctx.no_gradients = [None] * (len(inputs) - 1)
+
+    _library.define(
+        stem,
+        f"{loss}_finalize",
+        "(Tensor[] logits, Tensor negatives, Tensor ranked, Tensor counts, Tensor bins, Tensor? segments, int num_segments, "
+        f"float delta, float gradient_scale{options}) -> ({', '.join([*outputs, 'Tensor gradients', 'Tensor lines'])})",
+        finalize_fake,
+        save_for_finalize,
+        make_backward,
+        num_tables=2,
+        num_saved_tables=4,
+    )
+    if has_statistics:
+        return
+
+    def forward_fake(logits, targets, quality, segments, num_segments, max_positives, *_):
+        positives, negatives, counts = _collect_fake(logits, targets, quality, segments, num_segments, max_positives, None)
+        returned, tables = new_outputs(logits, positives.shape[1])
+        return *returned, negatives, counts, *tables
+
+    def save_for_forward(ctx, inputs, output):
+        logits, targets, quality, segments, num_segments, *_, last = inputs
+        save(ctx, logits, segments, num_segments, last, output, *output[-4:-2])
+        # A list of tensors has a list of gradients.
+        ctx.no_gradients = [[None] * len(targets), [None] * len(quality), *[None] * (len(inputs) - 3)]
+
+    _library.define(
+        stem,
+        f"{loss}_forward",
+        "(Tensor[] logits, Tensor[] targets, Tensor[] quality, Tensor? segments, int num_segments, SymInt? max_positives, "
+        f"bool background_first, float delta, float gradient_scale{options}) -> "
+        f"({', '.join([*outputs, 'Tensor negatives', 'Tensor counts', 'Tensor gradients', 'Tensor lines'])})",
+        forward_fake,
+        save_for_forward,
+        make_backward,
+        num_tables=4,
+        num_saved_tables=4,
+        compose=functools.partial(_compose_forward, loss),
+    )
+
+
+def _compose_forward(loss: str, backend: str) -> Callable:
+    """The steps one after the other, for the Python backends."""
+    names = "ranking_collect", "ranking_bin", f"{loss}_finalize"
+
+    def forward(
+        logits, targets, quality, segments, num_segments, max_positives, background_first, delta, gradient_scale, *options
+    ):
+        collect, bin_negatives, finalize = [_library.operator(name, backend) for name in names]
+        positives, negatives, counts = collect(
+            logits, targets, quality, segments, num_segments, max_positives, background_first
+        )
+        ranked, bins = bin_negatives(logits, negatives, positives, counts, segments, num_segments, delta)
+        *returned, gradients, lines = finalize(
+            logits, negatives, ranked, counts, bins, segments, num_segments, delta, gradient_scale, *options
+        )
+        return *returned, negatives, counts, gradients, lines
+
+    return forward
 
 
 _library.define("ranking", "ranking_collect", COLLECT_SCHEMA, _collect_fake)
