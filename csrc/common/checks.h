@@ -76,12 +76,6 @@ inline void check_delta(const char* op, double delta) {
                   delta);
 }
 
-// Segments are part of the schemas; ranking within segments is not available.
-inline void check_unsegmented(const char* op, const std::optional<Tensor>& segments, int64_t num_segments) {
-  STD_TORCH_CHECK(!segments.has_value() && num_segments == 1, op,
-                  ": segments must be None and num_segments 1, got num_segments ", num_segments);
-}
-
 inline int64_t count_elements(const Tensors& logits) {
   int64_t count = 0;
   for (const Tensor& level : logits) count += level.numel();
