@@ -37,6 +37,15 @@ def pipeline(logits, targets, quality, capacity, background_first, delta, segmen
         logits, negatives, gradients, lines, counts, segments, num_segments, ranking, sorting
     )
     assert all(result.shape == level.shape for result, level in zip(results, logits, strict=True))
+    # Tables that no operator made: any result, no access outside of them.
+    generator = torch.Generator().manual_seed(1)
+    noise = [torch.randn(table.shape, generator=generator, dtype=torch.float64) * 20 for table in (ranked, gradients, lines)]
+    shared = (logits, negatives, noise[0], counts, bins, segments, num_segments, delta, 1.0)
+    ops.average_precision_finalize.cuda(*shared, True)
+    ops.alrp_finalize.cuda(*shared)
+    ops.rank_sort_finalize.cuda(*shared, False)
+    ops.ranking_bin.cuda(logits, negatives, noise[0], counts, segments, num_segments, delta)
+    ops.ranking_backward.cuda(logits, negatives, *noise[1:], counts, segments, num_segments, ranking, sorting)
 
 
 def main() -> None:
