@@ -119,7 +119,9 @@ def _finalize_variants(common, impl) -> dict[str, list[dict]]:
         **{"bins_ptr": "i64", "counts_ptr": "i64", "slots_ptr": "i32", "sizes_ptr": "i32"},
     }
     pairs = [{**tables, **_paired(common), **ranges, "IS_STEP": is_step} for ranges in RANGES for is_step in ANY_FLAG]
-    over_pairs = ("false_positives_kernel", "lines_kernel", "rank_sort_terms_kernel", "pull_kernel", "precision_kernel")
+    over_pairs = ("lines_kernel", "rank_sort_terms_kernel", "pull_kernel", "precision_kernel")
+    # A unit of 2^-52 or 2^-44 is one number among others: one of the two is compiled per form of segments.
+    false_positives = [{**variant, "DOUBLE": variant["SEGMENTED"]} for variant in pairs]
     gradients = [
         {**tables, **ranges, "HAS_SECOND": statistic is None, "statistic_ptr": statistic, **_tabled(common)}
         for ranges in RANGES
@@ -132,6 +134,7 @@ def _finalize_variants(common, impl) -> dict[str, list[dict]]:
     ]
     interpolation = [{**tables, **ranges, "INTERPOLATED": flag, **_tabled(common)} for ranges in RANGES for flag in ANY_FLAG]
     return {
+        "false_positives_kernel": false_positives,
         **{name: pairs for name in (*over_pairs, "alrp_terms_kernel")},
         **{"gradients_kernel": gradients, "losses_kernel": losses, "interpolation_kernel": interpolation},
     }

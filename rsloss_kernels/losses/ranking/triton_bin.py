@@ -126,7 +126,7 @@ def bin_kernel(
     index = first_slot + count_not_above(edges_ptr, first_slot, value, slots, top, wanted, none)
     tl.atomic_add(bins_ptr + index, tl.full([BLOCK // 8, 8], 1, tl.int64), mask=wanted, sem="relaxed")
     if not IS_STEP:
-        bits = offset_bits(counts_ptr)
+        bits = offset_bits(counts_ptr, DOUBLE)
         left = tl.load(edges_ptr + index - 1, mask=wanted, other=0.0)
         offset = (value.to(tl.float64) - left.to(tl.float64)) * power_of_two(bits - exponent)
         most = power_of_two(bits) - 1

@@ -141,11 +141,11 @@ def power_of_two(exponent):
 
 
 @triton.jit
-def offset_bits(counts_ptr):
+def offset_bits(counts_ptr, DOUBLE: tl.constexpr):
     """Bits of one fixed-point offset: the sum over all elements, of the whole group, fits 62 bits."""
     most = tl.maximum(tl.load(counts_ptr + 2) - 1, 0).to(tl.float64)
     bit_length = tl.maximum((most.to(tl.int64, bitcast=True) >> 52) - 1022, 0)
-    return tl.minimum(62 - bit_length, 44)
+    return tl.minimum(62 - bit_length, 52 if DOUBLE else 44)
 
 
 @triton.jit

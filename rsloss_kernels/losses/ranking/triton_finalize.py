@@ -134,16 +134,18 @@ def false_positives_kernel(
     bins_ptr,  # [2, 2 capacity + 1]
     edges_ptr,  # [2 capacity]
     counts_ptr,
+    DOUBLE: tl.constexpr,
     IS_STEP: tl.constexpr,
     SEGMENTED: tl.constexpr,
     TILE: tl.constexpr,
     RUN: tl.constexpr,
 ):
+    """FP_i as a sum of its own over the bins of its window: nothing far away or large is added that would have to cancel."""
     valid = tl.load(sizes_ptr)
     first = tl.program_id(0) * TILE
     if first < valid:
         per_width = inverse_width(delta_bits, IS_STEP)
-        bits = offset_bits(counts_ptr)
+        bits = offset_bits(counts_ptr, DOUBLE)
         unit = power_of_two(exponent - bits)
         rank = first + tl.arange(0, TILE)
         is_valid = rank < valid
@@ -345,6 +347,7 @@ def finalize(
         losses SECOND_VALUE and SECOND_GRADIENT, with a statistic OWN.
     """
     dtype = reference.arithmetic_type(logits[0].dtype)
+    double = dtype == torch.float64
     ranked, bins = ranked.contiguous(), bins.contiguous()
     capacity, device = ranked.shape[1], ranked.device
     segmented = segment_form(segments, num_segments) != "whole"
@@ -358,11 +361,11 @@ def finalize(
     warps = {"SEGMENTED": segmented, "num_warps": TABLE_WARPS}
     options = {"IS_STEP": delta == 0, "TILE": tile, "RUN": run, **warps}
     with launching_on(ranked):
-        windows = write_breakpoints(ranked, lines, num_segments, segmented, delta, dtype == torch.float64)
+        windows = write_breakpoints(ranked, lines, num_segments, segmented, delta, double)
         tables = Tables(ranked, *windows, terms, capacity, float_bits(delta))
         if capacity:
             grid = (triton.cdiv(capacity, tile),)
-            false_positives_kernel[grid](*tables, width_exponent(delta), bins, lines, counts, **options)
+            false_positives_kernel[grid](*tables, width_exponent(delta), bins, lines, counts, DOUBLE=double, **options)
             write_terms(grid, tables, options)
             block = table_block(capacity, device)
             gradients_kernel[triton.cdiv(capacity, block),](
