@@ -55,7 +55,7 @@ RSL_HOST_DEVICE T round_up_sum(double centre, double shift) {
 
 // Offsets inside a bin are summed in units of a power of two, 2^(ceil(log2(2 delta)) - bits). `bits` per offset: as many as
 // cannot overflow int64 when all `count` elements share a bin, at most 44, or 52 for float64.
-RSL_HOST_DEVICE int fixed_point_bits(int64_t count, bool is_double = false) {
+RSL_HOST_DEVICE int fixed_point_bits(int64_t count, bool is_double) {
   const int most = is_double ? 52 : 44;
   int log_count = 0;
   while (log_count < 31 && (int64_t{1} << log_count) < count) ++log_count;

@@ -37,7 +37,7 @@ RSL_HOST_DEVICE int64_t bin_shared_bytes(int64_t edges, int64_t replicas) {
 // fixed-point distance from there. Returns the thread's number of NaN negatives.
 template <class Element, int kVector, class Locate, class Add>
 __device__ __forceinline__ uint64_t locate_negatives(const LogitsLevel& level, const Locate& locator,
-                                                     const FixedPoint& fixed_point, Add add) {
+                                                     const FixedPoint<Arithmetic<Element>>& fixed_point, Add add) {
   using T = Arithmetic<Element>;
   using Cursor = typename Locate::Cursor;
   unsigned nans = 0;
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kLargeBlock, 1)
   RSL_DYNAMIC_SHARED(memory);
   int64_t* const bin_counts = bins + 1;
   int64_t* const bin_sums = bins + (2 * capacity + 1) + 1;
-  const FixedPoint fixed_point(widest, counts);
+  const FixedPoint<T> fixed_point(widest, counts);
   const int num_edges = 2 * valid_positives(breakpoints.segments);
   int replicas = num_edges > 0 ? kMaxReplicas : 0;
   while (replicas > 0 && bin_shared_bytes<T>(num_edges, replicas) > shared_bytes) replicas /= 2;

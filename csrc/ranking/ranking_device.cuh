@@ -55,15 +55,16 @@ __device__ __forceinline__ Span segment_span(const double* ranked, int64_t capac
   return {segments.offsets[id], segments.offsets[id + 1]};
 }
 
-// The unit of the bins' sums, by the elements of all processes. `widest`: fixed_point_unit(delta, 0), a power of two, so that
-// dividing it is exact.
+// The unit of the bins' sums, by the elements of all processes. T: of the arithmetic. `widest`: fixed_point_unit(delta, 0), a
+// power of two, so that dividing it is exact.
+template <class T>
 struct FixedPoint {
   double unit;
   double scale;  // 1 / unit, 0 for delta = 0
   double most;   // largest offset
 
   __device__ __forceinline__ FixedPoint(double widest, const int64_t* counts) {
-    const double parts = static_cast<double>(int64_t{1} << fixed_point_bits(counts[kElements]));
+    const double parts = static_cast<double>(int64_t{1} << fixed_point_bits(counts[kElements], sizeof(T) == sizeof(double)));
     unit = widest / parts;
     scale = widest > 0 ? parts / widest : 0;
     most = parts - 1;

@@ -82,20 +82,23 @@ cudaError_t launch_losses(const Sweep<T>& sweep, const double* first_error, cons
 template <class T>
 cudaError_t launch_tables(const Sweep<T>& sweep, cudaStream_t stream);
 
-// FP of positive i by one warp, the same in every lane. It sums over the bins of the window itself, terms of one sign, so it
-// needs neither prefix sums of doubles nor their origins. Reads 16 + sizeof(T) cached bytes per bin of the window.
+// FP of positive i by one warp, the same in every lane. It sums over the bins of the window itself, terms of one sign, so a
+// small FP holds nothing that cancels, as differences of running sums would. Reads 16 + sizeof(T) cached bytes per bin of the
+// window.
 template <class T>
 __device__ __forceinline__ double window_false_positives(const Sweep<T>& sweep, int i, Span span) {
   const int lo = sweep.breakpoints.lo_slot[i];
   const int hi = sweep.breakpoints.hi_slot[i];
   const T* const edges = sweep.breakpoints.edges;
   const double origin = edges[lo];
-  const double unit = FixedPoint(sweep.widest, sweep.counts).unit;
+  const double unit = FixedPoint<T>(sweep.widest, sweep.counts).unit;
   // The bin right of edge k is bin k + 1.
   const int64_t* count = sweep.bins + 1;
   const int64_t* fixed = sweep.bins + (2 * sweep.capacity + 1) + 1;
   double moment = 0;
   for (int k = lo + threadIdx.x % kWarp; k < hi; k += kWarp) {
+    // No empty bin: above the largest finite value its edge is infinite.
+    if (count[k] == 0) continue;
     moment += static_cast<double>(fixed[k]) * unit + static_cast<double>(count[k]) * (static_cast<double>(edges[k]) - origin);
   }
   moment = warp_sum(moment);

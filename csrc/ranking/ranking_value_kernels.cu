@@ -77,7 +77,7 @@ template <class Element>
 __global__ void __launch_bounds__(kThreads, 4)
     ranking_distribute_kernel(const uint32_t* histogram, const int64_t* counts, int64_t capacity,
                               Breakpoints<float> breakpoints, double widest, int64_t* bins) {
-  const FixedPoint fixed_point(widest, counts);
+  const FixedPoint<float> fixed_point(widest, counts);
   const BisectLocator<float, float> locator = {breakpoints.edges, 2 * valid_positives(breakpoints.segments)};
   for (int64_t key = grid_thread(); key < kValues; key += grid_threads()) {
     const uint64_t count = histogram[key];
