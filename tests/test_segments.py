@@ -113,6 +113,24 @@ def test_segments_without_positives_count_for_nothing(backend, loss, generator):
 
 
 @of_losses
+@pytest.mark.parametrize("form", ["index", "dense"])
+def test_positives_of_no_segment_take_no_room(backend, loss, generator, monkeypatch, form):
+    """Not in the tables, and not for the debug checks either, which know of ids from `num_segments` on as errors."""
+    arguments = drawn(loss, generator, form)
+    ids = torch.arange(120) % 3 - 1
+    keywords = {"segments": ids, "num_segments": 2}
+    targets = arguments[1]
+    is_positive = targets > 0 if form == "dense" else (targets >= 0) & (targets < COLUMNS)
+    room = int(is_positive[ids >= 0].sum())
+    expected = loss.evaluate(backend, *arguments, **keywords)
+    monkeypatch.setenv("RSLOSS_DEBUG_CHECKS", "1")
+    assert 0 < room < is_positive.sum()
+    assert loss.evaluate(backend, *arguments, max_positives=room, **keywords) == expected
+    with pytest.raises(RuntimeError, match=f"max_positives must be .* number of positives, {room}, got {room - 1}"):
+        loss.evaluate(backend, *arguments, max_positives=room - 1, **keywords)
+
+
+@of_losses
 @pytest.mark.slow_interpreter
 @pytest.mark.parametrize("positives", [3, 70, 300, 900])
 def test_positives_on_both_sides_of_changes_of_method(backend, loss, generator, positives):

@@ -87,7 +87,9 @@ def read_arguments(
         # More positives than the default of the loss, or of a process of a group, are told where that is known.
         limit = max_positives or (None if default_capacity is not None else capacity)
         values = quality if is_unit_quality else []
-        check_values(function, logits, targets, values, background, limit if group is None else None)
+        check_values(function, logits, targets, values, background)
+        if limit is not None and group is None:
+            check_capacity(function, logits, targets, ids, num_segments, background, limit)
     return Request(
         function,
         logits.contiguous(),
@@ -292,12 +294,31 @@ def capacity_of(logits: Tensor, targets: Tensor, max_positives: int | None) -> i
     return most if is_index_form else min(most, DEFAULT_CAPACITY)
 
 
-def check_values(
-    function: str, logits: Tensor, targets: Tensor, quality: list[Tensor], background: str, capacity: int | None
+def positives_among(logits: Tensor, targets: Tensor, background: str) -> Tensor:
+    """Which of `targets` are positives. In its shape."""
+    if targets.is_floating_point():
+        return targets > 0
+    first = int(background == "first")
+    return (targets >= first) & (targets < logits.shape[-1] + first)
+
+
+def check_capacity(
+    function: str, logits: Tensor, targets: Tensor, ids: Tensor | None, num_segments: int, background: str, capacity: int
 ) -> None:
+    """Reads the data. Positives of rows that belong to no segment take no room."""
+    found = positives_among(logits, targets, background)
+    if ids is not None and ids.shape[1] == 1:
+        rows = ids.shape[0]
+        found = found.reshape(rows, found.numel() // max(rows, 1)) & (ids >= 0) & (ids < num_segments)
+    positives = int(found.sum())
+    if positives > capacity:
+        raise RuntimeError(f"{function}: max_positives must be at least the number of positives, {positives}, got {capacity}")
+
+
+def check_values(function: str, logits: Tensor, targets: Tensor, quality: list[Tensor], background: str) -> None:
     """Checks that read the data, on under RSLOSS_DEBUG_CHECKS=1 only."""
     if targets.is_floating_point():
-        positives = int((targets > 0).sum())
+        positives = int(positives_among(logits, targets, background).sum())
         if 2 * positives > targets.numel():
             raise ValueError(
                 f"{function}: targets must be positive for at most half of the elements (label smoothing is not supported: any "
@@ -307,7 +328,6 @@ def check_values(
             raise ValueError(f"{function}: targets must be at most 1, got {float(targets.max())}")
     else:
         classes = logits.shape[-1]
-        positives = int(((targets >= (background == "first")) & (targets < classes + (background == "first"))).sum())
         if targets.numel() and int(targets.max()) > classes:
             raise ValueError(f"{function}: targets must be class indices up to {classes}, got {int(targets.max())}")
         for value in quality:
@@ -315,5 +335,3 @@ def check_values(
                 raise ValueError(
                     f"{function}: quality must be within [0, 1], got [{float(value.min())}, {float(value.max())}]"
                 )
-    if capacity is not None and positives > capacity:
-        raise RuntimeError(f"{function}: max_positives must be at least the number of positives, {positives}, got {capacity}")
