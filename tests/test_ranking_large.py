@@ -6,6 +6,7 @@ import oracles
 import pytest
 import torch
 from harness import Backend, assert_gates, evaluate
+from rsloss_kernels import _library
 from samples import LOSSES, RankingSample
 
 BLOCK = 2000
@@ -137,3 +138,18 @@ def test_many_16_bit_logits_are_those_in_float32(backend, loss, generator, dtype
         wide = evaluate(backend, logits.float(), *arguments[1:], loss=loss.function, delta=0.5)
         assert_gates(backend, narrow, [float(value) for value in wide.losses], wide.gradient.double())
         assert narrow.losses[0].isnan() == has_nan and narrow.gradient.isnan().sum() == has_nan
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("log_elements", [31, 33, 40])
+def test_sums_leave_room_for_the_elements_of_all_processes(backend, dtype, log_elements):
+    """A group may hold more elements than 32 bits can count: if all shared one bin, its sum would still fit 62 bits."""
+    logits = [torch.tensor([0.0, 0.9], dtype=dtype, device=backend.device)]
+    targets = [torch.tensor([1.0, 0.0], device=backend.device)]
+    collect, bin_negatives = (_library.operator(name, backend.name) for name in ("ranking_collect", "ranking_bin"))
+    positives, negatives, counts = collect(logits, targets, [], None, 1, 1, False)
+    counts[2] = 2**log_elements
+    bins = bin_negatives(logits, negatives, positives, counts, None, 1, 1.0)[1].cpu()
+    assert bins[0].tolist() == [0, 1, 0]
+    # 0.95 of the window.
+    assert float(bins[1, 1]) == pytest.approx(0.95 * 2 ** (62 - log_elements), rel=1e-5)

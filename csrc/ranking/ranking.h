@@ -58,7 +58,7 @@ RSL_HOST_DEVICE T round_up_sum(double centre, double shift) {
 RSL_HOST_DEVICE int fixed_point_bits(int64_t count, bool is_double) {
   const int most = is_double ? 52 : 44;
   int log_count = 0;
-  while (log_count < 31 && (int64_t{1} << log_count) < count) ++log_count;
+  while (log_count < 62 && (int64_t{1} << log_count) < count) ++log_count;
   return 62 - log_count < most ? 62 - log_count : most;
 }
 
