@@ -99,7 +99,12 @@ def test_precision_that_is_not_interpolated(backend, generator, delta, dtype):
     for distribution in ("trained", "ties", "init"):
         sample = RankingSample(distribution, 40, 300, 10, distribution, delta, dtype=dtype)
         logits, targets = LOSSES["ap"].draw(sample, generator).arguments
-        logits[(targets == 0).nonzero()[:3]] = logits.max() + 10 * delta + 1
+        # Far above the rest and apart from each other, from the top: three negatives, a positive, eleven equal positives. The
+        # first positive has precision 1/4, those below it at least 7/10.
+        step, positives = 10 * delta + 1, (targets > 0).nonzero()
+        logits[positives[:11]] = logits.max() + step
+        logits[positives[11]] = logits.max() + step
+        logits[(targets == 0).nonzero()[:3]] = logits.max() + step
         elements = oracles.read(logits, targets)
         results = {}
         for interpolated in (True, False):
