@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <iterator>
 #include <limits>
 #include <vector>
 
@@ -21,7 +22,7 @@ struct CellGrid {
   float scale;      // cells per logit unit, a power of two
   float origin;     // start of cell 0 in cells, an integer
   float last_cell;  // number of cells - 1; cell 0 and the last one also take everything outside
-  float top;        // end of the last cell
+  float top;        // end of the last cell, finite
   double width;     // of a cell, 1 / scale
   bool cuts_low;    // breakpoints lie below the grid, all in cell 0
   bool cuts_high;   // breakpoints lie above the grid, all in the last cell
@@ -101,7 +102,8 @@ inline int32_t count_edges(const T* edges, int32_t end, int32_t from, T value) {
   return low;
 }
 
-// Where the first `count` edges lie: the least, the one above a sixteenth of them, the one below a sixteenth, the greatest.
+// Where the finite ones of the first `count` edges lie: the least, the one above a sixteenth of them, the one below a
+// sixteenth; and the greatest of all.
 struct Spread {
   double least;
   double low;
@@ -110,17 +112,21 @@ struct Spread {
 };
 
 inline Spread spread_of(const PartedEdges<float>& parted, int64_t count) {
-  std::vector<float> unsorted;
   const float* edges = parted.edges.data();
-  const int64_t low = (count - 1) / 16, high = count - 1 - low;
-  if (parted.parts.size() == 1) return {edges[0], edges[low], edges[high], edges[count - 1]};
-  unsorted.assign(edges, edges + count);
+  const auto is_finite = [](float edge) { return edge <= std::numeric_limits<float>::max(); };
+  if (parted.parts.size() == 1) {
+    const int64_t last = std::partition_point(edges, edges + count, is_finite) - edges - 1, low = last / 16;
+    return {edges[0], edges[low], edges[last - low], edges[count - 1]};
+  }
+  std::vector<float> unsorted;
+  std::copy_if(edges, edges + count, std::back_inserter(unsorted), is_finite);
+  const int64_t last = static_cast<int64_t>(unsorted.size()) - 1, low = last / 16;
   const auto quantile = [&](int64_t rank) {
     std::nth_element(unsorted.begin(), unsorted.begin() + rank, unsorted.end());
     return unsorted[rank];
   };
   const auto extremes = std::minmax_element(edges, edges + count);
-  return {*extremes.first, quantile(low), quantile(high), *extremes.second};
+  return {*extremes.first, quantile(low), quantile(last - low), *extremes.second};
 }
 
 // One grid for all parts, each of which has all its cells. Many cells per edge leave few cells with several edges; fewer when
@@ -140,7 +146,7 @@ inline CellGrid make_grid(const PartedEdges<float>& parted, int64_t cells_per_ed
   grid.scale = static_cast<float>(std::exp2(std::floor(std::log2(static_cast<double>(cells) / width))));
   grid.origin = std::floor(static_cast<float>(from) * grid.scale);
   grid.last_cell = std::floor(std::fmin(static_cast<float>(to) * grid.scale - grid.origin, static_cast<float>(cells))) + 1;
-  grid.top = (grid.origin + grid.last_cell + 1) / grid.scale;
+  grid.top = std::min((grid.origin + grid.last_cell + 1) / grid.scale, std::numeric_limits<float>::max());
   grid.width = 1 / static_cast<double>(grid.scale);
   grid.cuts_low = from > spread.least;
   grid.cuts_high = to < spread.greatest;

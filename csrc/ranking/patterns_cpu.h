@@ -118,8 +118,9 @@ std::unique_ptr<In[]> pattern_gradients(const double* lines, int64_t columns, in
       if (below < 0) below = std::upper_bound(lines, lines + slots, s) - lines;
       while (below < slots && lines[below] <= s) ++below;
       // The last line is flat, up to infinity.
-      const double bounded = std::min(s, static_cast<double>(std::numeric_limits<float>::max()));
-      const double gradient = below > 0 ? value[below - 1] + slope[below - 1] * (bounded - lines[below - 1]) : 0;
+      constexpr double highest = std::numeric_limits<float>::max();
+      const double gradient =
+          below > 0 ? value[below - 1] + slope[below - 1] * (std::min(s, highest) - std::min(lines[below - 1], highest)) : 0;
       table[pattern] = In(static_cast<float>(upstream * gradient));
     }
   });

@@ -50,30 +50,35 @@ inline int64_t largest_range(const std::vector<SegmentRange>& ranges) {
 // Breakpoints of the ascending centres of every segment, ascending, lo before hi where equal; and the slot of every lo and hi.
 // Ranks [a, b) have the slots [2a, 2b).
 struct Breakpoints {
-  std::vector<double> edges;     // [2 V], values of T
+  std::vector<double> edges;     // [2 V], values of T; +inf for a hi beyond the largest finite one
   std::vector<int32_t> lo_slot;  // [V], and one entry that the merge may write
   std::vector<int32_t> hi_slot;  // likewise
+  double largest;                // finite T
+
+  // For differences, which must be finite. Nothing finite lies between this and an infinite edge.
+  double finite_edge(int64_t slot) const { return std::min(edges[slot], largest); }
 };
 
-// A breakpoint beyond the largest finite T is moved there, so that differences to it stay finite.
+// The smallest finite value of T that is >= centre + shift, or +inf.
 template <class T>
 double breakpoint(double centre, double shift) {
-  const T edge = round_up_sum<T>(centre, shift);
-  return edge < std::numeric_limits<T>::max() ? edge : std::numeric_limits<T>::max();
+  return std::max(round_up_sum<T>(centre, shift), std::numeric_limits<T>::lowest());
 }
 
 // The merge has no branch that depends on the data: it writes both slots and steps over one.
 template <class T>
 Breakpoints merge_breakpoints(const double* centre, const std::vector<SegmentRange>& ranges, double delta) {
   const int64_t count = count_ranks(ranges), largest = largest_range(ranges);
-  Breakpoints merged{std::vector<double>(2 * count), std::vector<int32_t>(count + 1), std::vector<int32_t>(count + 1)};
+  Breakpoints merged{std::vector<double>(2 * count), std::vector<int32_t>(count + 1), std::vector<int32_t>(count + 1),
+                     std::numeric_limits<T>::max()};
   std::vector<double> lo(largest + 1), hi(largest + 1);
   for (const SegmentRange& range : ranges) {
     for (int64_t i = range.begin; i < range.end; ++i) {
       lo[i - range.begin] = breakpoint<T>(centre[i], -delta);
       hi[i - range.begin] = breakpoint<T>(centre[i], delta);
     }
-    lo[range.size()] = hi[range.size()] = std::numeric_limits<double>::infinity();
+    // Never taken, not even before an infinite hi; those do not run out first.
+    lo[range.size()] = std::numeric_limits<double>::quiet_NaN();
     int64_t next_lo = 0, next_hi = 0;
     int32_t *lo_slot = &merged.lo_slot[range.begin], *hi_slot = &merged.hi_slot[range.begin];
     for (int32_t slot = static_cast<int32_t>(2 * range.begin); slot < 2 * range.end; ++slot) {
@@ -161,10 +166,10 @@ inline std::vector<double> false_positives(const Windows& windows, const int64_t
     for (int64_t slot = last; slot-- > first;) {
       from_slot[slot] = from_slot[slot + 1] + counts[slot + 1];
       moment[slot] = open > 0 ? moment[slot + 1] + static_cast<double>(sums[slot + 1]) * unit +
-                                    static_cast<double>(counts[slot + 1]) * (points.edges[slot] - end)
+                                    static_cast<double>(counts[slot + 1]) * (points.finite_edge(slot) - end)
                               : 0;
       if (next_hi >= range.begin && points.hi_slot[next_hi] == slot) {
-        if (open == 0) end = points.edges[slot];
+        if (open == 0) end = points.finite_edge(slot);
         ++open;
         --next_hi;
       } else {
@@ -230,7 +235,7 @@ inline void write_lines(const Windows& windows, const double* coefficient, doubl
       if (!is_lo) closed += coefficient[i];
       if (open == 0) opened = moment = 0;
       edge[slot] = points.edges[slot];
-      value[slot] = line_value(closed, opened, moment, points.edges[slot] - cluster, windows.delta);
+      value[slot] = line_value(closed, opened, moment, points.finite_edge(slot) - cluster, windows.delta);
       slope[slot] = windows.delta > 0 ? opened / (2 * windows.delta) : 0;
     }
   }
