@@ -73,7 +73,8 @@ def gather_positives(
     On CPU tensors the sizes are exchanged first: then only what holds a record travels, and processes that do not fit together all
     raise. On other tensors nothing may be read on the host: one all-gather moves the whole capacity, and processes that do not fit
     together all get an overflow (RSLOSS_DEBUG_CHECKS=1: an error). Only an unequal capacity would break that all-gather itself; it is
-    exchanged when a group sees it for the first time. The same all-gather serves torch.compile, without that exchange.
+    exchanged when a group sees it for the first time. The same all-gather serves torch.compile, without that exchange: all
+    processes compile or none does.
 
     Args:
         positives, counts: float64 [4, cap] and int64 [3], of this process.

@@ -265,3 +265,19 @@ def test_published_example():
     assert truth.gradient().tolist() == pytest.approx([-1.25 / 3 / 2, 1.25 / 3 / 2, 0.0])
     value, gradient = oracles.alrp_regression(torch.tensor([0.5, 0.25]), truth.rank, torch.tensor([0, 1]))
     assert value == pytest.approx((0.25 / 1 + 0.75 / 3) / 2) and gradient.tolist() == pytest.approx([1 / 6, (1 + 1 / 3) / 2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_rank_falls_where_the_logit_rises(backend, dtype):
+    """However close the logits are: processes order their positives by it."""
+    positives = torch.tensor([3e-17, 1e-17, 2e-17, 0.5, 2e-17, torch.nan, -30.0], dtype=dtype)
+    logits = torch.cat([positives, torch.tensor([-1.0, -0.2, 0.1], dtype=dtype)])
+    targets = (torch.arange(10) < 7).to(dtype)
+    with use_backend(backend.name):
+        _, rank, order = alrp_loss(*(v.to(backend.device) for v in (logits, targets, torch.ones(7, dtype=dtype))))
+    rank, order = rank.cpu(), order.cpu()
+    assert rank[5].isnan()
+    ascending = [6, 1, 2, 4, 0, 3]
+    steps = rank[ascending].diff()
+    assert steps[2] == 0 and (steps[[0, 1, 3, 4]] < 0).all(), rank
+    assert [index for index in order.tolist() if index != 5] == ascending

@@ -1,5 +1,6 @@
 """The ranking losses refuse bad input by name, changes nothing, and its operators cannot be made to read or write out of bounds."""
 import functools
+import itertools
 import re
 
 import harness
@@ -71,18 +72,30 @@ def assert_unchanged(arguments: dict, before: list) -> None:
         assert value.is_meta or torch.equal(value, copy)
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+# Regression losses may come with dense targets; one per positive is as good as one per row: their number is known on the device only.
+NO_FAULT_OF_REGRESSION_LOSSES = ("quality_with_dense", "quality_shape")
+
+
+def applies(loss, fault: str) -> bool:
+    if FAULTS[fault][1] != "quality" or loss.third == "quality":
+        return True
+    return loss.third is not None and fault not in NO_FAULT_OF_REGRESSION_LOSSES
+
+
+@pytest.mark.parametrize(
+    "loss, fault",
+    [
+        pytest.param(loss, fault, id=f"{loss.name}-{fault}")
+        for loss, fault in itertools.product(LOSSES.values(), FAULTS)
+        if applies(loss, fault)
+    ],
+)
 def test_bad_argument_is_refused_by_name(backend, loss, fault):
     form, argument, make, exception, wanted, got = FAULTS[fault]
     if argument == "quality" and loss.third != "quality":
         argument = loss.third
-        if argument is None or fault == "quality_with_dense":
-            return
         make_of_quality, make = make, lambda a: make_of_quality(a | {"quality": a["regression_losses"]})
-        # One per positive is as good as one per row: their number is known on the device only.
-        wanted, got = {"quality_shape": (None, None), "quality_2d": ("one dimension", r"\[6, 1\]")}.get(fault, (wanted, got))
-        if wanted is None:
-            return
+        wanted, got = {"quality_2d": ("one dimension", r"\[6, 1\]")}.get(fault, (wanted, got))
     arguments = good_for(loss, form)
     arguments[argument] = make(arguments)
     arguments = {name: v.to(backend.device) if torch.is_tensor(v) and not v.is_meta else v for name, v in arguments.items()}
@@ -118,11 +131,16 @@ DEBUG_FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", DEBUG_FAULTS)
+@pytest.mark.parametrize(
+    "loss, fault",
+    [
+        pytest.param(loss, fault, id=f"{loss.name}-{fault}")
+        for loss, fault in itertools.product(LOSSES.values(), DEBUG_FAULTS)
+        if loss.third == "quality" or "quality" not in DEBUG_FAULTS[fault][1]
+    ],
+)
 def test_debug_checks_refuse_values(backend, loss, monkeypatch, fault):
     form, changed, exception, message = DEBUG_FAULTS[fault]
-    if "quality" in changed and loss.third != "quality":
-        return
     logits, targets, quality = (*(good(form) | {name: v for name, v in changed.items() if name != "background"}).values(), None)[:3]
     arguments = [value.to(backend.device) for value in loss.arguments(logits, targets, quality)]
     options = {name: value for name, value in changed.items() if name == "background"}

@@ -92,6 +92,7 @@ def alrp_loss(
     edit_records = None if is_per_row else functools.partial(_put_regression_losses, regression_losses)
     state = ranking.rank_positives(request, edit_records)
     classification, rank = ranking.finish("alrp", state)
+    rank = _strictly_falling(rank, state.ranked[0])
     slot = _row_of(state, logits.shape[-1]) if is_per_row else _place_of(state)
     rank, order = _in_input_order(state, rank, slot, regression_losses.numel())
     return ALRPLosses(classification, rank.view(regression_losses.shape), order.view(regression_losses.shape))
@@ -110,6 +111,20 @@ def _put_regression_losses(losses: Tensor, positives: Tensor, counts: Tensor) ->
     losses_of_slots = torch.where(index >= 0, losses_of_slots, 0.0)
     found = torch.where(counts[0] == losses.numel(), counts[0], capacity + 1)
     return torch.stack([logit, losses_of_slots, segment, index]), torch.cat([found[None], counts[1:]])
+
+
+def _strictly_falling(rank: Tensor, logit: Tensor) -> Tensor:
+    """`rank` with the next larger number wherever rounding left two logits of the `ranked` one: it is the order among processes.
+
+    From the highest logit down, in the integers that are ordered like positive float64: a count of the steps between logits that
+    differ, and a running maximum of what exceeds it.
+    """
+    is_valid = logit.isfinite()
+    bits = torch.where(is_valid, rank, 0.0).view(torch.int64)
+    is_step = is_valid[1:] & (logit[1:] != logit[:-1])
+    steps = pad(is_step.long().flip(0).cumsum(0).flip(0), (0, 1))  # [cap], above each
+    lifted = (bits - steps).flip(0).cummax(0).values.flip(0) + steps
+    return torch.where(is_valid, lifted.view(torch.float64), rank)
 
 
 def _row_of(state: ranking.Ranked, num_classes: int) -> Tensor:

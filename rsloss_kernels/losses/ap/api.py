@@ -55,7 +55,7 @@ def average_precision_loss(
         process_group=process_group,
         average_gradients=average_gradients,
     )
-    return ranking.evaluate("average_precision", request, interpolated)[0]
+    return ranking.evaluate("average_precision", request, interpolated=interpolated)[0]
 
 
 class APLoss(ranking.RankingLoss):
@@ -63,7 +63,8 @@ class APLoss(ranking.RankingLoss):
 
     Args:
         loss_weight: factor of the loss.
-        The others are the keywords of `average_precision_loss`.
+        The others are the keywords of `average_precision_loss`. Segment ids belong to a batch: `forward` takes them, with
+        `num_segments`, in place of the module's.
     """
 
     def __init__(
@@ -91,5 +92,7 @@ class APLoss(ranking.RankingLoss):
             average_gradients=average_gradients,
         )
 
-    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return average_precision_loss(logits, targets, **self.options()) * self.loss_weight
+    def forward(
+        self, logits: Tensor, targets: Tensor, *, segments: Tensor | None = None, num_segments: int | None = None
+    ) -> Tensor:
+        return average_precision_loss(logits, targets, **self.options(segments, num_segments)) * self.loss_weight

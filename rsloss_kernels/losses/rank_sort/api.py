@@ -44,7 +44,8 @@ def rank_sort_loss(
         segments, num_segments: what is ranked by itself; None: all is one segment. Ids, int32 or int64 with the shape of `logits`
             less its last dimension (1-D logits with dense targets: of the logits), within 0..num_segments-1, anything else is ignored;
             an int n: n equal contiguous chunks of the first dimension; "class": every column of the last dimension. A loss is then the
-            mean over the segments that hold a valid positive of their own means, 0 if none does.
+            mean over the segments that hold a valid positive of their own means, 0 if none does. Memory and time grow with the number
+            of segments, empty ones too, by some ten bytes each.
         max_positives: capacity of the tables on a GPU, default: the rows for class indices, min(N, 16384) for dense targets. With more
             positives than that, both losses and the whole gradient are NaN. A CPU has room for all; under torch.compile, where tables
             have static sizes, a capacity saves memory there too. With a process group the capacity of every process, equal on all,
@@ -52,7 +53,11 @@ def rank_sort_loss(
         process_group: None: no communication. A torch.distributed group, or "default" (all processes if torch.distributed is
             initialised, else no communication): positives and negatives of all processes are ranked together, bitwise as one process
             would with their batches put together; every process gets the losses of the whole and the gradient of its own logits.
-            Every process must call, with positives or without. Segment ids are global: one id is one segment on all processes.
+            Every process must call, with positives or without. Segments are global: one id, or the chunks of one number, are one
+            segment on all processes. With `average_gradients` and a group whose size is no power of two the factor rounds once.
+            A process that raises by itself (a bad argument, a value found by RSLOSS_DEBUG_CHECKS=1) leaves the others waiting for the
+            group's timeout. All processes compile the loss or none does; a new `max_positives` comes on all in the same call. On CUDA
+            tensors the first call with a group compares capacities on the host: make one before capturing a graph.
         average_gradients: with a process group, multiply gradients by the group's size for reducers that average.
         upstream_parity: as the authors' code, multiply the whole gradient by the upstream gradient of `ranking`.
 
@@ -84,7 +89,7 @@ def rank_sort_loss(
         process_group=process_group,
         average_gradients=average_gradients,
     )
-    return RankSortLosses(*ranking.evaluate("rank_sort", request, upstream_parity))
+    return RankSortLosses(*ranking.evaluate("rank_sort", request, upstream_parity=upstream_parity))
 
 
 class RankSortLoss(ranking.RankingLoss):
@@ -92,7 +97,8 @@ class RankSortLoss(ranking.RankingLoss):
 
     Args:
         loss_weight: factor of both losses.
-        The others are the keywords of `rank_sort_loss`.
+        The others are the keywords of `rank_sort_loss`. Segment ids belong to a batch: `forward` takes them, with `num_segments`, in
+        place of the module's.
     """
 
     def __init__(
@@ -120,6 +126,14 @@ class RankSortLoss(ranking.RankingLoss):
             upstream_parity=upstream_parity,
         )
 
-    def forward(self, logits: Tensor, targets: Tensor, quality: Tensor | None = None) -> RankSortLosses:
-        losses = rank_sort_loss(logits, targets, quality, **self.options())
+    def forward(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        quality: Tensor | None = None,
+        *,
+        segments: Tensor | None = None,
+        num_segments: int | None = None,
+    ) -> RankSortLosses:
+        losses = rank_sort_loss(logits, targets, quality, **self.options(segments, num_segments))
         return RankSortLosses(losses.ranking * self.loss_weight, losses.sorting * self.loss_weight)

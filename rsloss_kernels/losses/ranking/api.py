@@ -106,10 +106,10 @@ def read_arguments(
     )
 
 
-def evaluate(loss: str, request: Request, *options: object) -> tuple[Tensor, ...]:
+def evaluate(loss: str, request: Request, **options: object) -> tuple[Tensor, ...]:
     """The losses, with their gradient: in one call, or step by step where a process group communicates between the steps."""
     if request.group is not None:
-        return finish(loss, rank_positives(request), *options)
+        return finish(loss, rank_positives(request, options=options), *options.values())
     return _library.differentiable(
         f"{loss}_forward",
         request.backend,
@@ -122,17 +122,20 @@ def evaluate(loss: str, request: Request, *options: object) -> tuple[Tensor, ...
         request.is_background_first,
         request.delta,
         1.0,
-        *options,
+        *options.values(),
     )
 
 
 def rank_positives(
-    request: Request, edit_records: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    request: Request,
+    edit_records: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+    options: dict[str, float] | None = None,
 ) -> Ranked:
     """Runs the collect and bin operators.
 
     Args:
         edit_records: gets `positives` and `counts` as collected, returns what to go on with.
+        options: the loss's own, numbers, which all processes of a group must share.
     """
     function, level, targets, quality, ids, num_segments, capacity, is_background_first, delta, group, _, backend = request
     # Nothing below needs a gradient but the logits, which the last operator gets attached.
@@ -147,7 +150,8 @@ def rank_positives(
         ranked, bins = bin_negatives(data, negatives, positives, counts, ids, num_segments, delta)
         gradient_scale = 1.0
     else:
-        settings = {"delta": delta, "num_segments": num_segments}
+        settings = {"delta": delta, "num_segments": num_segments, "average_gradients": request.average_gradients}
+        settings |= options or {}
         batch = distributed.gather_positives(function, data, positives, counts, group, settings)
         counts = batch.counts
         ranked, bins = bin_negatives(data, negatives, batch.positives, counts, ids, num_segments, delta)
@@ -180,16 +184,21 @@ class RankingLoss(distributed.HoldsGroup, nn.Module):
 
     def __init__(self, loss_weight: float, **options: object):
         super().__init__()
+        if isinstance(options.get("segments"), Tensor):
+            raise TypeError(f"{type(self).__name__}: segments must not be ids here, they belong to a batch: give them to forward")
         self.loss_weight = loss_weight
         self.option_names = tuple(options)
         for name, value in options.items():
             setattr(self, name, value)
 
-    def options(self) -> dict[str, object]:
-        return {name: getattr(self, name) for name in self.option_names}
+    def options(self, segments: Tensor | None = None, num_segments: int | None = None) -> dict[str, object]:
+        """The keywords of the function; ids of a batch replace the segments of the module."""
+        options = {name: getattr(self, name) for name in self.option_names}
+        return options if segments is None else options | {"segments": segments, "num_segments": num_segments}
 
     def extra_repr(self) -> str:
-        return f"delta={self.delta}, background={self.background!r}, loss_weight={self.loss_weight}"
+        parts = [f"{name}={value!r}" for name, value in self.options().items() if value is not None]
+        return ", ".join([*parts, f"loss_weight={self.loss_weight}"])
 
 
 def read_targets(
