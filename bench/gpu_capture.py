@@ -1,6 +1,7 @@
 """Shows that the losses run on a GPU without the host: forward + backward captured in a CUDA graph, replayed with new data.
 
     python bench/gpu_capture.py                                   cuda and triton, captured, against eager and the float64 truth
+    python bench/gpu_capture.py --many                            as many positives as change the method, eager
     python bench/gpu_capture.py --sweep --backends cuda           many small problems, eager, to run under compute-sanitizer
     python bench/gpu_capture.py --sweep --device cpu --backends reference
 
@@ -9,8 +10,11 @@ runs and the capture happen under `torch.cuda.set_sync_debug_mode("error")`. Exi
 """
 import argparse
 import contextlib
+import functools
 import pathlib
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,38 +22,92 @@ from torch import Tensor
 sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))
 
 from bench.logits import Case, Inputs, make_inputs  # noqa: E402
-from bench.peers.brute_force import brute_force_rank_sort  # noqa: E402
-from rsloss_kernels import rank_sort_loss, use_backend  # noqa: E402
+from bench.peers.brute_force import (  # noqa: E402
+    brute_force_alrp,
+    brute_force_average_precision,
+    brute_force_rank_sort,
+)
+from rsloss_kernels import alrp_loss, average_precision_loss, rank_sort_loss, use_backend  # noqa: E402
 
 DELTA = 0.5
 CAPACITY = 1024
 LOSS_LIMIT, GRADIENT_LIMIT = 1e-7, 1e-6
 # Of the sweep: nothing, single elements, sizes around a warp and a block, more than a block of positives.
 SIZES = [(0, 0), (1, 0), (0, 5), (1, 1), (3, 31), (17, 1000), (40, 4097), (300, 20000), (1000, 3000)]
+# Positives and capacity: many tiles, merges and bins that do not fit shared memory.
+MANY = [(20_000, 20_000), (20_000, 65_536), (65_536, 65_536)]
 
 
-def run(logits: Tensor, targets: Tensor, quality: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Both losses and the gradient of their sum, through the public function and autograd."""
-    losses = rank_sort_loss(logits, targets, quality, delta=DELTA, max_positives=CAPACITY)
-    (gradient,) = torch.autograd.grad(losses, logits)
-    return losses.ranking.detach(), losses.sorting.detach(), gradient
+@dataclass(frozen=True)
+class Loss:
+    """call: of the logits, the inputs and options; truth: of logits, dense targets and inputs. The losses, then the gradient."""
+
+    call: Callable[..., object]
+    num_losses: int
+    truth: Callable[[Tensor, Tensor, Inputs], tuple[Tensor, ...]]
 
 
-def describe_error(got: tuple[Tensor, ...], inputs: Inputs) -> str | None:
-    """None if `got` is within the gates of the float64 truth, else the errors in words."""
-    ranking, sorting, gradient = (value.cpu() for value in got)
+def _alrp_truth(logits: Tensor, dense: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    loss, _, gradient = brute_force_alrp(logits, dense, inputs.regression_of_positives.to(logits.device), DELTA)
+    return loss, gradient
+
+
+LOSSES = {
+    "rank_sort": Loss(
+        lambda logits, inputs, **options: rank_sort_loss(logits, inputs.targets, inputs.quality, **options),
+        2,
+        lambda logits, dense, _: brute_force_rank_sort(logits, dense, DELTA),
+    ),
+    "average_precision": Loss(
+        lambda logits, inputs, **options: average_precision_loss(logits, inputs.targets, **options),
+        1,
+        lambda logits, dense, _: brute_force_average_precision(logits, dense, DELTA),
+    ),
+    "alrp": Loss(
+        lambda logits, inputs, **options: alrp_loss(logits, inputs.targets, inputs.regression, **options), 1, _alrp_truth
+    ),
+}
+
+
+def run(name: str, inputs: Inputs, capacity: int = CAPACITY) -> tuple[Tensor, ...]:
+    """All that the public function returns and the gradient of the sum of its losses, through autograd."""
+    options = {}
+    if inputs.case.segments > 1:
+        options = {"segments": inputs.segment_ids, "num_segments": inputs.case.segments}
+    outputs = LOSSES[name].call(inputs.logits, inputs, delta=DELTA, max_positives=capacity, **options)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    (gradient,) = torch.autograd.grad(outputs[: LOSSES[name].num_losses], inputs.logits)
+    return *(output.detach() for output in outputs), gradient
+
+
+@functools.cache
+def true_values(name: str, case: Case, device: str) -> tuple[Tensor, ...]:
+    """The losses and their gradient in float64: means over the segments that hold a positive. Computed on `device`."""
+    inputs, segments, num_losses = make_inputs(case), case.segments, LOSSES[name].num_losses
+    pairs = zip(inputs.logits.to(device).chunk(segments), inputs.dense.to(device).chunk(segments), strict=True)
+    parts, holders = [], 0
+    for logits, dense in pairs:
+        if bool((dense > 0).any()):
+            parts.append(LOSSES[name].truth(logits, dense, inputs))
+            holders += 1
+        else:
+            parts.append((*[torch.zeros((), dtype=torch.float64, device=device)] * num_losses, torch.zeros_like(logits).double()))
+    *losses, gradients = zip(*parts, strict=True)
+    return *(sum(loss) / holders for loss in losses), torch.cat(gradients) / holders
+
+
+def describe_error(name: str, got: tuple[Tensor, ...], inputs: Inputs, device: str) -> str | None:
+    """None if `got` is within the gates of the float64 truth, computed on `device`, else the errors in words."""
+    losses, gradient = got[: LOSSES[name].num_losses], got[-1].to(device)
     if not bool((inputs.dense > 0).any()):
-        is_zero = ranking == 0 and sorting == 0 and bool((gradient == 0).all())
-        return None if is_zero else f"no positives, but losses {ranking.item()} and {sorting.item()}"
-    # On the CPU: under compute-sanitizer the many small kernels of the brute force would take minutes.
-    truth = brute_force_rank_sort(inputs.logits.cpu(), inputs.dense.cpu(), DELTA)
+        is_zero = all(bool((value == 0).all()) for value in (*losses, gradient))
+        return None if is_zero else f"no positives, but losses {[loss.item() for loss in losses]}"
+    *wanted, true_gradient = true_values(name, inputs.case, device)
     # A loss that is exactly 0 has no relative error; rounding of the truth itself is about 1e-16.
-    of_losses = [
-        ((value.double() - wanted).abs() / wanted.abs().clamp(min=1e-9)).item()
-        for value, wanted in zip((ranking, sorting), truth[:2], strict=True)
-    ]
-    of_gradient = ((gradient.double() - truth[2]).abs().max() / truth[2].abs().max().clamp(min=1e-12)).item()
-    if max(of_losses) <= LOSS_LIMIT and of_gradient <= GRADIENT_LIMIT:
+    of_losses = [abs(value.item() - true.item()) / max(abs(true.item()), 1e-9) for value, true in zip(losses, wanted, strict=True)]
+    of_gradient = ((gradient.double() - true_gradient).abs().max() / true_gradient.abs().max().clamp(min=1e-12)).item()
+    rounding = torch.finfo(gradient.dtype).eps if gradient.element_size() == 2 else 0.0
+    if max(of_losses) <= LOSS_LIMIT and of_gradient <= GRADIENT_LIMIT + rounding:
         return None
     return f"relative errors of the losses {of_losses}, of the gradient {of_gradient:.2e}"
 
@@ -63,85 +121,120 @@ def no_synchronisation():
         torch.cuda.set_sync_debug_mode("default")
 
 
-def check_capture(form: str, dtype: str) -> str:
+def copied(inputs: Inputs) -> Inputs:
+    """The same in tensors of their own, differentiable."""
+    quality = None if inputs.quality is None else inputs.quality.clone()
+    logits = inputs.logits.clone().requires_grad_()
+    return replace(inputs, logits=logits, targets=inputs.targets.clone(), quality=quality, regression=inputs.regression.clone())
+
+
+def check_capture(name: str, form: str, dtype: str, elements: int = 50_000, segments: int = 1) -> str:
     """Captures on one batch, replays on three others; raises `AssertionError` with the reason, else says what was done."""
     # Other numbers of positives in every batch, with the number of elements unchanged.
     batches = [
-        make_inputs(Case(kind, positives, 50_000 - positives, form, dtype, "cuda", seed))
+        make_inputs(Case(kind, positives, elements - positives, form, dtype, "cuda", seed, segments=segments))
         for seed, (kind, positives) in enumerate([("trained", 300), ("init", 17), ("separated", 500), ("trained", 1)])
     ]
-    static = batches[0]
-    logits = static.logits.clone().requires_grad_()
-    targets = static.targets.clone()
-    quality = None if static.quality is None else static.quality.clone()
-
+    static = copied(batches[0])
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
-            run(logits, targets, quality)
+            run(name, static)
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with no_synchronisation():
-        run(logits, targets, quality)
+        run(name, static)
         with torch.cuda.graph(graph):
-            outputs = run(logits, targets, quality)
+            outputs = run(name, static)
 
     for inputs in [*batches[1:], batches[0]]:
         with torch.no_grad():
-            logits.copy_(inputs.logits)
-        targets.copy_(inputs.targets)
-        if quality is not None:
-            quality.copy_(inputs.quality)
+            static.logits.copy_(inputs.logits)
+        static.targets.copy_(inputs.targets)
+        if form == "index":
+            static.quality.copy_(inputs.quality)
+            static.regression.copy_(inputs.regression)
         graph.replay()
         torch.cuda.synchronize()
         replayed = tuple(output.clone() for output in outputs)
+        fresh = copied(inputs)
         with no_synchronisation():
-            eager = run(inputs.logits.clone().requires_grad_(), inputs.targets, inputs.quality)
-        for name, one, other in zip(("ranking", "sorting", "gradient"), replayed, eager, strict=True):
-            assert torch.equal(one, other), f"{inputs.case.title}: {name} of the replay differs from the eager run"
-        if dtype == "float32":
-            error = describe_error(replayed, inputs)
-            assert error is None, f"{inputs.case.title}: {error}"
+            eager = run(name, fresh)
+        for number, (one, other) in enumerate(zip(replayed, eager, strict=True)):
+            assert torch.equal(one, other), f"{inputs.case.title}: output {number} of the replay differs from the eager run"
+        error = describe_error(name, replayed, inputs, "cuda")
+        assert error is None, f"{inputs.case.title}: {error}"
     return f"captured once, replayed on {len(batches)} batches, equal to eager bit by bit"
 
 
-def check_sweep(device: str) -> str:
-    """Small problems in every form and dtype, float32 against the truth."""
+def check_small(name: str, device: str) -> str:
+    """Small problems in every form against the truth; in every dtype for the first loss, which shares its streams with the others."""
     count = 0
+    dtypes = ("float32", "float16", "bfloat16", "float64") if name == next(iter(LOSSES)) else ("float32",)
     for form in ("dense", "index"):
-        for dtype in ("float32", "float16", "bfloat16", "float64"):
+        for dtype in dtypes:
             for positives, negatives in SIZES:
                 if form == "index":
                     negatives = max(negatives, 80 * positives)
-                inputs = make_inputs(Case("trained", positives, negatives, form, dtype, device, seed=positives))
-                got = run(inputs.logits.clone().requires_grad_(), inputs.targets, inputs.quality)
-                assert all(bool(value.isfinite().all()) for value in got), f"{inputs.case.title}: not finite"
-                if dtype == "float32":
-                    error = describe_error(got, inputs)
-                    assert error is None, f"{inputs.case.title}: {error}"
+                inputs = copied(make_inputs(Case("trained", positives, negatives, form, dtype, device, seed=positives)))
+                # On the CPU: under compute-sanitizer the many small kernels of the brute force would take minutes.
+                error = describe_error(name, run(name, inputs), inputs, "cpu")
+                assert error is None, f"{inputs.case.title}: {error}"
                 count += 1
     return f"{count} small problems"
+
+
+def check_many(name: str, positives: int, capacity: int, device: str) -> str:
+    """Very many positives against the truth."""
+    inputs = copied(make_inputs(Case("separated", positives, 4 * positives, device=device)))
+    error = describe_error(name, run(name, inputs, capacity), inputs, device)
+    assert error is None, f"{inputs.case.title}: {error}"
+    return inputs.case.title
+
+
+def all_checks(arguments: argparse.Namespace) -> list[tuple[str, Callable[[], str]]]:
+    """What is to be run on every backend, by name."""
+    if arguments.sweep:
+        return [(f"{name} sweep", lambda name=name: check_small(name, arguments.device)) for name in LOSSES]
+    if arguments.many:
+        return [
+            (f"{name} capacity={sizes[1]}", lambda name=name, sizes=sizes: check_many(name, *sizes, arguments.device))
+            for name in LOSSES
+            for sizes in MANY
+        ]
+    settings = [
+        ("rank_sort", "dense", "float32"),
+        ("rank_sort", "index", "float32"),
+        ("rank_sort", "dense", "bfloat16"),
+        ("rank_sort", "index", "float64"),
+        ("average_precision", "dense", "float32"),
+        # Regression losses by row: their shape does not depend on the number of positives.
+        ("alrp", "index", "float32"),
+        ("rank_sort", "index", "float32", 64_000, 16),
+        ("average_precision", "dense", "float32", 64_000, 16),
+    ]
+    # 16-bit logits of this many elements are counted and looked up by value.
+    settings += [(name, "index", dtype, 1 << 21) for name in LOSSES for dtype in ("bfloat16", "float16")]
+    return [(" ".join(map(str, setting)), lambda setting=setting: check_capture(*setting)) for setting in settings]
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backends", default="cuda,triton", help="comma list")
-    parser.add_argument("--sweep", action="store_true", help="small eager problems instead of captures")
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument("--sweep", action="store_true", help="small eager problems instead of captures")
+    chosen.add_argument("--many", action="store_true", help="very many positives instead of captures")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     arguments = parser.parse_args(argv)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("this machine has no CUDA device; --sweep --device cpu runs without")
-    if arguments.device == "cpu" and not arguments.sweep:
+    if arguments.device == "cpu" and not (arguments.sweep or arguments.many):
         parser.error("a capture needs a CUDA device")
     failed = 0
     for backend in arguments.backends.split(","):
-        checks = [("sweep", lambda: check_sweep(arguments.device))]
-        if not arguments.sweep:
-            pairs = [("dense", "float32"), ("index", "float32"), ("dense", "bfloat16"), ("index", "float64")]
-            checks = [(" ".join(pair), lambda pair=pair: check_capture(*pair)) for pair in pairs]
-        for name, check in checks:
+        for name, check in all_checks(arguments):
             try:
                 with use_backend(backend):
                     print(f"pass  {backend} {name}: {check()}", flush=True)

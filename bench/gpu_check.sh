@@ -64,9 +64,11 @@ build() {
   fi
   "$python" -c 'import rsloss_kernels; print(rsloss_kernels.__file__); print(rsloss_kernels.backend_report())
 from rsloss_kernels import _backends
-for backend in ("cuda", "triton"):
-    reason = _backends.why_not("rank_sort_finalize", backend, "cuda")
-    assert reason is None, f"{backend}: {reason}"'
+from rsloss_kernels._library import defined
+for name in defined:
+    for backend in ("cuda", "triton"):
+        reason = _backends.why_not(name, backend, "cuda")
+        assert reason is None, f"{name}, {backend}: {reason}"'
 }
 
 # tests BACKENDS: the suite; in parallel processes where pytest-xdist is there. Tests of the packaging build wheels and of the GPU
@@ -94,31 +96,43 @@ must_show() {
   "$python" bench/run.py rank_sort --device cuda --must-show --budget 0.5 --out "$out"
 }
 
+# Around the 2^20 elements from which on the CUDA kernels count and look up 16-bit logits by value (kFewestByValue).
+narrow_types() {
+  for dtype in float32 bfloat16 float16; do
+    printf '%s\n' "$dtype"
+    "$python" bench/bench_rank_sort.py --device cuda --metric speed --timing captured --cache warm --budget 0.05 --seeds 0 \
+      --providers '[cuda]' '[triton]' --dtype "$dtype" --distribution trained --positives 1000 \
+      --negatives 5e5 1040000 1050000 2e6 4e6 || return 1
+  done
+}
+
 plots() {
   "$python" bench/plot.py "$out/rank_sort.json"
 }
 
 # `timeout` runs programs, not functions: every stage is a fresh bash that knows them.
 export python out
-export -f environment build tests sanitizer benchmark must_show plots
+export -f environment build tests sanitizer benchmark must_show narrow_types plots
 inside() { stage "$1" "$2" bash -c "$3"; }
 
 compute_sanitizer="$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null || true)"
 export compute_sanitizer
 
 inside "environment" 15 environment
-inside "build" 130 build
-inside "capture, replay, no host sync" 45 '"$python" bench/gpu_capture.py'
-inside "tests, cuda and triton required" 120 'tests cuda,triton'
+inside "build" 115 build
+LINES_SHOWN=32 inside "capture, replay, no host sync" 60 '"$python" bench/gpu_capture.py'
+inside "very many positives" 40 '"$python" bench/gpu_capture.py --many'
+inside "tests, cuda and triton required" 105 'tests cuda,triton'
 if [ -n "$compute_sanitizer" ]; then
   inside "compute-sanitizer memcheck" 45 'sanitizer memcheck'
-  inside "compute-sanitizer racecheck" 45 'sanitizer racecheck'
+  inside "compute-sanitizer racecheck" 40 'sanitizer racecheck'
 else
   leave_out "compute-sanitizer" "not installed"
 fi
-LINES_SHOWN=60 inside "rows that must hold" 50 must_show
-inside "benchmark" 70 benchmark
-inside "plots" 15 plots
+LINES_SHOWN=60 inside "rows that must hold" 40 must_show
+inside "benchmark" 45 benchmark
+LINES_SHOWN=60 inside "16-bit logits" 25 narrow_types
+inside "plots" 10 plots
 
 printf '\n=== results in %s after %d s\n' "$out" "$((SECONDS - begin))" | tee -a "$log"
 "$python" - "$out/rank_sort.json" <<'PYTHON' 2>&1 | tee -a "$log"
