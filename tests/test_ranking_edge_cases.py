@@ -175,6 +175,14 @@ def test_largest_finite_logits(backend, loss, dtype):
         assert_agrees(backend, loss, *loss.arguments(logits, targets), delta=delta)
 
 
+@pytest.mark.parametrize("far", [1e5, 1e8], ids=str)
+def test_many_logits_far_from_the_others(backend, loss, generator, far):
+    """A unit for all offsets would be coarser than the windows near 0."""
+    logits, *others = loss.draw(RankingSample("far", 60, 900), generator).arguments
+    is_far = torch.rand(logits.shape, generator=generator) < 0.3
+    assert_agrees(backend, loss, logits + far * is_far, *others)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_subnormal_logits_and_signed_zeros(backend, loss, dtype):
     tiny = torch.finfo(dtype).smallest_normal / 8

@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <limits>
 #include <memory>
 #include <vector>
 
@@ -118,9 +117,8 @@ std::unique_ptr<In[]> pattern_gradients(const double* lines, int64_t columns, in
       if (below < 0) below = std::upper_bound(lines, lines + slots, s) - lines;
       while (below < slots && lines[below] <= s) ++below;
       // The last line is flat, up to infinity.
-      constexpr double highest = std::numeric_limits<float>::max();
-      const double gradient =
-          below > 0 ? value[below - 1] + slope[below - 1] * (std::min(s, highest) - std::min(lines[below - 1], highest)) : 0;
+      double gradient = below > 0 ? value[below - 1] : 0;
+      if (below > 0 && slope[below - 1] != 0) gradient += slope[below - 1] * (s - lines[below - 1]);
       table[pattern] = In(static_cast<float>(upstream * gradient));
     }
   });

@@ -114,8 +114,7 @@ struct GradientTables {
   }
 
   GradientPass<T> pass() const {
-    return {parted.edges.data(), parted.parts.data(), lines.data(), std::numeric_limits<T>::max(), parted.lowest(0), grid,
-            cells.get(),         num_cells(grid)};
+    return {parted.edges.data(), parted.parts.data(), lines.data(), parted.lowest(0), grid, cells.get(), num_cells(grid)};
   }
 
   double factor;

@@ -73,6 +73,9 @@ void sort_records(const double* records, double* ranked, int64_t capacity, int64
     for (int64_t slot = 0; slot < capacity; ++slot) ranked[row * capacity + slot] = records[row * capacity + keys[slot].slot];
 }
 
+// Far units so many powers of two coarser than near ones leave the sums of a window their digits.
+constexpr int64_t kFarSteps = 12;
+
 // Everything a binning pass reads, and per task the sums that it writes.
 template <class T>
 struct BinTables {
@@ -85,6 +88,20 @@ struct BinTables {
     constexpr float nan = std::numeric_limits<float>::quiet_NaN();
     grid = make_grid(parted, 16, elements);
     const int64_t part_cells = num_cells(grid), num_parts = static_cast<int64_t>(parted.parts.size());
+    origin = start_of_cell(grid, 0);
+    // Offsets span the whole grid in as many bits as near offsets span a window; never in finer units than those.
+    const double range = std::exp2(std::ceil(std::log2(num_cells(grid) * grid.width))), window = unit * (near.most + 1);
+    const double far_unit = std::max(unit, range / (near.most + 1));
+    far = {unit > 0 ? 1 / far_unit : 0, near.most};
+    far_steps = unit > 0 ? static_cast<int64_t>(std::log2(far_unit / unit)) : 0;
+    // Around 0 floats are finer than far units. Where a window would feel it, the elements there are searched for, and those
+    // whose left breakpoint may lie there.
+    int32_t blurred_begin = 0, blurred_end = 0;
+    if (far_steps > kFarSteps) {
+      const float reach = static_cast<float>(std::min(0x1p24 * far_unit + window, 0x1p127));
+      blurred_begin = cell_of(grid, -reach);
+      blurred_end = cell_of(grid, reach) + 1;
+    }
     cells.reset(new BinCell[num_parts * part_cells]);
     for_cell_ranges(num_parts * part_cells, [&](int64_t from, int64_t to) {
       for_cells(
@@ -92,20 +109,16 @@ struct BinTables {
           [&](int64_t part, int32_t begin, int32_t end, int32_t before) {
             BinCell* table = &cells[part * part_cells];
             std::fill(table + begin, table + end, BinCell{nan, static_cast<uint32_t>(before)});
+            for (int32_t cell = std::max(begin, blurred_begin); cell < std::min(end, blurred_end); ++cell)
+              table[cell].before |= kCrowded;
           },
           [&](int64_t part, int32_t cell, int32_t begin, int32_t end) {
-            const bool is_crowded =
-                end - begin > 1 || (cell == 0 && grid.cuts_low) || (cell + 1 == part_cells && grid.cuts_high);
+            const bool is_crowded = end - begin > 1 || (cell == 0 && grid.cuts_low) ||
+                                    (cell + 1 == part_cells && grid.cuts_high) || (cell >= blurred_begin && cell < blurred_end);
             cells[part * part_cells + cell] = is_crowded ? BinCell{nan, kCrowded | static_cast<uint32_t>(begin)}
                                                          : BinCell{parted.edges[begin], static_cast<uint32_t>(begin)};
           });
     });
-    origin = start_of_cell(grid, 0);
-    // Offsets span the whole grid in as many bits as near offsets span a window; never in finer units than those.
-    const double range = std::exp2(std::ceil(std::log2(num_cells(grid) * grid.width)));
-    const double far_unit = std::max(unit, range / (near.most + 1));
-    far = {unit > 0 ? 1 / far_unit : 0, near.most};
-    far_steps = unit > 0 ? static_cast<int64_t>(std::log2(far_unit / unit)) : 0;
   }
 
   BinPass<T> pass(BinSums* sums) const {

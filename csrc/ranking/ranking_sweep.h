@@ -49,8 +49,8 @@ struct OffsetScale {
 };
 
 // A cell: its only breakpoint (NaN if there is none) and the number of distinct breakpoints before it. A crowded cell has
-// several, or lies at an end of the grid where offsets from the grid's origin would not fit: kCrowded is set, and its elements
-// are searched for.
+// several, or lies where offsets from the grid's origin would not fit or lose digits: kCrowded is set, and its elements are
+// searched for.
 struct BinCell {
   float breakpoint;
   uint32_t before;
@@ -137,7 +137,6 @@ struct GradientPass {
   const T* edges;         // of all parts
   const EdgePart* parts;  // from the one of all elements on, or the first one
   const Line<T>* lines;   // [edges + 1] by bin, upstream gradient folded in
-  T highest;              // largest finite value; +inf is treated as this, for an edge too: the last line is flat
   T lowest;               // first edge of the first of these parts
   CellGrid grid;          // float32 only, like all below
   const CellLine* cells;  // [parts, part_cells]
@@ -148,8 +147,9 @@ template <class T>
 inline T searched_gradient(const GradientPass<T>& pass, int32_t part, int32_t from, T value) {
   const int32_t bin = count_edges(pass.edges, pass.parts[part].end, from, value);
   if (bin == pass.parts[part].first) return 0;
-  const T bounded = std::min(value, pass.highest), left = std::min(pass.edges[bin - 1], pass.highest);
-  return pass.lines[bin].value + pass.lines[bin].slope * (bounded - left);
+  const Line<T> line = pass.lines[bin];
+  // A flat line may be longer than the largest finite value, up to infinity.
+  return line.slope == 0 ? line.value : line.value + line.slope * (value - pass.edges[bin - 1]);
 }
 
 // The cell at `address`, that of the value, whose value is NaN.
