@@ -48,7 +48,9 @@ def assert_bitwise(got: torch.Tensor, wanted: torch.Tensor, what: str) -> None:
 @WORLDS
 @pytest.mark.parametrize("name", worker.CASES)
 def test_losses_and_gradients_are_those_of_one_process(results, name, world):
-    case, parts, whole = worker.CASES[name], of_world(results, world, name), results[0][world][name, "whole"]
+    case, parts = worker.CASES[name], of_world(results, world, name)
+    assert not any("error" in part for part in parts), next(part["error"] for part in parts if "error" in part)
+    whole = results[0][world][name, "whole"]
     for rank, part in enumerate(parts):
         for number, (got, wanted) in enumerate(zip(part["losses"], whole["losses"], strict=True)):
             assert_bitwise(got, wanted, f"loss {number} of process {rank}")
@@ -152,6 +154,19 @@ def test_compiled_as_one_graph_with_a_group(results):
         for got, wanted in zip(part["losses"], whole["losses"], strict=True):
             assert_bitwise(got, wanted, "loss")
     assert_bitwise(torch.cat([part["gradient"] for part in parts]), whole["gradient"], "gradient")
+
+
+def test_processes_of_different_dtypes_in_a_graph_all_get_nan(results):
+    for found in of_world(results, 2, "graph_mismatch"):
+        assert all(loss.isnan() for loss in found["losses"]) and found["gradient"].isnan().all()
+
+
+def test_capacities_are_compared_when_a_group_sees_one_for_the_first_time(results):
+    first, second = of_world(results, 2, "graph_mismatch")
+    for found in (first, second):
+        assert re.match("ValueError: f: max_positives must be the same .* got 8, 9", found["first"])
+        assert found["equal"] == "nothing was raised"
+    assert first["again"] == "nothing was raised"
 
 
 def test_splits_are_what_they_are_named_after():
