@@ -169,10 +169,11 @@ def test_many_nan_logits_do_not_write_out_of_bounds(backend, loss, generator):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_largest_finite_logits(backend, loss, dtype):
     largest = torch.finfo(dtype).max
-    logits = torch.tensor([largest, -largest, 0, largest, -largest, 0, 1], dtype=dtype)
-    targets = torch.tensor([0.5, 0.7, 0.9, 0, 0, 0, 0])
-    for delta in (0.0, 0.5, 1e30):
-        assert_agrees(backend, loss, *loss.arguments(logits, targets), delta=delta)
+    logits = torch.tensor([largest, -largest, 0, largest, -largest, 0, 1, largest], dtype=dtype)
+    for second in (0.0, 0.6):
+        targets = torch.tensor([0.5, 0.7, 0.9, 0, 0, 0, 0, second])
+        for delta in (0.0, 0.5, 1e30):
+            assert_agrees(backend, loss, *loss.arguments(logits, targets), delta=delta)
 
 
 @pytest.mark.parametrize("far", [1e5, 1e8], ids=str)

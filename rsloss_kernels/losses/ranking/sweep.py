@@ -25,6 +25,8 @@ class Sweep:
 
         lo, hi = reference.breakpoints(self.centre, delta, self.dtype)
         self.edges, self.lo_slot, self.hi_slot = reference.merge_breakpoints(lo, hi, self.segment)
+        # For differences: a breakpoint beyond the largest finite number is infinite.
+        self.finite_edges = self.edges.clamp(max=torch.finfo(self.dtype).max)
         # Ranks of those inside the window of a positive: `lo <= s_j < hi`.
         ascending = reference.Ascending(self.centre, self.segment)
         self.lower = ascending.count_below(lo, self.segment)  # [V]
@@ -61,11 +63,12 @@ class Sweep:
     def _cluster_tops(self) -> Tensor:
         """For every bin the last breakpoint of the run of covered bins that it belongs to."""
         ends = ~self.is_covered
-        return self.edges[ends][ends.cumsum(0) - ends.long()]
+        return self.finite_edges[ends][ends.cumsum(0) - ends.long()]
 
     def _running_down(self, values: Tensor) -> Tensor:
-        """Running sum from the last slot of every segment down to its first."""
-        first = None if self.first is None else (values.numel() - 2 * self.end.repeat_interleave(2)).flip(0)
+        """Running sum from the last slot of every cluster down to its first."""
+        place = torch.arange(values.numel(), device=values.device)
+        first = torch.where(~self.is_covered.flip(0), place, 0).cummax(0).values
         return running(values.flip(0), first).flip(0)
 
     def _first_slot(self) -> Tensor | None:
@@ -82,7 +85,7 @@ class Sweep:
         # From the top of a cluster down, offsets from its last breakpoint: near the top, where few negatives make a small FP,
         # nothing large is added that would have to cancel again.
         top = self._cluster_tops()
-        moment = torch.where(self.is_covered, fixed.double() * unit + count * (self.edges - top), 0.0)
+        moment = torch.where(self.is_covered, fixed.double() * unit + count * (self.finite_edges - top), 0.0)
         moment = self._running_down(moment)
         inside = (from_slot[self.lo_slot] - from_slot[self.hi_slot]).double()
         distance = moment[self.lo_slot] - moment[self.hi_slot] - inside * (self.centre - top[self.lo_slot])
@@ -160,7 +163,7 @@ class Sweep:
             weighted = coefficient * self.offset
             opened = per_slot(coefficient, -coefficient).where(self.is_covered, 0)
             moment = per_slot(weighted, -weighted).where(self.is_covered, 0)
-            lines[1, :used] += 0.5 * opened + (opened * (self.edges - self.origin) - moment) / (2 * self.delta)
+            lines[1, :used] += 0.5 * opened + (opened * (self.finite_edges - self.origin) - moment) / (2 * self.delta)
             lines[2, :used] = opened / (2 * self.delta)
         lines[1, used:] = lines[1, used - 1] if used else 0
         return lines
