@@ -151,7 +151,8 @@ struct BinTables {
     const auto left = static_cast<int64_t>(std::floor((static_cast<double>(parted.edges[bin - 1]) - origin) * far.scale));
     const uint64_t sum =
         static_cast<uint64_t>(distant.sum) - static_cast<uint64_t>(distant.count) * static_cast<uint64_t>(left);
-    return static_cast<int64_t>(sum << far_steps) + searched;
+    // Far units that much coarser: all these elements lie at the breakpoint, their sum is 0.
+    return far_steps < 64 ? static_cast<int64_t>(sum << far_steps) + searched : searched;
   }
 
   PartedEdges<T> parted;
