@@ -76,6 +76,9 @@ struct PartedEdges {
 
   int32_t size() const { return static_cast<int32_t>(edges.size()); }
   int32_t part(int64_t segment) const { return part_of.empty() ? 0 : part_of[segment]; }
+  // Parts of segments, or that of none where it is the only one. The grid depends on these alone: one segment has the same
+  // cells however it is given.
+  int64_t num_ranked() const { return std::max<int64_t>(1, static_cast<int64_t>(parts.size()) - has_nobody); }
   T lowest(int32_t part) const { return edges[parts[part].first]; }
 
   std::vector<T> edges;
@@ -132,8 +135,8 @@ inline Spread spread_of(const PartedEdges<float>& parted, int64_t count) {
 // One grid for all parts, each of which has all its cells. Many cells per edge leave few cells with several edges; fewer when
 // there are not enough elements to pay for writing them.
 inline CellGrid make_grid(const PartedEdges<float>& parted, int64_t cells_per_edge, int64_t elements) {
-  const int64_t parts = static_cast<int64_t>(parted.parts.size());
-  const int64_t count = parts > 1 && parted.has_nobody ? parted.size() - 1 : parted.size();
+  const int64_t parts = parted.num_ranked();
+  const int64_t count = parted.parts[parts - 1].end;
   const int64_t wanted =
       std::max<int64_t>(64, std::min<int64_t>(cells_per_edge * count, std::max<int64_t>(elements / 8, 2 * count)));
   const int64_t cells = std::max<int64_t>(16, std::min(wanted, kMostCells) / parts);

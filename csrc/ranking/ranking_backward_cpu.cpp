@@ -78,7 +78,7 @@ struct GradientTables {
 
   void build_cells(double tolerance, int64_t elements) {
     // Few positives in a segment make steep changes of the slope, which a chord does not fit: narrower cells then.
-    grid = make_grid(parted, parted.parts.size() > 1 ? 24 : 8, elements);
+    grid = make_grid(parted, parted.num_ranked() > 1 ? 24 : 8, elements);
     const int64_t part_cells = num_cells(grid), num_parts = static_cast<int64_t>(parted.parts.size());
     cells.reset(new CellLine[num_parts * part_cells]);
     for_cell_ranges(num_parts * part_cells, [&](int64_t from, int64_t to) {
