@@ -1,11 +1,14 @@
 """Compiles every Triton kernel ahead of time for real GPUs, without one: no spills, shared memory within the limit.
 
-The kernels are compiled in one process of its own, because Triton decides at import whether it interprets or compiles. Run as a
-program, this file is that process: it prints one JSON record per kernel, argument types and target.
+The kernels are compiled in processes of their own, because Triton decides at import whether it interprets or compiles. Run as a
+program, this file is the first of them: it prints one JSON record per kernel, argument types and target.
 """
+import concurrent.futures
+import functools
 import importlib
 import itertools
 import json
+import multiprocessing
 import os
 import pathlib
 import re
@@ -147,6 +150,7 @@ def _variants() -> dict[str, list[dict]]:
     return {**_collect_variants(common), **_sweep_variants(common, binning), **_finalize_variants(common, finalize)}
 
 
+@functools.cache
 def _find_kernels() -> dict:
     """Every jit function of every `triton_*.py` that no other one names: those that are launched."""
     from triton.runtime.jit import JITFunction
@@ -191,16 +195,23 @@ def _compile(kernel, variant: dict, capability: int) -> dict:
     return {**usage, "shared": compiled.metadata.shared}
 
 
+def _record(task: tuple[str, dict, int]) -> dict:
+    name, variant, capability = task
+    record = {"kernel": name, "variant": variant, "capability": capability}
+    try:
+        return {**record, **_compile(_find_kernels()[name], variant, capability)}
+    except Exception as error:
+        return {**record, "error": f"{type(error).__name__}: {str(error)[-2000:]}"}
+
+
 def main() -> None:
     kernels, variants = _find_kernels(), _variants()
     print(json.dumps({"kernels": sorted(kernels), "listed": sorted(variants)}))
-    for name in kernels.keys() & variants.keys():
-        for variant, capability in itertools.product(variants[name], TARGETS):
-            record = {"kernel": name, "variant": variant, "capability": capability}
-            try:
-                record.update(_compile(kernels[name], variant, capability))
-            except Exception as error:
-                record["error"] = f"{type(error).__name__}: {str(error)[-2000:]}"
+    listed = ((name, variant) for name in sorted(kernels.keys() & variants.keys()) for variant in variants[name])
+    tasks = [(*chosen, capability) for chosen, capability in itertools.product(listed, TARGETS)]
+    # Processes that start anew: the compiler has threads of its own, which a fork would not survive.
+    with concurrent.futures.ProcessPoolExecutor(len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn")) as pool:
+        for record in pool.map(_record, tasks, chunksize=4):
             print(json.dumps(record), flush=True)
 
 
