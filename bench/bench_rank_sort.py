@@ -57,6 +57,7 @@ TARGETS = ranking_targets.Targets(
         ("trained", 20000, 10**6, {field.FOCAL: 1.5}),
     ),
     cuda_speed=(("trained", 1000, 2 * 10**6, None, 40.0), ("trained", 3000, 2 * 10**7, field.COMPILED_FOCAL, 2.0)),
+    reference_to_loop=0.25,
     scale=(
         ranking_scale.narrow_type,
         ranking_scale.equal_segments,

@@ -79,7 +79,7 @@ def two_processes(loss, arguments, report) -> None:
             got = times["together"] / times["whole"]
             note = ", ".join(f"{words}: {times[key] * 1e3:.4g} ms" for key, words in world.MEANING.items())
         except Exception as error:  # the other rows must still be measured
-            note = f"{type(error).__name__}: {error}".splitlines()[0]
+            note = f"{type(error).__name__}: {error}".strip().splitlines()[-1]
     report(f"{loss.name(BACKEND)}, {case.title}, 2 processes (gloo)", None, "x one process", got, note)
 
 

@@ -92,7 +92,8 @@ def alrp_loss(
     edit_records = None if is_per_row else functools.partial(_put_regression_losses, regression_losses)
     state = ranking.rank_positives(request, edit_records)
     classification, rank = ranking.finish("alrp", state)
-    rank = _strictly_falling(rank, state.ranked[0])
+    if request.group is not None:
+        rank = _strictly_falling(rank, state.ranked[0])
     slot = _row_of(state, logits.shape[-1]) if is_per_row else _place_of(state)
     rank, order = _in_input_order(state, rank, slot, regression_losses.numel())
     return ALRPLosses(classification, rank.view(regression_losses.shape), order.view(regression_losses.shape))
@@ -105,12 +106,13 @@ def _put_regression_losses(losses: Tensor, positives: Tensor, counts: Tensor) ->
             f"alrp_loss: regression_losses must have one value per positive, {int(counts[0])}, got {losses.numel()}"
         )
     capacity = positives.shape[1]
-    logit, _, segment, index = positives
+    logit, _, segment, index = positives.unbind()
     losses_of_slots = pad(losses.double(), (0, capacity - losses.numel()))
     logit = torch.where(losses_of_slots.isfinite(), logit, torch.nan)
     losses_of_slots = torch.where(index >= 0, losses_of_slots, 0.0)
-    found = torch.where(counts[0] == losses.numel(), counts[0], capacity + 1)
-    return torch.stack([logit, losses_of_slots, segment, index]), torch.cat([found[None], counts[1:]])
+    found, *rest = counts.unbind()
+    found = torch.where(found == losses.numel(), found, capacity + 1)
+    return torch.stack([logit, losses_of_slots, segment, index]), torch.stack([found, *rest])
 
 
 def _strictly_falling(rank: Tensor, logit: Tensor) -> Tensor:
@@ -127,25 +129,30 @@ def _strictly_falling(rank: Tensor, logit: Tensor) -> Tensor:
     return torch.where(is_valid, lifted.view(torch.float64), rank)
 
 
+def _index(records: Tensor) -> Tensor:
+    """Flat indices. Not `records[3]`: that makes the device current, which a fake tensor of a missing GPU cannot."""
+    return records.select(0, 3)
+
+
 def _row_of(state: ranking.Ranked, num_classes: int) -> Tensor:
-    return state.ranked[3].long() // max(num_classes, 1)
+    return _index(state.ranked).long() // max(num_classes, 1)
 
 
 def _place_of(state: ranking.Ranked) -> Tensor:
     """Place of every ranked record among the positives of this process, which stand in flat order before the padding."""
-    index = state.positives[3]
-    return torch.searchsorted(torch.where(index >= 0, index, torch.inf), state.ranked[3].contiguous())
+    index = _index(state.positives)
+    return torch.searchsorted(torch.where(index >= 0, index, torch.inf), _index(state.ranked).contiguous())
 
 
 def _in_input_order(state: ranking.Ranked, rank: Tensor, slot: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Ranks by input slot, 0 where there is none, and the slots in ascending order of the ranked, those that have none first."""
-    index = state.ranked[3]
+    index = _index(state.ranked)
     is_own = (index >= 0) & (index < state.logits[0].numel())
     slot = torch.where(is_own, slot, size).clamp(max=size)
-    by_slot = rank.new_zeros(size + 1).scatter(0, slot, rank)[:size]
-    by_slot = torch.where(state.counts[0] > state.ranked.shape[1], torch.nan, by_slot)
+    by_slot = rank.new_zeros(size + 1).scatter(0, slot, rank).narrow(0, 0, size)
+    by_slot = torch.where(state.counts.select(0, 0) > state.ranked.shape[1], torch.nan, by_slot)
     place = torch.arange(slot.shape[0], device=slot.device)
-    return by_slot, slot.new_full((size + 1,), -1).scatter(0, slot, place)[:size].argsort(stable=True)
+    return by_slot, slot.new_full((size + 1,), -1).scatter(0, slot, place).narrow(0, 0, size).argsort(stable=True)
 
 
 def alrp_regression_loss(
