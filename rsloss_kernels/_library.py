@@ -59,6 +59,18 @@ def define(
             )
 
 
+def without_derivative(reason: str) -> tuple[Callable, Callable[[str], Callable]]:
+    """`setup_context` and `make_backward` of an operator that is itself a gradient: a second one is refused."""
+
+    def make_backward(backend):
+        def backward(ctx, *grads):
+            raise RuntimeError(f"rsloss_kernels: {reason}; call backward without create_graph=True")
+
+        return backward
+
+    return lambda ctx, inputs, output: None, make_backward
+
+
 _functions: dict[tuple[str, str], type[torch.autograd.Function]] = {}
 _num_tables: dict[str, int] = {}
 

@@ -57,20 +57,6 @@ def _backward_fake(logits, negatives, gradients, lines, counts, segments, num_se
     return [torch.empty_like(level, memory_format=torch.contiguous_format) for level in logits]
 
 
-def _refuse_double_backward(backend):
-    def backward(ctx, *grads):
-        raise RuntimeError(
-            "rsloss_kernels: a ranking loss has no second derivative (its gradient is the identity update, not the derivative "
-            "of its value); call backward without create_graph=True"
-        )
-
-    return backward
-
-
-def _nothing_to_save(ctx, inputs, output):
-    pass
-
-
 def define_loss(stem: str, loss: str, options: str, losses: str, statistics: str = "") -> None:
     """Defines the operators of a ranking loss that have an autograd formula; backward of both is the gradient pass
     `ranking_backward`.
@@ -191,5 +177,11 @@ def _compose_forward(loss: str, backend: str) -> Callable:
 _library.define("ranking", "ranking_collect", COLLECT_SCHEMA, _collect_fake)
 _library.define("ranking", "ranking_bin", BIN_SCHEMA, _bin_fake)
 _library.define(
-    "ranking", "ranking_backward", BACKWARD_SCHEMA, _backward_fake, _nothing_to_save, _refuse_double_backward
+    "ranking",
+    "ranking_backward",
+    BACKWARD_SCHEMA,
+    _backward_fake,
+    *_library.without_derivative(
+        "a ranking loss has no second derivative: its gradient is the identity update, not the derivative of its value"
+    ),
 )
