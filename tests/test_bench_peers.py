@@ -11,6 +11,7 @@ sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))
 from bench.peers import brute_force  # noqa: E402
 from bench.peers.bucketed import bucketed_average_precision_loss, bucketed_rank_sort_loss  # noqa: E402
 from bench.peers.focal import compiled_focal_loss, focal_loss  # noqa: E402
+from bench.peers.ghm import PublishedGHMC, PublishedGHMR, ghm_truth, one_hot_targets  # noqa: E402
 from bench.peers.published_loop import (  # noqa: E402
     published_alrp,
     published_alrp_regression,
@@ -183,3 +184,48 @@ def test_focal_loss_and_gradient_equal_the_closed_form(function):
     torch.testing.assert_close(loss.detach(), (-alpha * (1 - p) ** 2 * log_p).sum(), rtol=1e-12, atol=0)
     wanted = sign * alpha * (1 - p) ** 2 * (2 * p * log_p - (1 - p))
     torch.testing.assert_close(gradient, wanted, rtol=1e-9, atol=1e-15)
+
+
+def published_ghm(case):
+    bins, momentum = case.hyper["bins"], case.hyper["momentum"]
+    if "mu" in case.hyper:
+        return PublishedGHMR(case.hyper["mu"], bins, momentum)
+    return PublishedGHMC(bins, momentum, background_first=case.hyper["label_convention"] == "bg0")
+
+
+@pytest.mark.parametrize("case", golden_vectors.params("ghm"))
+def test_published_ghm_equals_golden_step_by_step(case):
+    # Releases differ in the convention of the labels; of the first one no gradients were recorded.
+    wanted = case.outputs("mmdet2") or case.outputs("mmdet1")
+    loss, inputs = published_ghm(case), case.inputs()
+    # The state is float32.
+    tolerance = 1e-6 if case.hyper["momentum"] > 0 else 1e-10
+    compared = 0
+    for step in range(case.hyper["steps"]):
+        pred = inputs[f"s{step}_pred"].double().requires_grad_()
+        got = case.hyper["loss_weight"] * loss(pred, inputs[f"s{step}_target"], inputs[f"s{step}_label_weight"].double())
+        (gradient,) = torch.autograd.grad(got, pred, torch.tensor(case.hyper["gout"], dtype=torch.float64))
+        torch.testing.assert_close(got.detach(), wanted[f"s{step}_loss"].reshape(()), rtol=tolerance, atol=1e-12)
+        if f"s{step}_grad" in wanted:
+            assert_gradient(gradient, wanted[f"s{step}_grad"], tolerance)
+            compared += 1
+        if case.hyper["momentum"] > 0:
+            torch.testing.assert_close(loss.acc_sum.double(), wanted[f"s{step}_acc_sum"].double(), rtol=1e-6, atol=0)
+    assert compared == case.hyper["steps"] or not case.outputs("mmdet2")
+
+
+HARD_GHM = [case for case in golden_vectors.cases("ghm") if case.hyper["momentum"] == 0 and "soft" not in case.tags]
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in HARD_GHM])
+def test_truth_of_ghm_equals_golden(case):
+    wanted = case.outputs("mmdet2") or case.outputs("mmdet1")
+    pred, target, weight = (case.inputs()[f"s0_{name}"] for name in ("pred", "target", "label_weight"))
+    if target.dim() != pred.dim():
+        target = one_hot_targets(target, pred.shape[-1], case.hyper["label_convention"] == "bg0")
+        weight = weight[:, None].expand(pred.shape)
+    loss, gradient = ghm_truth(pred, target, weight, case.hyper["bins"], case.hyper.get("mu"))
+    scale = case.hyper["loss_weight"]
+    torch.testing.assert_close(scale * loss, wanted["s0_loss"].reshape(()), rtol=1e-10, atol=1e-14)
+    if "s0_grad" in wanted:
+        assert_gradient(scale * case.hyper["gout"] * gradient, wanted["s0_grad"])
