@@ -1,41 +1,85 @@
-"""Prints the tables of the README from the committed results, so that it never holds a figure that no file holds.
+"""Writes the tables of the READMEs from the committed results, so that they never hold a figure that no file holds.
 
-    python bench/report.py                      prints the tables
-    python bench/report.py --write README.md    puts them between the two marks in that file
-    python bench/report.py --check README.md    exit status 1 if the file says something else
+    python bench/report.py            prints all tables
+    python bench/report.py --write    puts them between the marks in results/README.md, and the headlines in the README of the library
+    python bench/report.py --check    exit status 1 if a file says something else
 
-The marks are `<!-- bench:begin -->` and `<!-- bench:end -->`.
+Both take other files instead. The marks are `<!-- bench:begin -->` and `<!-- bench:end -->` around all tables, `headlines` in place
+of `bench` around the headlines.
 """
 import argparse
 import pathlib
+import re
 import statistics
 import sys
+from collections.abc import Callable, Iterator
 
 BENCH = pathlib.Path(__file__).resolve().parent
 sys.path.append(str(BENCH.parent))
 
 from bench import results  # noqa: E402
 
-TITLES = {"rank_sort": "Rank & Sort loss", "ap": "AP loss", "alrp": "aLRP loss", "bucketed": "Bucketed against exact"}
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+# In the order of the tables; other losses follow by name.
+TITLES = {
+    "rank_sort": "Rank & Sort loss",
+    "ap": "AP loss",
+    "alrp": "aLRP loss",
+    "ghm": "GHM losses",
+    "bucketed": "Bucketed against exact Rank & Sort loss",
+}
+BUCKETED = (
+    "The bucketed loss (ECCV 2024) sorts all logits and takes the negatives between two neighbouring positives as so many of their mean "
+    "logit. For delta above 0 that is another loss. Against the exact one in float64, the worst of {worst_of}:\n"
+)
+FILES = [BENCH.parent / "README.md", BENCH / "results" / "README.md"]
+
+
+def documents(folder: pathlib.Path) -> Iterator[dict]:
+    def place(path: pathlib.Path) -> tuple:
+        is_other = path.stem not in TITLES
+        return path.parent.name, is_other, path.stem if is_other else list(TITLES).index(path.stem)
+
+    return map(results.read, sorted(folder.glob("*/*.json"), key=place))
 
 
 def tables(folder: pathlib.Path) -> str:
     """Markdown: for every results file its machine, the medians, the memory and the rows that must hold."""
     parts = []
-    for path in sorted(folder.glob("*/*.json")):
-        document = results.read(path)
+    for document in documents(folder):
         parts.append(_heading(document))
         sections = document["sections"]
         if "speed" in sections:
             parts.append(_speed(sections["speed"]["records"]))
         if "memory" in sections:
             parts.append("Peak memory of forward + backward beyond the inputs, MiB:\n")
-            parts.append(_by_problem(sections["memory"]["records"], lambda record: _number(record["extra_bytes"], 1 / 2**20)))
+            parts.append(_by_problem(sections["memory"]["records"], lambda record: _number(_mebibytes(record))))
         if "targets" in sections:
             parts.append(_targets(sections["targets"]["records"]))
         if "distance" in sections:
             parts.append(_distance(sections["distance"]))
+    return "\n".join(parts)
+
+
+def headlines(folder: pathlib.Path) -> str:
+    """Markdown: for every results file its machine, the others as multiples of this library, and the rows that do not hold."""
+    parts = []
+    for document in documents(folder):
+        parts.append(_heading(document))
+        sections = document["sections"]
+        if "speed" in sections:
+            records = [record for record in sections["speed"]["records"] if (record["mode"], record["timing"]) == ("full", "call")]
+            parts.append(_multiples("Forward + backward, median milliseconds", records, lambda record: record["median_ms"]))
+        if "memory" in sections:
+            words = "Peak memory of forward + backward beyond the inputs, MiB"
+            parts.append(_multiples(words, sections["memory"]["records"], _mebibytes))
+        if "targets" in sections:
+            records = sections["targets"]["records"]
+            failed = [record for record in records if not record["passed"]]
+            parts.append(f"{len(records) - len(failed)} of {len(records)} rows that must hold do" + (", these do not:\n" if failed else ".\n"))
+            if failed:
+                parts.append(_targets(failed))
+        if "distance" in sections:
+            parts.append(_worst_distances(sections["distance"]))
     return "\n".join(parts)
 
 
@@ -59,19 +103,46 @@ def _speed(records: list[dict]) -> str:
     return "\n".join(parts)
 
 
-def _by_problem(records: list[dict], cell) -> str:
+def _mebibytes(record: dict) -> float | None:
+    return None if record["extra_bytes"] is None else record["extra_bytes"] / 2**20
+
+
+def _multiples(words: str, records: list[dict], value: Callable[[dict], float | None]) -> str:
+    """The value of this library's compiled function, and those of the others over it."""
+    found = [record["provider"] for record in records if re.fullmatch(r"\w+ \[(cpp|cuda|triton)\]", record["provider"])]
+    if not found:
+        return ""
+    ours = found[0]
+
+    def problem(record: dict) -> tuple:
+        return tuple(record[name] for name in ("distribution", "positives", "negatives", "form", "dtype", "segments"))
+
+    of_ours = {problem(record): value(record) for record in records if record["provider"] == ours}
+
+    def cell(record: dict) -> str:
+        base, own = of_ours.get(problem(record)), value(record)
+        if record["provider"] == ours or None in (base, own):
+            return _number(own if record["provider"] == ours else None)
+        return f"{_number(own / base)} x"
+
+    records = [record | {"relevant": None} for record in records if record["provider"] != "copy floor"]
+    records.sort(key=lambda record: record["provider"] != ours)
+    return f"{words} of `{ours}`, and how many times as much the others take:\n\n{_by_problem(records, cell)}"
+
+
+def _by_problem(records: list[dict], cell: Callable[[dict], str]) -> str:
     """One row per problem, one column per provider. `relevant`: the fraction of negatives that can reach a positive."""
     providers = list(dict.fromkeys(record["provider"] for record in records))
     names = ["distribution", "positives", "negatives", "form", "dtype"]
     heads = ["logits", "P", "N", "targets", "type"]
     if any(record["segments"] > 1 for record in records):
         names, heads = [*names, "segments"], [*heads, "S"]
-    if "relevant" in records[0]:
+    if records[0].get("relevant"):
         heads.append("relevant")
     rows = {}
     for record in records:
         key = [f"{record[name]:,}" if isinstance(record[name], int) else record[name] for name in names]
-        if "relevant" in record:
+        if record.get("relevant"):
             key.append(f"{statistics.median(record['relevant']):.2g}")
         rows.setdefault(tuple(key), {})[record["provider"]] = cell(record)
     lines = ["| " + " | ".join([*heads, *providers]) + " |", "|---" * (len(heads) + len(providers)) + "|"]
@@ -91,48 +162,70 @@ def _targets(records: list[dict]) -> str:
 
 
 def _distance(section: dict) -> str:
-    draws = len(section["settings"]["seeds"])
-    lines = [f"Rank & Sort with one mean per bucket of negatives against the exact loss, float64, the worst of {draws} draws:\n"]
+    lines = [BUCKETED.format(worst_of=f"{len(section['settings']['seeds'])} draws")]
     lines.append("| logits | P | N | delta | ranking loss, difference | gradient, relative L2 | largest entry | cosine |")
     lines.append("|---" * 8 + "|")
     for record in section["records"]:
         problem = f"{record['distribution']} | {record['positives']:,} | {record['negatives']:,} | {record['delta']:g}"
-        errors = [f"{record[name]:.1e}" for name in ("ranking_loss", "gradient_l2", "gradient_largest")]
-        lines.append(f"| {problem} | {' | '.join(errors)} | {record['gradient_cosine']:.5f} |")
+        lines.append(f"| {problem} | {_errors(record)} |")
     return "\n".join(lines) + "\n"
 
 
-def _number(value: float | None, factor: float = 1) -> str:
+def _worst_distances(section: dict) -> str:
+    """One row per delta."""
+    problems = {(record["distribution"], record["positives"], record["negatives"]) for record in section["records"]}
+    lines = [BUCKETED.format(worst_of=f"{len(problems)} problems and {len(section['settings']['seeds'])} draws")]
+    lines += ["| delta | ranking loss, difference | gradient, relative L2 | largest entry | cosine |", "|---" * 5 + "|"]
+    for delta in dict.fromkeys(record["delta"] for record in section["records"]):
+        records = [record for record in section["records"] if record["delta"] == delta]
+        worst = {name: max(record[name] for record in records) for name in ("ranking_loss", "gradient_l2", "gradient_largest")}
+        lines.append(f"| {delta:g} | {_errors(worst | {'gradient_cosine': min(r['gradient_cosine'] for r in records)})} |")
+    return "\n".join(lines) + "\n"
+
+
+def _errors(record: dict) -> str:
+    errors = [f"{record[name]:.1e}" for name in ("ranking_loss", "gradient_l2", "gradient_largest")]
+    return f"{' | '.join(errors)} | {record['gradient_cosine']:.5f}"
+
+
+def _number(value: float | None) -> str:
     if value is None:
         return "-"
-    scaled = value * factor
-    return f"{scaled:,.0f}" if scaled >= 1000 else f"{scaled:.3g}"
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
-def splice(text: str, inner: str) -> str:
-    """`text` with what stands between the marks replaced."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"report: the file must hold {BEGIN} and then {END}, once each")
-    return text[: text.index(BEGIN)] + BEGIN + "\n" + inner + text[text.index(END) :]
+def splice(text: str, folder: pathlib.Path) -> str:
+    """`text` with what stands between its marks replaced."""
+    found = False
+    for name, make in (("bench", tables), ("headlines", headlines)):
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        if begin not in text and end not in text:
+            continue
+        if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+            raise ValueError(f"report: the file must hold {begin} and then {end}, once each")
+        text, found = f"{text[: text.index(begin)]}{begin}\n{make(folder)}{text[text.index(end) :]}", True
+    if not found:
+        raise ValueError("report: the file must hold the marks of all tables or of the headlines, got neither")
+    return text
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=pathlib.Path, default=BENCH / "results")
-    parser.add_argument("--write", type=pathlib.Path, metavar="FILE")
-    parser.add_argument("--check", type=pathlib.Path, metavar="FILE")
+    parser.add_argument("--write", type=pathlib.Path, metavar="FILE", nargs="*")
+    parser.add_argument("--check", type=pathlib.Path, metavar="FILE", nargs="*")
     arguments = parser.parse_args(argv)
-    inner = tables(arguments.results)
-    if arguments.write:
-        arguments.write.write_text(splice(arguments.write.read_text(), inner))
-    elif arguments.check:
-        text = arguments.check.read_text()
-        if splice(text, inner) != text:
-            print(f"{arguments.check} does not hold the tables of {arguments.results}; --write brings them")
-            return 1
-    else:
-        print(inner, end="")
-    return 0
+    if arguments.write is None and arguments.check is None:
+        print(tables(arguments.results), end="")
+        return 0
+    for path in FILES if arguments.write == [] else arguments.write or []:
+        path.write_text(splice(path.read_text(), arguments.results))
+    differing = []
+    if arguments.check is not None:
+        differing = [path for path in arguments.check or FILES if splice(path.read_text(), arguments.results) != path.read_text()]
+    for path in differing:
+        print(f"{path} does not hold the tables of {arguments.results}; --write brings them")
+    return 1 if differing else 0
 
 
 if __name__ == "__main__":

@@ -143,8 +143,9 @@ def test_bucketed_is_exact_for_a_hard_step_only():
     assert smooth["gradient_l2"] > 1e-3 and smooth["gradient_cosine"] < 1 and smooth["ranking_loss"] > 1e-5
 
 
-def test_readme_holds_the_committed_results():
-    assert report.main(["--check", str(ROOT / "README.md")]) == 0
+def test_readmes_hold_the_committed_results():
+    assert report.FILES == [ROOT / "README.md", ROOT / "bench" / "results" / "README.md"]
+    assert report.main(["--check"]) == 0
 
 
 def record(provider, positives, negatives, median):
@@ -192,7 +193,7 @@ def test_results_outside_the_schema_are_refused(folder):
 
 def test_report_notices_a_figure_that_no_file_holds(folder):
     readme = folder / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}\n{report.END}\nafter\n")
+    readme.write_text("before\n<!-- bench:begin -->\n<!-- bench:end -->\nafter\n")
     options = ["--results", str(folder / "results")]
     assert report.main([*options, "--check", str(readme)]) == 1
     report.main([*options, "--write", str(readme)])
@@ -200,6 +201,28 @@ def test_report_notices_a_figure_that_no_file_holds(folder):
     assert report.main([*options, "--check", str(readme)]) == 0
     readme.write_text(readme.read_text().replace("| 2.5 |", "| 2.4 |"))
     assert report.main([*options, "--check", str(readme)]) == 1
+    readme.write_text("no marks")
+    with pytest.raises(ValueError, match="must hold the marks"):
+        report.main([*options, "--write", str(readme)])
+
+
+def test_headlines_are_multiples_of_ours_and_what_does_not_hold(folder):
+    box = folder / "results" / "box"
+    records = results.read(box / "rank_sort.json")["sections"]["speed"]["records"]
+    records += [record("rank_sort_loss [cpp]", 10, 2000, 0.5), record("copy floor", 10, 2000, 0.1)]
+    rows = [
+        {"target": name, "limit": 1.0, "unit": "MiB", "got": got, "passed": got <= 1, "note": None}
+        for name, got in (("small", 0.5), ("large", 2.0))
+    ]
+    sections = {"speed": {"settings": SETTINGS, "records": records}, "targets": {"settings": SETTINGS, "records": rows}}
+    for stem in ("rank_sort", "ap", "another"):
+        results.update(box, stem, harness.machine("cpu"), sections)
+    text = report.headlines(folder / "results")
+    titles = [line.split("**")[1] for line in text.splitlines() if line.startswith("**")]
+    assert titles == ["Rank & Sort loss", "AP loss", "another"]
+    assert "| trained | 10 | 2,000 | dense | float32 | 0.5 | 5 x |" in text and "copy floor" not in text
+    assert "| trained | 20 | 2,000 | dense | float32 | - | - |" in text
+    assert "1 of 2 rows that must hold do, these do not:" in text and "| large | 2 MiB | 1 | fail |" in text and "small" not in text
 
 
 def test_plot_follows_the_axis_with_everything_else_fixed(folder):
