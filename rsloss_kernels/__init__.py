@@ -1,4 +1,5 @@
-"""Ranking losses for object detectors as fused kernels: Rank & Sort, AP and aLRP loss, self-balancing and score weights."""
+"""Losses for object detectors as fused kernels: Rank & Sort, AP and aLRP loss with self-balancing and score weights, GHM-C and
+GHM-R."""
 from rsloss_kernels import _backends, _ext
 
 _ext.load()
@@ -7,9 +8,18 @@ from rsloss_kernels._backends import backend_report, use_backend  # noqa: E402
 from rsloss_kernels.losses.ranking import op as _ranking_op  # noqa: E402, F401
 from rsloss_kernels.losses.alrp import op as _alrp_op  # noqa: E402, F401
 from rsloss_kernels.losses.ap import op as _ap_op  # noqa: E402, F401
+from rsloss_kernels.losses.ghm import op as _ghm_op  # noqa: E402, F401
 from rsloss_kernels.losses.rank_sort import op as _rank_sort_op  # noqa: E402, F401
 from rsloss_kernels.losses.alrp.api import ALRPLoss, ALRPLosses, alrp_loss, alrp_regression_loss  # noqa: E402
 from rsloss_kernels.losses.ap.api import APLoss, average_precision_loss  # noqa: E402
+from rsloss_kernels.losses.ghm.api import (  # noqa: E402
+    GHMCorrectedLoss,
+    GHMLoss,
+    GradientDensity,
+    ghm_classification_loss,
+    ghm_regression_loss,
+    gradient_density,
+)
 from rsloss_kernels.losses.rank_sort.api import RankSortLoss, RankSortLosses, rank_sort_loss  # noqa: E402
 from rsloss_kernels.losses.self_balancing.api import SelfBalancing, score_weighted_mean, score_weights  # noqa: E402
 from rsloss_kernels.version import __version__  # noqa: E402
@@ -20,6 +30,9 @@ __all__ = [
     "ALRPLoss",
     "ALRPLosses",
     "APLoss",
+    "GHMCorrectedLoss",
+    "GHMLoss",
+    "GradientDensity",
     "RankSortLoss",
     "RankSortLosses",
     "SelfBalancing",
@@ -28,6 +41,9 @@ __all__ = [
     "alrp_regression_loss",
     "average_precision_loss",
     "backend_report",
+    "ghm_classification_loss",
+    "ghm_regression_loss",
+    "gradient_density",
     "rank_sort_loss",
     "score_weighted_mean",
     "score_weights",

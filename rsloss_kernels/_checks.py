@@ -56,12 +56,12 @@ def is_index_form(targets: Tensor, logits: Tensor) -> bool:
     return is_integral and logits.dim() > 0 and targets.shape == logits.shape[:-1]
 
 
-def as_labels(function: str, targets: Tensor) -> Tensor:
+def as_labels(function: str, targets: Tensor, name: str = "targets") -> Tensor:
     """Class indices of any integral dtype as int32 or int64, so that no comparison or subtraction wraps around."""
     if targets.dtype in (torch.int32, torch.int64):
         return targets
     if targets.dtype == torch.uint64:
-        raise TypeError(f"{function}: targets must be class indices that int64 can hold, got torch.uint64")
+        raise TypeError(f"{function}: {name} must be class indices that int64 can hold, got torch.uint64")
     return targets.to(torch.int64 if targets.dtype == torch.uint32 else torch.int32)
 
 

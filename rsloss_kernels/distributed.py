@@ -1,4 +1,4 @@
-"""What ranking losses, balancing and means exchange in a process group, so that all processes compute what one would on their
+"""What ranking losses, histograms, balancing and means exchange in a process group, so that all processes compute what one would on their
 batches put together.
 
 Whatever decides a bit of the result is exchanged as it is (records of positives) or summed as integers (counts, bins); every process
@@ -133,18 +133,23 @@ def _agree(function: str, header: Tensor, capacity: int, group: "dist.ProcessGro
 def _check_headers(function: str, headers: list[list[float]], names: tuple[str, ...]) -> int:
     """Raises if the processes do not fit together. Returns the most records that any of them holds."""
     found, _, _, *agreement = zip(*headers, strict=True)
-    for name, values in zip(names, agreement, strict=True):
-        if len(set(values)) > 1:
-            values = [_checks.LOGIT_TYPES[int(value)] if "dtype" in name else f"{value:g}" for value in values]
-            raise ValueError(
-                f"{function}: {name} must be the same on every process of the group, got {', '.join(map(str, values))} by rank"
-            )
+    _check_settings(function, dict(zip(names, agreement, strict=True)))
     capacity = int(agreement[1][0])
     if max(found) > capacity and _checks.debug_checks():
         raise RuntimeError(
             f"{function}: max_positives must be at least the positives of every process, {int(max(found))}, got {capacity}"
         )
     return int(min(max(found), capacity))
+
+
+def _check_settings(function: str, settings: dict[str, list[float]]) -> None:
+    """Raises for a setting that is not the same on all processes; its values by rank."""
+    for name, values in settings.items():
+        if len(set(values)) > 1:
+            values = [_checks.LOGIT_TYPES[int(value)] if "dtype" in name else f"{value:g}" for value in values]
+            raise ValueError(
+                f"{function}: {name} must be the same on every process of the group, got {', '.join(map(str, values))} by rank"
+            )
 
 
 def reduce_bins(bins: Tensor, group: "dist.ProcessGroup") -> Tensor:
@@ -185,6 +190,33 @@ def sum_over_group(tensor: Tensor, group: "dist.ProcessGroup | None") -> Tensor:
     """The sum over the group, detached: added in the order of the ranks, so that every process has the same bits."""
     detached = tensor.detach()
     return detached if group is None else _all_gather(detached.contiguous(), group).sum(0)
+
+
+def sum_histograms(
+    function: str, histogram: Tensor, widest: int, group: "dist.ProcessGroup", settings: dict[str, float]
+) -> tuple[Tensor, Tensor | None]:
+    """The sum of float64 histograms over the group, added in the order of the ranks; its processes must agree in `settings`.
+
+    One all-gather of rows of `widest` numbers and the settings, whatever the histogram's own size, so that no process waits for one
+    with another size.
+
+    Returns:
+        The sum and None on CPU tensors. On others, and in a traced graph, nothing is read on the host: the second is whether the
+        processes agree, 0-d, and where they do not the sum is NaN.
+
+    Raises:
+        ValueError: on every process, for different settings, where they are read.
+    """
+    header = [histogram.new_full((1,), float(value)) for value in settings.values()]
+    row = torch.cat([*header, histogram.flatten(), histogram.new_zeros(widest - histogram.numel())])
+    gathered = _all_gather(row, group)
+    headers = gathered[:, : len(header)]
+    total = gathered[:, len(header) : len(header) + histogram.numel()].sum(0).view_as(histogram)
+    if histogram.is_cpu and not torch.compiler.is_compiling():
+        _check_settings(function, dict(zip(settings, headers.t().tolist(), strict=True)))
+        return total, None
+    is_agreed = (headers == headers[:1]).all()
+    return torch.where(is_agreed, total, torch.nan), is_agreed
 
 
 # PyTorch 2.13 renamed it.

@@ -44,6 +44,9 @@ def cases(seed: int) -> Iterator[Case]:
                 # The ranks count too: the second loss is made from them, and adds nothing to the gradient of the logits.
                 regression_loss = rsloss_kernels.alrp_regression_loss(tensors[1].to(x.device).double(), losses.rank, losses.order)
                 return losses.classification, regression_loss
+            if isinstance(losses, rsloss_kernels.GHMCorrectedLoss):
+                # So does the state.
+                return losses.loss, losses.acc_sum.sum(), losses.num_updates.sum().double()
             return losses if isinstance(losses, tuple) else (losses,)
 
         return Case(f"{loss.__name__}, {name}", operator, logits, run)
@@ -62,6 +65,8 @@ def cases(seed: int) -> Iterator[Case]:
     rank_sort = functools.partial(case, rsloss_kernels.rank_sort_loss, "rank_sort_forward")
     average_precision = functools.partial(case, rsloss_kernels.average_precision_loss, "average_precision_forward")
     alrp = functools.partial(case, rsloss_kernels.alrp_loss, "alrp_finalize")
+    ghm_classification = functools.partial(case, rsloss_kernels.ghm_classification_loss, "ghm_histogram")
+    ghm_regression = functools.partial(case, rsloss_kernels.ghm_regression_loss, "ghm_histogram")
 
     anchors, classes = 96, 5
     logits = torch.randn(anchors, classes, generator=generator, dtype=torch.float64)
@@ -84,6 +89,11 @@ def cases(seed: int) -> Iterator[Case]:
         yield case(step_by_step(loss, option), f"{loss}_finalize", "step by step", logits, dense)
     yield alrp("a value per positive", logits, dense, torch.rand(int((dense > 0).sum()), generator=generator))
     yield alrp("a value per row", logits * 3, labels, quality, delta=0.0)
+    state = {"acc_sum": torch.rand(30, generator=generator) * 9, "num_updates": torch.arange(30)}
+    yield ghm_classification("soft targets, weights", logits, dense.clamp(min=0), dense.clamp(max=0) + 1)
+    yield ghm_classification("class indices, momentum", logits * 3, labels, quality - 0.3, bins=30, momentum=0.75, **state)
+    yield ghm_regression("weights", logits * 0.05, torch.zeros_like(dense), dense.clamp(max=0) + 1, bins=256)
+    yield ghm_regression("momentum", logits, dense, mu=0.5, bins=30, momentum=0.9, empty_bins="count", **state)
 
 
 def evaluate(case: Case, backend: str, device: str, dtype: torch.dtype) -> Outcome:
@@ -109,13 +119,13 @@ def _is_finite(value: float) -> bool:
     return abs(value) < float("inf")
 
 
-def bounds(backend: str, dtype: torch.dtype) -> tuple[float, float]:
+def bounds(case: Case, backend: str, dtype: torch.dtype) -> tuple[float, float]:
     """Of the loss and of the gradient, which is also rounded to a 16-bit dtype."""
     if dtype == torch.float64:
         bound = 1e-9 if backend in ("cuda", "triton") else 1e-10
         return bound, bound
     rounding = torch.finfo(dtype).eps / 2 if dtype in (torch.float16, torch.bfloat16) else 0.0
-    return 1e-7, 1e-6 + rounding
+    return 1e-7, (2e-6 if case.operator.startswith("ghm") else 1e-6) + rounding
 
 
 def check_all(seed: int, required: list[str]) -> Iterator[tuple[bool, str]]:
@@ -139,7 +149,7 @@ def _check(case: Case, backend: str, device: str, dtype: torch.dtype, truth: Out
         loss, gradient = errors(evaluate(case, backend, device, dtype), truth)
     except Exception as error:
         return False, f"{label} {type(error).__name__}: {error}"
-    loss_bound, gradient_bound = bounds(backend, dtype)
+    loss_bound, gradient_bound = bounds(case, backend, dtype)
     line = f"{label} loss {loss:.1e} of {loss_bound:.0e}, gradient {gradient:.1e} of {gradient_bound:.0e}"
     return loss <= loss_bound and gradient <= gradient_bound, line
 

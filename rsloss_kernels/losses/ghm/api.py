@@ -1,0 +1,340 @@
+"""GHM-C and GHM-R: the public functions and modules."""
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rsloss_kernels import _backends, _checks, _library, distributed
+from rsloss_kernels.losses.ghm import op_checks
+
+EMPTY_BINS = ("skip", "count")
+# Of a row that every process of a group sends: the tables of the most bins there can be.
+_WIDEST_HISTOGRAM = 2 * (op_checks.MAX_BINS + 1)
+
+
+class GHMLoss(NamedTuple):
+    """The 0-d loss and the new state of the momentum."""
+
+    loss: Tensor
+    acc_sum: Tensor
+
+
+class GHMCorrectedLoss(NamedTuple):
+    """The 0-d loss and the new state of the momentum with bias correction."""
+
+    loss: Tensor
+    acc_sum: Tensor
+    num_updates: Tensor
+
+
+class GradientDensity(NamedTuple):
+    """How a batch's gradient norms are distributed, and what GHM makes of it; detached."""
+
+    edges: Tensor  # float64 [bins + 1], of the gradient norm, within [0, 1]
+    counts: Tensor  # int64 [bins], valid elements
+    weights: Tensor  # float64 [bins], the factor of the loss of an element
+
+
+class Request(NamedTuple):
+    """The checked arguments of a GHM loss, in the form that the operators take."""
+
+    function: str
+    pred: Tensor
+    target: Tensor
+    weights: list[Tensor]  # empty, or one
+    bins: int
+    mu: float | None
+    is_background_first: bool
+    momentum: float
+    count_empty_bins: bool
+    group: object | None
+    backend: str
+
+    @property
+    def elements(self) -> tuple:
+        """What every operator takes, without gradients."""
+        return [self.pred.detach()], [self.target], self.weights
+
+
+def ghm_classification_loss(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    bins: int = 10,
+    momentum: float = 0.0,
+    acc_sum: Tensor | None = None,
+    num_updates: Tensor | None = None,
+    empty_bins: str = "skip",
+    background: str = "last",
+    process_group: object | None = None,
+    average_gradients: bool = True,
+) -> Tensor | GHMLoss | GHMCorrectedLoss:
+    """GHM-C: cross entropy in which every element counts by the inverse density of its gradient norm.
+
+    Li, Liu, Wang, "Gradient Harmonized Single-stage Detector", AAAI 2019, eq. 4-10. Elements of one bin of the gradient norm
+    `|sigmoid(z) - t|` share one weight, a constant for the gradient: `1 / (elements of the bin * bins that are not empty)`.
+
+    Args:
+        logits: any shape, class logits; float16, bfloat16, float32 or float64. For class indices the last dimension is the C classes.
+        target: dense, with the shape of `logits`, any real dtype, values within [0, 1]; or class indices, an integral dtype with the
+            shape of `logits` less its last dimension. No label is ignored: one that is no foreground class, negative ones included,
+            is a row of zeros, as in MMDetection; give what is to be ignored the weight 0.
+        weight: floating or bool, with the shape of `logits` or that less its last dimension. Elements whose weight is above 0 count,
+            all alike; others may hold anything.
+        bins: of the gradient norm, 1..256.
+        momentum: of the elements in each bin, within [0, 1); above 0 it needs `acc_sum`.
+        acc_sum: float32 or float64 [bins], the running number of elements in each bin before this call, at first zeros.
+        num_updates: int64 [bins], how often each bin's `acc_sum` has changed, at first zeros: turns on bias correction. Without it
+            the first steps weigh too much, the very first by 1 / (1 - momentum), as published.
+        empty_bins: "skip": as the authors' code, empty bins do not count and keep their `acc_sum`. "count": as the paper, all bins
+            count and decay.
+        background: "last" (classes 0..C-1, background C) or "first" (background 0, classes 1..C).
+        process_group: None: no communication. A torch.distributed group, or "default" (all processes if torch.distributed is
+            initialised, else no communication): the density, state and loss are those of all processes' elements together, the
+            gradient that of the own elements. One all-gather of a fixed size. Every process must call, with elements or without, with
+            the same options, else all raise (in graphs and on a GPU, where nothing is read on the host: NaN, state unchanged).
+        average_gradients: with a process group, multiply gradients by the group's size, for DistributedDataParallel, which averages
+            gradients; False for a reducer that sums them.
+
+    Returns:
+        The 0-d loss, float64 for float64 logits, else float32. With `acc_sum` the named tuple `(loss, acc_sum)`, with `num_updates`
+        too `(loss, acc_sum, num_updates)`: new tensors, the arguments stay as they are. Without a valid element an exact zero,
+        connected to the graph. Without a valid element, or where the loss is not finite, the returned state equals the given one.
+
+    NaN and infinity: an infinite logit takes its limit. NaN in a valid element makes the loss and that element's gradient NaN; other
+    gradients are as if it were not valid. `target` and `weight` are detached. Do not edit `logits`, `target` or `weight` in place
+    before backward.
+
+    Raises:
+        TypeError, ValueError: wrong types, shapes, devices or ranges, processes that differ in their options; with
+        RSLOSS_DEBUG_CHECKS=1 also labels above C and targets outside [0, 1].
+        RuntimeError: a forced backend that cannot run.
+    """
+    request = _read_arguments(
+        "ghm_classification_loss", "logits", logits, target, weight, bins, None, momentum, empty_bins, background, process_group
+    )
+    return _evaluate(request, logits, acc_sum, num_updates, average_gradients)
+
+
+def ghm_regression_loss(
+    pred: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    mu: float = 0.02,
+    bins: int = 10,
+    momentum: float = 0.0,
+    acc_sum: Tensor | None = None,
+    num_updates: Tensor | None = None,
+    empty_bins: str = "skip",
+    process_group: object | None = None,
+    average_gradients: bool = True,
+) -> Tensor | GHMLoss | GHMCorrectedLoss:
+    """GHM-R: the authentic smooth L1 loss in which every element counts by the inverse density of its gradient norm.
+
+    Li, Liu, Wang, "Gradient Harmonized Single-stage Detector", AAAI 2019, eq. 11-13: `sqrt(d^2 + mu^2) - mu` with `d = pred - target`;
+    the gradient norm is `|d| / sqrt(d^2 + mu^2)`.
+
+    Args:
+        pred: any shape, box offsets; float16, bfloat16, float32 or float64.
+        target: the shape of `pred`, any real dtype.
+        weight: floating or bool, the shape of `pred`. Elements whose weight is above 0 count, all alike.
+        mu: where the loss turns from square to linear, in the units of `pred`, within [1e-30, 1e30].
+        The others are as in `ghm_classification_loss`.
+
+    Returns, NaN and infinity, Raises: as `ghm_classification_loss`, of `pred` and `pred - target`.
+    """
+    request = _read_arguments(
+        "ghm_regression_loss", "pred", pred, target, weight, bins, mu, momentum, empty_bins, "last", process_group
+    )
+    return _evaluate(request, pred, acc_sum, num_updates, average_gradients)
+
+
+def gradient_density(
+    pred: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    bins: int = 10,
+    mu: float | None = None,
+    empty_bins: str = "skip",
+    background: str = "last",
+    process_group: object | None = None,
+) -> GradientDensity:
+    """The distribution of the gradient norm over a batch, as GHM sees it (AAAI 2019, fig. 2-4), and the weight of each bin.
+
+    Args:
+        mu: None: of GHM-C, `pred` are logits. A number: of GHM-R.
+        The others are as in `ghm_classification_loss` and `ghm_regression_loss`.
+
+    Returns:
+        `(edges, counts, weights)`: `counts[b]` valid elements have a gradient norm within [edges[b], edges[b + 1]), the last bin holding
+        1 too. `weights[b]` is the factor by which GHM without momentum scales the loss of each of them against the mean over all valid
+        elements; 0 for an empty bin. NaN is in no bin. Detached, on the device of `pred`; with a process group over all processes.
+
+    Raises: as the losses.
+    """
+    request = _read_arguments(
+        "gradient_density", "pred", pred, target, weight, bins, mu, 0.0, empty_bins, background, process_group
+    )
+    histogram, is_agreed = _histogram(request, True, False)
+    _, _, _, weights = _finalize(request, histogram, None, None, 1.0)
+    counts = histogram[0, :bins]
+    if is_agreed is not None:
+        weights = torch.where(is_agreed, weights, torch.nan)
+    edges = torch.arange(bins + 1, dtype=torch.float64, device=pred.device) / bins
+    return GradientDensity(edges, counts.long(), weights * counts.sum())
+
+
+def _read_arguments(
+    function: str,
+    pred_name: str,
+    pred: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    bins: int,
+    mu: float | None,
+    momentum: float,
+    empty_bins: str,
+    background: str,
+    process_group: object | None,
+) -> Request:
+    _checks.check_tensor(function, pred_name, pred)
+    _checks.check_floating(function, pred_name, pred)
+    _checks.check_strided(function, pred_name, pred)
+    _check_options(function, bins, mu, momentum, empty_bins, background)
+    target = _read_target(function, pred_name, pred, target, mu, background)
+    weights = [] if weight is None else [_read_weight(function, pred_name, pred, weight, mu)]
+    group = None if process_group is None else distributed.resolve_group(function, process_group)
+    return Request(
+        function,
+        pred.contiguous(),
+        target,
+        weights,
+        bins,
+        None if mu is None else float(mu),
+        background == "first",
+        float(momentum),
+        empty_bins == "count",
+        group,
+        _backends.resolve("ghm_histogram", pred.device.type),
+    )
+
+
+def _check_options(function: str, bins: int, mu: float | None, momentum: float, empty_bins: str, background: str) -> None:
+    if isinstance(bins, bool) or not isinstance(bins, int):
+        raise TypeError(f"{function}: bins must be an int, got {type(bins).__name__}")
+    op_checks.check_bins(function, bins)
+    for name, value, check in (("momentum", momentum, op_checks.check_momentum), ("mu", mu, op_checks.check_mu)):
+        if value is None and name == "mu":
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{function}: {name} must be a float, got {type(value).__name__}")
+        check(function, value)
+    _checks.check_choice(function, "empty_bins", empty_bins, EMPTY_BINS)
+    _checks.check_choice(function, "background", background, ("last", "first"))
+
+
+def _read_target(function: str, pred_name: str, pred: Tensor, target: Tensor, mu: float | None, background: str) -> Tensor:
+    """Class indices as int32 or int64, or a dense target in a floating dtype; detached."""
+    _checks.check_tensor(function, "target", target)
+    _checks.check_strided(function, "target", target)
+    _check_device(function, "target", target, pred_name, pred)
+    if mu is None and _checks.is_index_form(target, pred):
+        labels = _checks.as_labels(function, target, "target").contiguous()
+        if _checks.debug_checks() and labels.numel() and int(labels.max()) > pred.shape[-1]:
+            raise ValueError(f"{function}: target must be class indices up to {pred.shape[-1]}, got {int(labels.max())}")
+        return labels
+    forms = " (dense), or be integers with that shape less its last dimension (class indices)" if mu is None else ""
+    _checks.check_shape(function, "target", target, pred.shape, f"the shape of {pred_name}{forms}")
+    if target.is_complex():
+        raise TypeError(f"{function}: target must be real, got {target.dtype}")
+    if not target.is_floating_point():
+        # Zeros and ones need no more; box offsets may be large.
+        target = target.to(torch.float32 if mu is None else torch.float64)
+    _checks.check_floating(function, "target", target)
+    if mu is None and _checks.debug_checks() and bool(((target < 0) | (target > 1)).any()):
+        raise ValueError(f"{function}: target must be within [0, 1], got [{float(target.min())}, {float(target.max())}]")
+    return target.detach().contiguous()
+
+
+def _read_weight(function: str, pred_name: str, pred: Tensor, weight: Tensor, mu: float | None) -> Tensor:
+    _checks.check_tensor(function, "weight", weight)
+    _checks.check_strided(function, "weight", weight)
+    _check_device(function, "weight", weight, pred_name, pred)
+    if weight.dtype == torch.bool:
+        weight = weight.to(torch.float16)
+    if weight.dtype not in _checks.LOGIT_TYPES:
+        raise TypeError(f"{function}: weight must have a floating dtype or be bool, got {weight.dtype}")
+    is_per_row = mu is None and pred.dim() > 0 and weight.shape == pred.shape[:-1]
+    if not is_per_row:
+        less = " (or that less its last dimension)" if mu is None else ""
+        _checks.check_shape(function, "weight", weight, pred.shape, f"the shape of {pred_name}{less}")
+    return weight.detach().contiguous()
+
+
+def _check_device(function: str, name: str, value: Tensor, pred_name: str, pred: Tensor) -> None:
+    if value.device != pred.device:
+        raise ValueError(f"{function}: {name} must be on the device of {pred_name}, {pred.device}, got {value.device}")
+
+
+def _histogram(request: Request, average_gradients: bool, is_corrected: bool) -> tuple[Tensor, Tensor | None]:
+    """Of the whole group; and, where nothing may be read on the host, whether its processes fit together (0-d, bool)."""
+    histogram = _library.operator("ghm_histogram", request.backend)(
+        *request.elements, request.bins, request.mu, request.is_background_first
+    )
+    if request.group is None:
+        return histogram, None
+    settings = {
+        "mu": 0.0 if request.mu is None else request.mu,
+        "bins": request.bins,
+        "momentum": request.momentum,
+        "empty_bins": request.count_empty_bins,
+        "bias correction": is_corrected,
+        "average_gradients": average_gradients,
+    }
+    return distributed.sum_histograms(request.function, histogram, _WIDEST_HISTOGRAM, request.group, settings)
+
+
+def _finalize(
+    request: Request, histogram: Tensor, acc_sum: Tensor | None, num_updates: Tensor | None, gradient_scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, state and the weights of the bins, without a gradient."""
+    options = (request.bins, request.mu, request.is_background_first, request.momentum, request.count_empty_bins, gradient_scale)
+    return _library.operator("ghm_finalize", request.backend)(*request.elements, histogram, acc_sum, num_updates, *options)
+
+
+def _read_state(request: Request, acc_sum: Tensor | None, num_updates: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    for name, value in (("acc_sum", acc_sum), ("num_updates", num_updates)):
+        if value is not None:
+            _checks.check_tensor(request.function, name, value)
+    op_checks.check_state(request.function, acc_sum, num_updates, request.pred, request.bins, request.momentum)
+    return tuple(value if value is None else value.detach().contiguous() for value in (acc_sum, num_updates))
+
+
+def _evaluate(
+    request: Request, pred: Tensor, acc_sum: Tensor | None, num_updates: Tensor | None, average_gradients: bool
+) -> Tensor | GHMLoss | GHMCorrectedLoss:
+    state = _read_state(request, acc_sum, num_updates)
+    histogram, is_agreed = _histogram(request, average_gradients, num_updates is not None)
+    loss, *new_state = _library.differentiable(
+        "ghm_finalize",
+        request.backend,
+        [request.pred],
+        [request.target],
+        request.weights,
+        histogram,
+        *state,
+        request.bins,
+        request.mu,
+        request.is_background_first,
+        request.momentum,
+        request.count_empty_bins,
+        float(distributed.world_size(request.group)) if average_gradients else 1.0,
+    )
+    if is_agreed is not None:
+        loss = loss * torch.where(is_agreed, 1.0, torch.nan).to(loss.dtype)
+    if acc_sum is None:
+        return loss
+    return GHMLoss(loss, new_state[0]) if num_updates is None else GHMCorrectedLoss(loss, *new_state)

@@ -1,0 +1,124 @@
+"""Checks of the arguments of the GHM operators, for the backends written in Python; the compiled ones check the same in C++."""
+import torch
+from torch import Tensor
+
+from rsloss_kernels import _checks
+
+MAX_BINS = 256
+SMALLEST_MU, LARGEST_MU = 1e-30, 1e30
+
+
+def check_bins(function: str, bins: int) -> None:
+    if not 1 <= bins <= MAX_BINS:
+        raise ValueError(f"{function}: bins must be within 1..{MAX_BINS}, got {bins}")
+
+
+def check_mu(function: str, mu: float) -> None:
+    if not SMALLEST_MU <= mu <= LARGEST_MU:
+        raise ValueError(f"{function}: mu must be within [{SMALLEST_MU:g}, {LARGEST_MU:g}], got {mu}")
+
+
+def check_momentum(function: str, momentum: float) -> None:
+    if not 0 <= momentum < 1:
+        raise ValueError(f"{function}: momentum must be within [0, 1), got {momentum}")
+
+
+def check_state(
+    function: str, acc_sum: Tensor | None, num_updates: Tensor | None, pred: Tensor, bins: int, momentum: float
+) -> None:
+    if acc_sum is None and momentum > 0:
+        raise ValueError(f"{function}: acc_sum must be given with a momentum above 0, {momentum}, got None")
+    if acc_sum is None and num_updates is not None:
+        raise ValueError(f"{function}: acc_sum must be given with num_updates, got None")
+    dtypes = {"acc_sum": (torch.float32, torch.float64), "num_updates": (torch.int64,)}
+    for name, value in (("acc_sum", acc_sum), ("num_updates", num_updates)):
+        if value is None:
+            continue
+        _checks.check_device(function, name, value, pred)
+        if value.dtype not in dtypes[name]:
+            raise TypeError(f"{function}: {name} must be {' or '.join(map(str, dtypes[name]))}, got {value.dtype}")
+        _checks.check_shape(function, name, value, (bins,), "one number per bin")
+
+
+def _check_placement(op: str, name: str, value: Tensor, pred: Tensor) -> None:
+    _checks.check_device(op, name, value, pred)
+    if not value.is_contiguous():
+        raise ValueError(f"{op}: {name} must be contiguous, got shape {list(value.shape)} with strides {value.stride()}")
+
+
+def _check_dtype(op: str, name: str, value: Tensor, *wanted: torch.dtype) -> None:
+    if value.dtype not in wanted:
+        raise TypeError(f"{op}: {name} must be {' or '.join(map(str, wanted))}, got {value.dtype}")
+
+
+def _check_number(op: str, name: str, values: list[Tensor], preds: list[Tensor]) -> None:
+    if len(values) != len(preds):
+        raise ValueError(f"{op}: {name} must hold as many tensors as preds, {len(preds)}, got {len(values)}")
+
+
+def _check_levels(op: str, preds: list[Tensor], targets: list[Tensor], weights: list[Tensor], mu: float | None) -> None:
+    if not preds:
+        raise ValueError(f"{op}: preds must hold at least one tensor, got none")
+    _check_number(op, "targets", targets, preds)
+    if weights:
+        _check_number(op, "weights", weights, preds)
+    if mu is not None:
+        check_mu(op, mu)
+    labels = (torch.int32, torch.int64) if mu is None else ()
+    for number, (pred, target) in enumerate(zip(preds, targets, strict=True)):
+        _check_dtype(op, "preds", pred, *_checks.LOGIT_TYPES)
+        _check_dtype(op, "preds", pred, preds[0].dtype)
+        _check_placement(op, "preds", pred, preds[0])
+        _check_placement(op, "targets", target, preds[0])
+        _check_dtype(op, "targets", target, *_checks.LOGIT_TYPES, *labels)
+        rows = None if mu is not None or pred.dim() == 0 else pred.shape[:-1]
+        if target.is_floating_point():
+            _checks.check_shape(op, "targets", target, pred.shape, "the shape of preds")
+        elif rows is None:
+            raise ValueError(f"{op}: preds must have a last dimension of classes for class indices, got shape []")
+        else:
+            _checks.check_shape(op, "targets", target, rows, "the shape of preds less the last dimension (class indices)")
+        if weights:
+            weight = weights[number]
+            _check_placement(op, "weights", weight, preds[0])
+            _check_dtype(op, "weights", weight, *_checks.LOGIT_TYPES)
+            if weight.shape != rows:
+                less = "" if rows is None else f" or that less the last dimension, {list(rows)}"
+                _checks.check_shape(op, "weights", weight, pred.shape, f"the shape of preds{less}")
+
+
+def _check_table(op: str, name: str, table: Tensor, pred: Tensor, shape: tuple[int, ...]) -> None:
+    _check_placement(op, name, table, pred)
+    _check_dtype(op, name, table, torch.float64)
+    _checks.check_shape(op, name, table, shape, "shape")
+
+
+def ghm_histogram(preds, targets, weights, bins, mu, background_first) -> None:
+    _check_levels("ghm_histogram", preds, targets, weights, mu)
+    check_bins("ghm_histogram", bins)
+
+
+def ghm_finalize(
+    preds, targets, weights, histogram, acc_sum, num_updates, bins, mu, background_first, momentum, count_empty_bins, gradient_scale
+) -> None:
+    op = "ghm_finalize"
+    _check_levels(op, preds, targets, weights, mu)
+    check_bins(op, bins)
+    _check_table(op, "histogram", histogram, preds[0], (2, bins + 1))
+    check_momentum(op, momentum)
+    check_state(op, acc_sum, num_updates, preds[0], bins, momentum)
+    for name, value in (("acc_sum", acc_sum), ("num_updates", num_updates)):
+        if value is not None:
+            _check_placement(op, name, value, preds[0])
+
+
+def ghm_backward(preds, targets, weights, bin_weights, grad_loss, mu, background_first) -> None:
+    op = "ghm_backward"
+    _check_levels(op, preds, targets, weights, mu)
+    if bin_weights.dim() != 1:
+        raise ValueError(f"{op}: bin_weights must have one dimension, got {list(bin_weights.shape)}")
+    check_bins(op, bin_weights.numel())
+    _check_table(op, "bin_weights", bin_weights, preds[0], (bin_weights.numel(),))
+    _check_placement(op, "grad_loss", grad_loss, preds[0])
+    _check_dtype(op, "grad_loss", grad_loss, *_checks.LOGIT_TYPES)
+    _checks.check_shape(op, "grad_loss", grad_loss, (), "no dimensions")

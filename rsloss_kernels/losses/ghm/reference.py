@@ -1,0 +1,128 @@
+"""GHM-C and GHM-R in plain PyTorch, float64 inside.
+
+Li, Liu, Wang, "Gradient Harmonized Single-stage Detector", AAAI 2019. README.md beside this file has the forms used here and
+every tensor that passes between the operators.
+"""
+import torch
+from torch import Tensor
+
+
+def bin_edges(bins: int, mu: float | None, like: Tensor) -> tuple[Tensor, Tensor]:
+    """The inner edges of the bins, float64 [bins - 1]: of the gradient norm, and of what decides for most elements: of `u` for
+    GHM-C with a target of 0 or 1, of `|d|` for GHM-R."""
+    k = torch.arange(1, bins, dtype=torch.float64, device=like.device)
+    return k / bins, (k / (bins - k)).log() if mu is None else mu * k / ((bins - k) * (bins + k)).sqrt()
+
+
+def bin_of(pred: Tensor, target: Tensor, bins: int, mu: float | None) -> Tensor:
+    """The bin of each element by its gradient norm, int64; `pred` and `target` are float64. Of NaN: any."""
+    of_norm, of_argument = bin_edges(bins, mu, pred)
+    if mu is not None:
+        return torch.bucketize((pred - target).abs(), of_argument, right=True)
+    is_binary = (target == 0) | (target == 1)
+    by_logit = torch.bucketize(torch.where(target == 1, -pred, pred), of_argument, right=True)
+    return torch.where(is_binary, by_logit, torch.bucketize((pred.sigmoid() - target).abs(), of_norm, right=True))
+
+
+def element_losses(pred: Tensor, target: Tensor, mu: float | None) -> Tensor:
+    """`l` of each element; autograd can differentiate it, at infinite elements too."""
+    if mu is not None:
+        d = pred - target
+        finite = torch.where(d.isinf(), 0.0, d)
+        # hypot neither overflows nor underflows; the quotient first, for the same reason.
+        length = finite.abs()
+        loss = length * (length / (torch.hypot(finite, torch.full_like(d, mu)) + mu))
+        return torch.where(d.isinf(), d.abs(), loss)
+    slope = torch.where(pred > 0, 1 - target, -target).detach()
+    linear = torch.where(slope == 0, 0.0, slope * pred)
+    return linear + torch.log1p(torch.exp(-pred.abs()))
+
+
+def element_gradients(pred: Tensor, target: Tensor, mu: float | None) -> Tensor:
+    """`dl/dz` of eq. 4, `dl/dd` of eq. 12."""
+    if mu is not None:
+        d = pred - target
+        return torch.where(d.isinf(), d.sign(), d / torch.hypot(d, torch.full_like(d, mu)))
+    # For a target of 0 or 1 no difference is taken: sigma(u) keeps its relative precision.
+    u = torch.where(target == 1, -pred, pred)
+    small = torch.exp(-u.abs())
+    sigmoid = torch.where(u > 0, 1.0, small) / (1 + small)
+    is_binary = (target == 0) | (target == 1)
+    return torch.where(is_binary, torch.where(target == 1, -sigmoid, sigmoid), sigmoid - target)
+
+
+def one_hot(labels: Tensor, num_classes: int, background_first: bool) -> Tensor:
+    """float64, with a last dimension of classes; all zeros for a label that is no foreground class."""
+    columns = torch.arange(num_classes, device=labels.device) + int(background_first)
+    return (labels[..., None] == columns).double()
+
+
+def valid_elements(pred: Tensor, weights: Tensor | None) -> Tensor:
+    """Where the weight is above 0; `weights` has the shape of `pred`, or that less the last dimension."""
+    if weights is None:
+        return torch.ones_like(pred, dtype=torch.bool)
+    return (weights if weights.dim() == pred.dim() else weights[..., None]).expand(pred.shape) > 0
+
+
+def _levels(preds, targets, weights, background_first):
+    """(pred, target, which are valid, which of those hold NaN) of each level, pred and target float64."""
+    for number, pred in enumerate(preds):
+        is_valid = valid_elements(pred, weights[number] if weights else None)
+        target = targets[number]
+        is_dense = target.is_floating_point()
+        target = target.double() if is_dense else one_hot(target, pred.shape[-1], background_first)
+        pred = pred.double()
+        yield pred, target, is_valid, is_valid & (pred - target).isnan()
+
+
+def ghm_histogram(preds, targets, weights, bins, mu, background_first) -> Tensor:
+    histogram = torch.zeros((2, bins + 1), dtype=torch.float64, device=preds[0].device)
+    for pred, target, is_valid, is_nan in _levels(preds, targets, weights, background_first):
+        is_binned = is_valid & ~is_nan
+        pred, target = pred[is_binned], target[is_binned]
+        bin_index = bin_of(pred, target, bins, mu)
+        histogram[0, :bins] += torch.bincount(bin_index, minlength=bins)
+        histogram[1, :bins] += torch.bincount(bin_index, element_losses(pred, target, mu), minlength=bins)
+        histogram[0, bins] += is_nan.sum()
+    return histogram
+
+
+def ghm_finalize(
+    preds, targets, weights, histogram, acc_sum, num_updates, bins, mu, background_first, momentum, count_empty_bins, gradient_scale
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    counts, sums = histogram[:, :bins]
+    is_filled = counts > 0
+    is_whole = histogram[0, bins] == 0  # no NaN among the valid elements
+    before = torch.zeros_like(counts) if acc_sum is None else acc_sum.double()
+
+    # Eq. 10; without momentum the density is that of this batch alone.
+    changes = torch.ones_like(is_filled) if count_empty_bins or momentum == 0 else is_filled
+    accumulated = torch.where(changes, momentum * before + (1 - momentum) * counts, before)
+    density = accumulated
+    updates = histogram.new_zeros((0,), dtype=torch.int64)
+    if num_updates is not None:
+        updates = num_updates + changes
+        density = accumulated / (1 - momentum ** updates.double())
+
+    num_bins = bins if count_empty_bins else is_filled.sum()
+    bin_weights = torch.where(is_filled, 1 / (density * num_bins), 0.0)  # eq. 8, without the number of elements
+    loss = torch.where(is_filled, bin_weights * sums, 0.0).sum()
+    loss = torch.where(is_whole, loss, torch.nan).to(torch.float64 if preds[0].dtype == torch.float64 else torch.float32)
+
+    is_kept = is_filled.any() & loss.isfinite()
+    accumulated = torch.where(is_kept, accumulated, before)
+    if num_updates is not None:
+        updates = torch.where(is_kept, updates, num_updates)
+    state_type = torch.float64 if acc_sum is None else acc_sum.dtype
+    return loss, accumulated.to(state_type), updates, bin_weights * gradient_scale
+
+
+def ghm_backward(preds, targets, weights, bin_weights, grad_loss, mu, background_first) -> list[Tensor]:
+    gradients = []
+    levels = _levels(preds, targets, weights, background_first)
+    for level, (pred, target, is_valid, is_nan) in zip(preds, levels, strict=True):
+        bin_index = bin_of(pred, target, bin_weights.numel(), mu).clamp(max=bin_weights.numel() - 1)
+        gradient = element_gradients(pred, target, mu) * bin_weights[bin_index] * grad_loss.double()
+        gradient = torch.where(is_nan, torch.nan, gradient)
+        gradients.append(torch.where(is_valid, gradient, 0.0).to(level.dtype))
+    return gradients
