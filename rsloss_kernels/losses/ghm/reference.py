@@ -3,6 +3,8 @@
 Li, Liu, Wang, "Gradient Harmonized Single-stage Detector", AAAI 2019. README.md beside this file has the forms used here and
 every tensor that passes between the operators.
 """
+import math
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,12 @@ def bin_edges(bins: int, mu: float | None, like: Tensor) -> tuple[Tensor, Tensor
     """The inner edges of the bins, float64 [bins - 1]: of the gradient norm, and of what decides for most elements: of `u` for
     GHM-C with a target of 0 or 1, of `|d|` for GHM-R."""
     k = torch.arange(1, bins, dtype=torch.float64, device=like.device)
-    return k / bins, (k / (bins - k)).log() if mu is None else mu * k / ((bins - k) * (bins + k)).sqrt()
+    if mu is not None:
+        return k / bins, (mu * k) / ((bins - k) * (bins + k)).sqrt()
+    # log(k / (bins - k)) without cancellation near 0.
+    is_upper = 2 * k > bins
+    near, far = torch.where(is_upper, bins - k, k), (2 * k - bins).abs()
+    return k / bins, torch.where(is_upper, 1.0, -1.0) * torch.log1p(far / near)
 
 
 def bin_of(pred: Tensor, target: Tensor, bins: int, mu: float | None) -> Tensor:
@@ -21,7 +28,9 @@ def bin_of(pred: Tensor, target: Tensor, bins: int, mu: float | None) -> Tensor:
         return torch.bucketize((pred - target).abs(), of_argument, right=True)
     is_binary = (target == 0) | (target == 1)
     by_logit = torch.bucketize(torch.where(target == 1, -pred, pred), of_argument, right=True)
-    return torch.where(is_binary, by_logit, torch.bucketize((pred.sigmoid() - target).abs(), of_norm, right=True))
+    small = torch.exp(-pred.abs())
+    norm = (small / (1 + small) - torch.where(pred > 0, 1 - target, target)).abs()
+    return torch.where(is_binary, by_logit, torch.bucketize(norm, of_norm, right=True))
 
 
 def element_losses(pred: Tensor, target: Tensor, mu: float | None) -> Tensor:
@@ -93,28 +102,28 @@ def ghm_finalize(
     counts, sums = histogram[:, :bins]
     is_filled = counts > 0
     is_whole = histogram[0, bins] == 0  # no NaN among the valid elements
-    before = torch.zeros_like(counts) if acc_sum is None else acc_sum.double()
+    before = counts if acc_sum is None else acc_sum.double()
 
     # Eq. 10; without momentum the density is that of this batch alone.
     changes = torch.ones_like(is_filled) if count_empty_bins or momentum == 0 else is_filled
-    accumulated = torch.where(changes, momentum * before + (1 - momentum) * counts, before)
-    density = accumulated
+    density = accumulated = torch.where(changes, momentum * before + (1 - momentum) * counts, before)
     updates = histogram.new_zeros((0,), dtype=torch.int64)
     if num_updates is not None:
-        updates = num_updates + changes
-        density = accumulated / (1 - momentum ** updates.double())
+        updates = num_updates + (changes if momentum > 0 else 0)
+        density = accumulated / (-torch.expm1(updates * math.log(momentum)) if momentum > 0 else 1.0)
 
     num_bins = bins if count_empty_bins else is_filled.sum()
     bin_weights = torch.where(is_filled, 1 / (density * num_bins), 0.0)  # eq. 8, without the number of elements
     loss = torch.where(is_filled, bin_weights * sums, 0.0).sum()
-    loss = torch.where(is_whole, loss, torch.nan).to(torch.float64 if preds[0].dtype == torch.float64 else torch.float32)
+    loss = torch.where(is_whole, loss, torch.nan)
 
     is_kept = is_filled.any() & loss.isfinite()
     accumulated = torch.where(is_kept, accumulated, before)
     if num_updates is not None:
         updates = torch.where(is_kept, updates, num_updates)
     state_type = torch.float64 if acc_sum is None else acc_sum.dtype
-    return loss, accumulated.to(state_type), updates, bin_weights * gradient_scale
+    loss_type = torch.float64 if preds[0].dtype == torch.float64 else torch.float32
+    return loss.to(loss_type), accumulated.to(state_type, copy=True), updates, bin_weights * gradient_scale
 
 
 def ghm_backward(preds, targets, weights, bin_weights, grad_loss, mu, background_first) -> list[Tensor]:
