@@ -20,6 +20,8 @@ from rsloss_kernels.losses.ghm.api import (  # noqa: E402
     ghm_regression_loss,
     gradient_density,
 )
+from rsloss_kernels.losses.ghm.authentic_smooth_l1 import authentic_smooth_l1_loss  # noqa: E402
+from rsloss_kernels.losses.ghm.modules import GHMC, GHMR  # noqa: E402
 from rsloss_kernels.losses.rank_sort.api import RankSortLoss, RankSortLosses, rank_sort_loss  # noqa: E402
 from rsloss_kernels.losses.self_balancing.api import SelfBalancing, score_weighted_mean, score_weights  # noqa: E402
 from rsloss_kernels.version import __version__  # noqa: E402
@@ -30,8 +32,10 @@ __all__ = [
     "ALRPLoss",
     "ALRPLosses",
     "APLoss",
+    "GHMC",
     "GHMCorrectedLoss",
     "GHMLoss",
+    "GHMR",
     "GradientDensity",
     "RankSortLoss",
     "RankSortLosses",
@@ -39,6 +43,7 @@ __all__ = [
     "__version__",
     "alrp_loss",
     "alrp_regression_loss",
+    "authentic_smooth_l1_loss",
     "average_precision_loss",
     "backend_report",
     "ghm_classification_loss",

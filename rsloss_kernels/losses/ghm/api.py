@@ -111,10 +111,10 @@ def ghm_classification_loss(
         RSLOSS_DEBUG_CHECKS=1 also labels above C and targets outside [0, 1].
         RuntimeError: a forced backend that cannot run.
     """
-    request = _read_arguments(
+    request = read_arguments(
         "ghm_classification_loss", "logits", logits, target, weight, bins, None, momentum, empty_bins, background, process_group
     )
-    return _evaluate(request, logits, acc_sum, num_updates, average_gradients)
+    return _with_state(*evaluate(request, *read_state(request, acc_sum, num_updates), average_gradients), acc_sum, num_updates)
 
 
 def ghm_regression_loss(
@@ -145,10 +145,11 @@ def ghm_regression_loss(
 
     Returns, NaN and infinity, Raises: as `ghm_classification_loss`, of `pred` and `pred - target`.
     """
-    request = _read_arguments(
+    op_checks.check_mu("ghm_regression_loss", mu)  # None would ask for GHM-C
+    request = read_arguments(
         "ghm_regression_loss", "pred", pred, target, weight, bins, mu, momentum, empty_bins, "last", process_group
     )
-    return _evaluate(request, pred, acc_sum, num_updates, average_gradients)
+    return _with_state(*evaluate(request, *read_state(request, acc_sum, num_updates), average_gradients), acc_sum, num_updates)
 
 
 def gradient_density(
@@ -175,11 +176,11 @@ def gradient_density(
 
     Raises: as the losses.
     """
-    request = _read_arguments(
+    request = read_arguments(
         "gradient_density", "pred", pred, target, weight, bins, mu, 0.0, empty_bins, background, process_group
     )
-    histogram, is_agreed = _histogram(request, True, False)
-    _, _, _, weights = _finalize(request, histogram, None, None, 1.0)
+    histogram, is_agreed = read_histogram(request, True, False)
+    _, _, _, weights = finalize(request, histogram, None, None)
     counts = histogram[0, :bins]
     if is_agreed is not None:
         weights = torch.where(is_agreed, weights, torch.nan)
@@ -187,7 +188,7 @@ def gradient_density(
     return GradientDensity(edges, counts.long(), weights * counts.sum())
 
 
-def _read_arguments(
+def read_arguments(
     function: str,
     pred_name: str,
     pred: Tensor,
@@ -203,7 +204,7 @@ def _read_arguments(
     _checks.check_tensor(function, pred_name, pred)
     _checks.check_floating(function, pred_name, pred)
     _checks.check_strided(function, pred_name, pred)
-    _check_options(function, bins, mu, momentum, empty_bins, background)
+    check_options(function, bins, mu, momentum, empty_bins, background)
     target = _read_target(function, pred_name, pred, target, mu, background)
     weights = [] if weight is None else [_read_weight(function, pred_name, pred, weight, mu)]
     group = None if process_group is None else distributed.resolve_group(function, process_group)
@@ -222,16 +223,11 @@ def _read_arguments(
     )
 
 
-def _check_options(function: str, bins: int, mu: float | None, momentum: float, empty_bins: str, background: str) -> None:
-    if isinstance(bins, bool) or not isinstance(bins, int):
-        raise TypeError(f"{function}: bins must be an int, got {type(bins).__name__}")
+def check_options(function: str, bins: int, mu: float | None, momentum: float, empty_bins: str, background: str) -> None:
     op_checks.check_bins(function, bins)
-    for name, value, check in (("momentum", momentum, op_checks.check_momentum), ("mu", mu, op_checks.check_mu)):
-        if value is None and name == "mu":
-            continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{function}: {name} must be a float, got {type(value).__name__}")
-        check(function, value)
+    op_checks.check_momentum(function, momentum)
+    if mu is not None:
+        op_checks.check_mu(function, mu)
     _checks.check_choice(function, "empty_bins", empty_bins, EMPTY_BINS)
     _checks.check_choice(function, "background", background, ("last", "first"))
 
@@ -279,7 +275,7 @@ def _check_device(function: str, name: str, value: Tensor, pred_name: str, pred:
         raise ValueError(f"{function}: {name} must be on the device of {pred_name}, {pred.device}, got {value.device}")
 
 
-def _histogram(request: Request, average_gradients: bool, is_corrected: bool) -> tuple[Tensor, Tensor | None]:
+def read_histogram(request: Request, average_gradients: bool, is_corrected: bool) -> tuple[Tensor, Tensor | None]:
     """Of the whole group; and, where nothing may be read on the host, whether its processes fit together (0-d, bool)."""
     histogram = _library.operator("ghm_histogram", request.backend)(
         *request.elements, request.bins, request.mu, request.is_background_first
@@ -297,15 +293,15 @@ def _histogram(request: Request, average_gradients: bool, is_corrected: bool) ->
     return distributed.sum_histograms(request.function, histogram, _WIDEST_HISTOGRAM, request.group, settings)
 
 
-def _finalize(
-    request: Request, histogram: Tensor, acc_sum: Tensor | None, num_updates: Tensor | None, gradient_scale: float
+def finalize(
+    request: Request, histogram: Tensor, acc_sum: Tensor | None, num_updates: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, state and the weights of the bins, without a gradient."""
-    options = (request.bins, request.mu, request.is_background_first, request.momentum, request.count_empty_bins, gradient_scale)
+    """Loss, new state and the weights of the bins, without a gradient."""
+    options = (request.bins, request.mu, request.is_background_first, request.momentum, request.count_empty_bins, 1.0)
     return _library.operator("ghm_finalize", request.backend)(*request.elements, histogram, acc_sum, num_updates, *options)
 
 
-def _read_state(request: Request, acc_sum: Tensor | None, num_updates: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def read_state(request: Request, acc_sum: Tensor | None, num_updates: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     for name, value in (("acc_sum", acc_sum), ("num_updates", num_updates)):
         if value is not None:
             _checks.check_tensor(request.function, name, value)
@@ -313,11 +309,11 @@ def _read_state(request: Request, acc_sum: Tensor | None, num_updates: Tensor | 
     return tuple(value if value is None else value.detach().contiguous() for value in (acc_sum, num_updates))
 
 
-def _evaluate(
-    request: Request, pred: Tensor, acc_sum: Tensor | None, num_updates: Tensor | None, average_gradients: bool
-) -> Tensor | GHMLoss | GHMCorrectedLoss:
-    state = _read_state(request, acc_sum, num_updates)
-    histogram, is_agreed = _histogram(request, average_gradients, num_updates is not None)
+def evaluate(
+    request: Request, acc_sum: Tensor | None, num_updates: Tensor | None, average_gradients: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, with its gradient, and the new state."""
+    histogram, is_agreed = read_histogram(request, average_gradients, num_updates is not None)
     loss, *new_state = _library.differentiable(
         "ghm_finalize",
         request.backend,
@@ -325,7 +321,8 @@ def _evaluate(
         [request.target],
         request.weights,
         histogram,
-        *state,
+        acc_sum,
+        num_updates,
         request.bins,
         request.mu,
         request.is_background_first,
@@ -335,6 +332,13 @@ def _evaluate(
     )
     if is_agreed is not None:
         loss = loss * torch.where(is_agreed, 1.0, torch.nan).to(loss.dtype)
+    return loss, *new_state
+
+
+def _with_state(
+    loss: Tensor, new_acc_sum: Tensor, new_num_updates: Tensor, acc_sum: Tensor | None, num_updates: Tensor | None
+) -> Tensor | GHMLoss | GHMCorrectedLoss:
+    """What the caller asked for by giving a state."""
     if acc_sum is None:
         return loss
-    return GHMLoss(loss, new_state[0]) if num_updates is None else GHMCorrectedLoss(loss, *new_state)
+    return GHMLoss(loss, new_acc_sum) if num_updates is None else GHMCorrectedLoss(loss, new_acc_sum, new_num_updates)

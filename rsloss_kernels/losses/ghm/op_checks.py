@@ -9,16 +9,25 @@ SMALLEST_MU, LARGEST_MU = 1e-30, 1e30
 
 
 def check_bins(function: str, bins: int) -> None:
+    if isinstance(bins, bool) or not isinstance(bins, int):
+        raise TypeError(f"{function}: bins must be an int, got {type(bins).__name__}")
     if not 1 <= bins <= MAX_BINS:
         raise ValueError(f"{function}: bins must be within 1..{MAX_BINS}, got {bins}")
 
 
+def _check_number_type(function: str, name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{function}: {name} must be a float, got {type(value).__name__}")
+
+
 def check_mu(function: str, mu: float) -> None:
+    _check_number_type(function, "mu", mu)
     if not SMALLEST_MU <= mu <= LARGEST_MU:
         raise ValueError(f"{function}: mu must be within [{SMALLEST_MU:g}, {LARGEST_MU:g}], got {mu}")
 
 
 def check_momentum(function: str, momentum: float) -> None:
+    _check_number_type(function, "momentum", momentum)
     if not 0 <= momentum < 1:
         raise ValueError(f"{function}: momentum must be within [0, 1), got {momentum}")
 

@@ -60,10 +60,12 @@ def element_gradients(pred: Tensor, target: Tensor, mu: float | None) -> Tensor:
     return torch.where(is_binary, torch.where(target == 1, -sigmoid, sigmoid), sigmoid - target)
 
 
-def one_hot(labels: Tensor, num_classes: int, background_first: bool) -> Tensor:
-    """float64, with a last dimension of classes; all zeros for a label that is no foreground class."""
-    columns = torch.arange(num_classes, device=labels.device) + int(background_first)
-    return (labels[..., None] == columns).double()
+def as_dense(target: Tensor, pred: Tensor, background_first: bool) -> Tensor:
+    """float64, in the shape of `pred`: a label that is no foreground class is a row of zeros."""
+    if target.is_floating_point():
+        return target.double()
+    columns = torch.arange(pred.shape[-1], device=target.device) + int(background_first)
+    return (target[..., None] == columns).double()
 
 
 def valid_elements(pred: Tensor, weights: Tensor | None) -> Tensor:
@@ -77,9 +79,7 @@ def _levels(preds, targets, weights, background_first):
     """(pred, target, which are valid, which of those hold NaN) of each level, pred and target float64."""
     for number, pred in enumerate(preds):
         is_valid = valid_elements(pred, weights[number] if weights else None)
-        target = targets[number]
-        is_dense = target.is_floating_point()
-        target = target.double() if is_dense else one_hot(target, pred.shape[-1], background_first)
+        target = as_dense(targets[number], pred, background_first)
         pred = pred.double()
         yield pred, target, is_valid, is_valid & (pred - target).isnan()
 
@@ -130,8 +130,8 @@ def ghm_backward(preds, targets, weights, bin_weights, grad_loss, mu, background
     gradients = []
     levels = _levels(preds, targets, weights, background_first)
     for level, (pred, target, is_valid, is_nan) in zip(preds, levels, strict=True):
-        bin_index = bin_of(pred, target, bin_weights.numel(), mu).clamp(max=bin_weights.numel() - 1)
-        gradient = element_gradients(pred, target, mu) * bin_weights[bin_index] * grad_loss.double()
+        weight = bin_weights[bin_of(pred, target, bin_weights.numel(), mu)]
+        gradient = element_gradients(pred, target, mu) * weight * grad_loss.double()
         gradient = torch.where(is_nan, torch.nan, gradient)
         gradients.append(torch.where(is_valid, gradient, 0.0).to(level.dtype))
     return gradients

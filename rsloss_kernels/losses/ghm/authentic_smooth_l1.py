@@ -1,0 +1,66 @@
+"""The authentic smooth L1 loss of the GHM paper, without the harmonizing: plain PyTorch on every backend."""
+import torch
+from torch import Tensor
+
+from rsloss_kernels import _checks
+from rsloss_kernels.losses.ghm import op_checks, reference
+
+
+def authentic_smooth_l1_loss(
+    pred: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    mu: float = 0.02,
+    reduction: str = "mean",
+    avg_factor: float | Tensor | None = None,
+) -> Tensor:
+    """ASL1: `sqrt(d^2 + mu^2) - mu` with `d = pred - target`: smooth everywhere, square near 0 and linear far from it.
+
+    Li, Liu, Wang, "Gradient Harmonized Single-stage Detector", AAAI 2019, eq. 11. Free of cancellation for small `d` and of overflow.
+
+    Args:
+        pred: any shape; float16, bfloat16, float32 or float64.
+        target: the shape of `pred`, any real dtype; detached.
+        weight: floating or bool, the shape of `pred`: a factor of each element; detached. Where it is 0, `pred` and `target` may hold
+            anything.
+        mu: where the loss turns from square to linear, in the units of `pred`, within [1e-30, 1e30].
+        reduction: "mean" over all elements, "sum" or "none".
+        avg_factor: a number or a 0-d tensor that divides, in place of the number of elements in "mean", and in every other reduction.
+
+    Returns:
+        "none": the shape and dtype of `pred`; else 0-d, float64 for float64 `pred`, else float32. The mean of nothing is an exact zero,
+        connected to the graph.
+
+    Raises:
+        TypeError, ValueError: wrong types, shapes, devices, mu, reduction.
+    """
+    name = "authentic_smooth_l1_loss"
+    _checks.check_tensor(name, "pred", pred)
+    _checks.check_floating(name, "pred", pred)
+    op_checks.check_mu(name, mu)
+    _checks.check_choice(name, "reduction", reduction, ("none", "mean", "sum"))
+    for argument, value in (("target", target), ("weight", weight)):
+        if argument == "weight" and value is None:
+            continue
+        _checks.check_tensor(name, argument, value)
+        if value.is_complex():
+            raise TypeError(f"{name}: {argument} must be real, got {value.dtype}")
+        if value.device != pred.device:
+            raise ValueError(f"{name}: {argument} must be on the device of pred, {pred.device}, got {value.device}")
+        _checks.check_shape(name, argument, value, pred.shape, "the shape of pred")
+
+    values, target = pred.double(), target.detach().double()
+    if weight is None:
+        losses = reference.element_losses(values, target, float(mu))
+    else:
+        weight = weight.detach().double()
+        values, target = (torch.where(weight == 0, 0.0, value) for value in (values, target))
+        losses = reference.element_losses(values, target, float(mu)) * weight
+    if avg_factor is not None:
+        losses = losses / avg_factor
+    elif reduction == "mean":
+        losses = losses / max(pred.numel(), 1)
+    if reduction == "none":
+        return losses.to(pred.dtype)
+    return losses.sum().to(torch.promote_types(pred.dtype, torch.float32))

@@ -1,0 +1,201 @@
+"""GHMC and GHMR: the losses as modules with MMDetection's constructor and forward, and the state of their momentum."""
+import torch
+from torch import Tensor
+
+from rsloss_kernels import _checks, distributed
+from rsloss_kernels._state import StatefulLoss, keeps_statistics, store
+from rsloss_kernels.losses.ghm import api, op_checks, reference
+
+REDUCTIONS = ("none", "mean")
+
+
+class _GradientHarmonizing(distributed.HoldsGroup, StatefulLoss):
+    """What both modules share. `mu` is None for GHM-C."""
+
+    mu: float | None = None
+    background: str = "last"
+
+    def __init__(
+        self,
+        bins: int,
+        momentum: float,
+        loss_weight: float,
+        reduction: str,
+        empty_bins: str,
+        bias_correction: bool,
+        process_group: object | None,
+        average_gradients: bool,
+    ):
+        super().__init__()
+        name = type(self).__name__
+        api.check_options(name, bins, self.mu, momentum, empty_bins, self.background)
+        _checks.check_choice(name, "reduction", reduction, REDUCTIONS)
+        distributed.resolve_group(name, process_group)
+        self.bins = bins
+        self.momentum = momentum
+        self.loss_weight = loss_weight
+        self.reduction = reduction
+        self.empty_bins = empty_bins
+        self.bias_correction = bias_correction
+        self.process_group = process_group
+        self.average_gradients = average_gradients
+        if momentum > 0:
+            self.register_buffer("acc_sum", torch.zeros(bins, dtype=torch.float64))
+            if bias_correction:
+                self.register_buffer("num_updates", torch.zeros(bins, dtype=torch.int64))
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        # MMDetection's modules keep the edges of the bins as a buffer; here they follow from the number of bins.
+        known = {name: value for name, value in state_dict.items() if name != f"{prefix}edges"}
+        super()._load_from_state_dict(known, prefix, *args)
+
+    def forward(
+        self,
+        pred: Tensor,
+        target: Tensor,
+        label_weight: Tensor | None = None,
+        avg_factor: float | Tensor | None = None,
+        reduction_override: str | None = None,
+    ) -> Tensor:
+        """The loss times `loss_weight`.
+
+        Args:
+            pred, target, label_weight: as `pred` (or `logits`), `target` and `weight` of the function.
+            avg_factor: has no effect, as in MMDetection: the density normalises.
+            reduction_override: "none" or "mean", in place of the module's `reduction`.
+
+        Returns:
+            0-d for "mean"; for "none" the shape and dtype of `pred`: the loss of each element times the weight of its bin, 0 where it
+            is not valid. As published these weights are those of the mean times a normaliser: the number of valid elements for GHMC,
+            the sum of `label_weight` for GHMR, at least 1 (with a process group, of all processes). Here gradients are never
+            multiplied by the group's size.
+        """
+        name = type(self).__name__
+        reduction = self.reduction if reduction_override is None else reduction_override
+        _checks.check_choice(name, "reduction_override", reduction, REDUCTIONS)
+        request = api.read_arguments(
+            name,
+            "pred",
+            pred,
+            target,
+            label_weight,
+            self.bins,
+            self.mu,
+            self.momentum,
+            self.empty_bins,
+            self.background,
+            self.process_group,
+        )
+        state = api.read_state(request, getattr(self, "acc_sum", None), getattr(self, "num_updates", None))
+        if reduction == "mean":
+            loss, *new_state = api.evaluate(request, *state, self.average_gradients)
+        else:
+            loss, *new_state = self._elementwise(request, pred, label_weight, state)
+        if keeps_statistics(self):
+            for buffer, value in zip(state, new_state, strict=True):
+                if buffer is not None:
+                    store(buffer, value)
+        return loss * self.loss_weight
+
+    def _elementwise(
+        self, request: api.Request, pred: Tensor, label_weight: Tensor | None, state: tuple[Tensor | None, Tensor | None]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """In plain torch operations but for the weights of the bins."""
+        histogram, is_agreed = api.read_histogram(request, self.average_gradients, self.bias_correction)
+        _, acc_sum, num_updates, weights = api.finalize(request, histogram, *state)
+        weights = weights * self._normaliser(request, histogram, pred, label_weight).clamp(min=1)
+        if is_agreed is not None:
+            weights = torch.where(is_agreed, weights, torch.nan)
+
+        is_valid = reference.valid_elements(pred, request.weights[0] if request.weights else None)
+        dense = reference.as_dense(request.target, pred, request.is_background_first)
+        # An element that does not count may hold NaN, which must reach neither the loss nor its gradient.
+        values, dense = (torch.where(is_valid, value, 0.0) for value in (pred.double(), dense))
+        of_bin = weights[reference.bin_of(values.detach(), dense, self.bins, self.mu)]
+        losses = reference.element_losses(values, dense, self.mu) * torch.where(is_valid, of_bin, 0.0)
+        return losses.to(pred.dtype), acc_sum, num_updates
+
+    def _normaliser(self, request: api.Request, histogram: Tensor, pred: Tensor, label_weight: Tensor | None) -> Tensor:
+        return histogram[0].sum()
+
+    def extra_repr(self) -> str:
+        names = ["bins", "momentum", "loss_weight", "reduction", "empty_bins", "bias_correction"]
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+
+
+class GHMC(_GradientHarmonizing):
+    """`ghm_classification_loss` with the state of its momentum; a drop-in replacement for MMDetection's module of this name.
+
+    `forward(pred, target, label_weight=None, avg_factor=None, reduction_override=None)`.
+
+    Args:
+        bins, momentum, background, empty_bins, process_group, average_gradients: as in `ghm_classification_loss`.
+        use_sigmoid: must be True, else NotImplementedError: there is no other form.
+        loss_weight: factor of the loss.
+        reduction: "mean" or "none" (see `forward`); "sum" is a ValueError, as published.
+        bias_correction: divide the running counts by what the momentum has gathered so far, so that the first steps weigh like later
+            ones.
+
+    Buffers, with a momentum above 0: `acc_sum` (float64, whatever the module is cast to) and, with bias correction, `num_updates`
+    (int64). They change only in training mode with gradients enabled, and not where the loss is not finite or nothing is valid. A
+    forward without that uses the density it would have stored. A checkpoint of MMDetection's module loads.
+    """
+
+    def __init__(
+        self,
+        bins: int = 10,
+        momentum: float = 0.0,
+        use_sigmoid: bool = True,
+        loss_weight: float = 1.0,
+        reduction: str = "mean",
+        *,
+        background: str = "last",
+        empty_bins: str = "skip",
+        bias_correction: bool = False,
+        process_group: object | None = None,
+        average_gradients: bool = True,
+    ):
+        self.background = background
+        super().__init__(
+            bins, momentum, loss_weight, reduction, empty_bins, bias_correction, process_group, average_gradients
+        )
+        if not use_sigmoid:
+            raise NotImplementedError("GHMC: use_sigmoid must be True (a softmax form was never published), got False")
+        self.use_sigmoid = use_sigmoid
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, background={self.background!r}"
+
+
+class GHMR(_GradientHarmonizing):
+    """`ghm_regression_loss` with the state of its momentum; a drop-in replacement for MMDetection's module of this name.
+
+    `forward(pred, target, label_weight=None, avg_factor=None, reduction_override=None)`. Arguments and buffers as in `GHMC`; `mu` as in
+    `ghm_regression_loss`.
+    """
+
+    def __init__(
+        self,
+        mu: float = 0.02,
+        bins: int = 10,
+        momentum: float = 0.0,
+        loss_weight: float = 1.0,
+        reduction: str = "mean",
+        *,
+        empty_bins: str = "skip",
+        bias_correction: bool = False,
+        process_group: object | None = None,
+        average_gradients: bool = True,
+    ):
+        op_checks.check_mu("GHMR", mu)
+        self.mu = float(mu)
+        super().__init__(
+            bins, momentum, loss_weight, reduction, empty_bins, bias_correction, process_group, average_gradients
+        )
+
+    def _normaliser(self, request: api.Request, histogram: Tensor, pred: Tensor, label_weight: Tensor | None) -> Tensor:
+        own = histogram.new_full((), pred.numel()) if label_weight is None else label_weight.double().sum()
+        return distributed.sum_over_group(own, request.group)
+
+    def extra_repr(self) -> str:
+        return f"mu={self.mu!r}, {super().extra_repr()}"
