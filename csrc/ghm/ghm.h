@@ -1,4 +1,4 @@
-// The mathematics of gradient harmonizing, for host and device: bin thresholds, loss and gradient of one element, density.
+// The mathematics of gradient harmonizing, for host and device: bin thresholds, loss and slope of one element, density.
 // Derivation and tensor layouts: rsloss_kernels/losses/ghm/README.md.
 #pragma once
 
@@ -12,9 +12,11 @@ namespace rsloss {
 constexpr int kMostBins = 256;
 enum HistogramRow { kBinCount = 0, kBinLoss = 1, kHistogramRows = 2 };
 
-// Bin = number of k in 1..bins-1 whose threshold is at or below the element's `position`, the quantity that orders elements as
-// g does: u for targets 0 and 1, g itself for other targets, |d| for regression.
-RSL_HOST_DEVICE double hard_threshold(int k, int bins) { return log(static_cast<double>(k) / (bins - k)); }
+// The bin of an element is the number of k in 1..bins-1 whose threshold is at or below its `position`, which orders elements as
+// g does: u for targets 0 and 1 (hard), g itself for other targets (soft), |d| for regression.
+RSL_HOST_DEVICE double hard_threshold(int k, int bins) {
+  return 2 * k > bins ? log1p(static_cast<double>(2 * k - bins) / (bins - k)) : -log1p(static_cast<double>(bins - 2 * k) / k);
+}
 RSL_HOST_DEVICE double soft_threshold(int k, int bins) { return static_cast<double>(k) / bins; }
 RSL_HOST_DEVICE double regression_threshold(int k, int bins, double mu) {
   return mu * k / sqrt(static_cast<double>((bins - k) * (bins + k)));
@@ -33,20 +35,20 @@ struct HarmonizedElement {
   double position;
 };
 
-// Target 0: u = z; target 1: u = -z, and the caller negates the slope.
+// Target 0: u = z. Target 1: u = -z, and the caller negates the slope.
 RSL_HOST_DEVICE HarmonizedElement hard_element(double u) {
   const double e = exp(-fabs(u));
   return {(u > 0 ? u : 0) + log1p(e), (u > 0 ? 1 : e) / (1 + e), u};
 }
 
-// Any target. |z| (1 - t) or |z| t is max(z, 0) - t z without its cancellation; a factor 0 stays 0 for infinite z.
+// Any target. NaN in the logit or the target makes position and loss NaN.
 RSL_HOST_DEVICE HarmonizedElement soft_element(double z, double t) {
   const double e = exp(-fabs(z)), factor = z > 0 ? 1 - t : t;
-  const double slope = (z > 0 ? 1 : e) / (1 + e) - t;
-  return {(factor == 0 ? 0 : fabs(z) * factor) + log1p(e), slope, fabs(slope)};
+  const double slope = e / (1 + e) - factor;
+  return {(factor == 0 ? 0 : factor * fabs(z)) + log1p(e), z > 0 ? -slope : slope, fabs(slope)};
 }
 
-// d = prediction - target, in float64. Beyond 1e9 mu the root is |d| to the last bit, and d^2 may overflow.
+// d = prediction - target, both in float64 before. Beyond 1e9 mu the root is |d| to the last bit, and d^2 may overflow.
 RSL_HOST_DEVICE HarmonizedElement regression_element(double d, double mu) {
   const double distance = fabs(d);
   if (distance > 1e9 * mu) return {distance - mu, d > 0 ? 1.0 : -1.0, distance};
@@ -61,19 +63,19 @@ struct BinDensity {
   double density;
 };
 
-// `count` valid elements in this call. `corrects_bias`: num_updates counts, and the density is corrected by it.
+// `count` valid elements in this call. `corrects_bias`: num_updates is there, and the density corrected by it.
 RSL_HOST_DEVICE BinDensity update_density(double count, double acc_sum, int64_t num_updates, double momentum,
                                           bool count_empty_bins, bool corrects_bias) {
   if (momentum == 0) return {count, num_updates, count};
   if (count > 0 || count_empty_bins) {
     acc_sum = momentum * acc_sum + (1 - momentum) * count;
-    if (corrects_bias) num_updates += 1;
+    num_updates += 1;
   }
-  const double weight = corrects_bias ? 1 - pow(momentum, static_cast<double>(num_updates)) : 1;
-  return {acc_sum, num_updates, acc_sum / weight};
+  const double share = corrects_bias ? -expm1(static_cast<double>(num_updates) * log(momentum)) : 1;
+  return {acc_sum, num_updates, acc_sum / share};
 }
 
-// w_b. bins_in_use: the number of bins that hold an element, or all of them.
+// w_b. bins_in_use: how many bins hold an element, or all of them.
 RSL_HOST_DEVICE double bin_weight(double count, double density, double bins_in_use) {
   return count > 0 ? 1 / (density * bins_in_use) : 0;
 }
