@@ -15,10 +15,11 @@ import sys
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))
 
-from bench import ranking_bench, ranking_targets  # noqa: E402
+from bench import loss_bench, ranking_targets  # noqa: E402
 from bench import ranking_providers as field  # noqa: E402
 from bench.peers.brute_force import brute_force_alrp  # noqa: E402
 from bench.peers.published_loop import published_alrp  # noqa: E402
+from bench.providers import FOCAL, peer  # noqa: E402
 from rsloss_kernels import alrp_loss  # noqa: E402
 
 DELTA = 1.0
@@ -40,18 +41,18 @@ LOSS = field.RankingLoss(
     delta=DELTA,
     num_losses=1,
     call=_call,
-    peers=(field.peer(field.LOOP, _loop, field.limit("P*N", field.LOOP_PAIRS)),),
+    peers=(peer(field.LOOP, _loop, field.limit("P*N", field.LOOP_PAIRS)),),
     truth=lambda inputs: brute_force_alrp(inputs.logits, inputs.dense, inputs.regression_of_positives, DELTA),
     has_segments=False,
 )
 TARGETS = ranking_targets.Targets(
-    cpu_speed=(("trained", 1000, 10**6, {field.FOCAL: 0.20, field.LOOP: 1 / 200}),),
+    cpu_speed=(("trained", 1000, 10**6, {FOCAL: 0.20, field.LOOP: 1 / 200}),),
     cuda_speed=(("trained", 1000, 2 * 10**6, None, 40.0),),
 )
 
 
 def main(argv: list[str] | None = None) -> int:
-    return ranking_bench.main(LOSS, functools.partial(ranking_targets.check, LOSS, TARGETS), __file__, argv)
+    return loss_bench.main(LOSS, functools.partial(ranking_targets.check, LOSS, TARGETS), __file__, argv)
 
 
 if __name__ == "__main__":

@@ -13,11 +13,12 @@ import sys
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))
 
-from bench import ranking_bench, ranking_scale, ranking_targets  # noqa: E402
+from bench import loss_bench, ranking_scale, ranking_targets  # noqa: E402
 from bench import ranking_providers as field  # noqa: E402
 from bench.peers.brute_force import brute_force_average_precision  # noqa: E402
 from bench.peers.bucketed import bucketed_average_precision_loss  # noqa: E402
 from bench.peers.published_loop import published_average_precision  # noqa: E402
+from bench.providers import FOCAL, peer  # noqa: E402
 from rsloss_kernels import average_precision_loss  # noqa: E402
 
 DELTA = 1.0
@@ -43,20 +44,20 @@ LOSS = field.RankingLoss(
     num_losses=1,
     call=_call,
     peers=(
-        field.peer(field.LOOP, _binary(published_average_precision), field.limit("P*N", field.LOOP_PAIRS)),
-        field.peer("bucketed", _binary(bucketed_average_precision_loss), field.limit("P*P", field.SQUARE)),
+        peer(field.LOOP, _binary(published_average_precision), field.limit("P*N", field.LOOP_PAIRS)),
+        peer("bucketed", _binary(bucketed_average_precision_loss), field.limit("P*P", field.SQUARE)),
     ),
     truth=lambda inputs: brute_force_average_precision(inputs.logits, inputs.dense, DELTA),
 )
 TARGETS = ranking_targets.Targets(
-    cpu_speed=(("trained", 1000, 10**6, {field.FOCAL: 0.20, field.LOOP: 1 / 200}),),
+    cpu_speed=(("trained", 1000, 10**6, {FOCAL: 0.20, field.LOOP: 1 / 200}),),
     cuda_speed=(("trained", 1000, 2 * 10**6, None, 40.0),),
     scale=(ranking_scale.equal_segments,),
 )
 
 
 def main(argv: list[str] | None = None) -> int:
-    return ranking_bench.main(LOSS, functools.partial(ranking_targets.check, LOSS, TARGETS), __file__, argv)
+    return loss_bench.main(LOSS, functools.partial(ranking_targets.check, LOSS, TARGETS), __file__, argv)
 
 
 if __name__ == "__main__":

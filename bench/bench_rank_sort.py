@@ -13,12 +13,13 @@ import sys
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))
 
-from bench import ranking_bench, ranking_scale, ranking_targets  # noqa: E402
+from bench import loss_bench, ranking_scale, ranking_targets  # noqa: E402
 from bench import ranking_providers as field  # noqa: E402
 from bench.peers.brute_force import brute_force_rank_sort  # noqa: E402
 from bench.peers.bucketed import bucketed_rank_sort_loss  # noqa: E402
 from bench.peers.published_loop import published_rank_sort  # noqa: E402
 from bench.peers.vectorised import compiled_rank_sort, vectorised_rank_sort  # noqa: E402
+from bench.providers import COMPILED_FOCAL, FOCAL, peer  # noqa: E402
 from rsloss_kernels import rank_sort_loss  # noqa: E402
 
 DELTA = 0.5
@@ -40,10 +41,10 @@ LOSS = field.RankingLoss(
     num_losses=2,
     call=_call,
     peers=(
-        field.peer(field.LOOP, _dense(published_rank_sort), field.limit("P*N", field.LOOP_PAIRS)),
-        field.peer("bucketed", _dense(bucketed_rank_sort_loss), field.limit("P*P", field.SQUARE)),
-        field.peer("vectorised", _dense(vectorised_rank_sort), field.both_limits(field.BROADCAST_PAIRS)),
-        field.peer(
+        peer(field.LOOP, _dense(published_rank_sort), field.limit("P*N", field.LOOP_PAIRS)),
+        peer("bucketed", _dense(bucketed_rank_sort_loss), field.limit("P*P", field.SQUARE)),
+        peer("vectorised", _dense(vectorised_rank_sort), field.both_limits(field.BROADCAST_PAIRS)),
+        peer(
             "vectorised, torch.compile", _dense(compiled_rank_sort), field.both_limits(field.FUSED_PAIRS), is_compiled=True
         ),
     ),
@@ -51,12 +52,12 @@ LOSS = field.RankingLoss(
 )
 TARGETS = ranking_targets.Targets(
     cpu_speed=(
-        ("trained", 1000, 10**6, {field.FOCAL: 0.20, field.LOOP: 1 / 250}),
-        ("init", 1000, 10**6, {field.FOCAL: 0.30}),
-        ("trained", 200, 10**5, {field.FOCAL: 0.50}),
-        ("trained", 20000, 10**6, {field.FOCAL: 1.5}),
+        ("trained", 1000, 10**6, {FOCAL: 0.20, field.LOOP: 1 / 250}),
+        ("init", 1000, 10**6, {FOCAL: 0.30}),
+        ("trained", 200, 10**5, {FOCAL: 0.50}),
+        ("trained", 20000, 10**6, {FOCAL: 1.5}),
     ),
-    cuda_speed=(("trained", 1000, 2 * 10**6, None, 40.0), ("trained", 3000, 2 * 10**7, field.COMPILED_FOCAL, 2.0)),
+    cuda_speed=(("trained", 1000, 2 * 10**6, None, 40.0), ("trained", 3000, 2 * 10**7, COMPILED_FOCAL, 2.0)),
     reference_to_loop=0.25,
     scale=(
         ranking_scale.narrow_type,
@@ -68,7 +69,7 @@ TARGETS = ranking_targets.Targets(
 
 
 def main(argv: list[str] | None = None) -> int:
-    return ranking_bench.main(LOSS, functools.partial(ranking_targets.check, LOSS, TARGETS), __file__, argv)
+    return loss_bench.main(LOSS, functools.partial(ranking_targets.check, LOSS, TARGETS), __file__, argv)
 
 
 if __name__ == "__main__":

@@ -208,11 +208,23 @@ def _no_garbage_collection() -> Iterator[None]:
         gc.enable()
 
 
-def copy_floor(moved_bytes: int, device: str) -> Workload:
-    """A plain copy that reads and writes `moved_bytes` in all: what the memory allows at best."""
-    source = torch.zeros(max(moved_bytes // 2, 1), dtype=torch.uint8, device=device)
+def copy_floor(moved_bytes: int, device: str, working_set: int | None = None) -> Workload:
+    """A plain copy that reads and writes `moved_bytes` in all: what the memory allows at best.
+
+    `working_set`: the bytes that are touched, again and again where they are fewer than are moved; by default each byte once.
+    """
+    half = max((working_set or moved_bytes) // 2, 1)
+    source = torch.zeros(half, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return Workload("copy floor", lambda: target.copy_(source))
+    whole, rest = divmod(max(moved_bytes // 2, 1), half)
+
+    def copy() -> None:
+        for _ in range(whole):
+            target.copy_(source)
+        if rest:
+            target[:rest].copy_(source[:rest])
+
+    return Workload("copy floor", copy)
 
 
 def peak_extra_bytes(call: Callable[[], object], device: str) -> int | None:

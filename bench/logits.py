@@ -120,6 +120,10 @@ class Inputs:
             read_once += self.quality.numel() * self.quality.element_size()
         return 3 * elements * width + read_once + 2 * (elements // 8)
 
+    def working_set(self) -> int | None:
+        """Bytes of the copy that the times are compared to: each of the minimal ones once."""
+        return None
+
 
 def _scatter(count: int, places: int, generator: torch.Generator) -> Tensor:
     """`count` distinct places, ascending: one drawn in each of `count` equal stretches."""

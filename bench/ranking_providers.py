@@ -1,19 +1,19 @@
 """A ranking loss as its benchmark sees it: how to call it, who else takes part, and for which problems each is left out."""
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 import rsloss_kernels
-from bench.harness import Workload
+from bench import ranking_problems
 from bench.logits import Case, Inputs
-from bench.peers.focal import compiled_focal_loss, focal_loss
+from bench.loss_bench import Problems
+from bench.providers import Forward, Provider, focal_providers
 from rsloss_kernels import _backends
 
-FOCAL, COMPILED_FOCAL, LOOP = "focal, eager", "focal, torch.compile", "published loop"
-MODES = ("forward", "backward", "full")
-Forward = Callable[[Tensor], tuple[Tensor, ...]]
+LOOP = "published loop"
 
 # Largest P*N, and P*P, that a peer is given: seconds per call for the loop, memory for the broadcast.
 LOOP_PAIRS = {"cpu": 6e9, "cuda": 1.1e10}
@@ -23,18 +23,6 @@ SQUARE = {"cpu": 2.6e7, "cuda": 4.1e8}
 # The plain PyTorch sweep compares positives pairwise in blocks: minutes beyond.
 REFERENCE_POSITIVES = 50_000
 LOOP_SEGMENTS = 1000
-
-
-@dataclass(frozen=True)
-class Provider:
-    """`bind(inputs)` returns the forward pass as a function of the logits; `why_not(case)` why it is left out, or None."""
-
-    name: str
-    bind: Callable[[Inputs], Forward]
-    why_not: Callable[[Case], str | None] = lambda case: None
-    is_ours: bool = False
-    can_capture: bool = True
-    is_compiled: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,6 +41,11 @@ class RankingLoss:
     # float64: what `call` returns (the rest of its outputs is not compared), then the gradient of the sum of the losses
     truth: Callable[[Inputs], tuple[Tensor, ...]]
     has_segments: bool = True
+    problems: ClassVar[Problems] = ranking_problems.PROBLEMS
+
+    @property
+    def title(self) -> str:
+        return self.function
 
     def name(self, backend: str) -> str:
         return f"{self.function} [{backend}]"
@@ -122,30 +115,6 @@ class RankingLoss:
         ]
 
 
-def workload(provider: Provider, inputs: Inputs, mode: str) -> Workload:
-    return differentiated(provider.name, provider.bind(inputs), inputs.logits, mode)
-
-
-def differentiated(name: str, forward: Forward, logits: Tensor, mode: str = "full") -> Workload:
-    """forward: the losses with their graph; backward: the gradient from a fresh graph; full: both, as a training step."""
-    leaf = logits.detach().clone().requires_grad_()
-    if mode == "forward":
-        return Workload(name, lambda: forward(leaf))
-    if mode == "full":
-        return Workload(name, lambda: torch.autograd.grad(forward(leaf), leaf))
-    graph = []
-
-    def prepare() -> None:
-        graph[:] = [forward(leaf)]
-
-    return Workload(name, lambda: torch.autograd.grad(graph.pop(), leaf), prepare)
-
-
-def peer(name: str, bind: Callable[[Inputs], Forward], why_not, is_compiled: bool = False) -> Provider:
-    """Another way to compute the loss; its control flow or its shapes need the host, so it cannot be captured."""
-    return Provider(name, bind, why_not, can_capture=False, is_compiled=is_compiled)
-
-
 def limit(what: str, limits: dict[str, float]) -> Callable[[Case], str | None]:
     def why_not(case: Case) -> str | None:
         size = case.positives * (case.negatives if what == "P*N" else case.positives)
@@ -164,15 +133,4 @@ def binary(inputs: Inputs) -> Tensor:
     return (inputs.dense > 0).to(inputs.logits.dtype)
 
 
-def _focal(function: Callable) -> Callable[[Inputs], Forward]:
-    def bind(inputs: Inputs) -> Forward:
-        targets = binary(inputs)
-        return lambda logits: (function(logits, targets),)
-
-    return bind
-
-
-FOCAL_PROVIDERS = [
-    Provider(FOCAL, _focal(focal_loss)),
-    Provider(COMPILED_FOCAL, _focal(compiled_focal_loss), is_compiled=True),
-]
+FOCAL_PROVIDERS = focal_providers(binary)

@@ -1,9 +1,10 @@
 """Rows that must hold about scale: 16-bit logits, segments, very many positives, two processes. On a CPU, the compiled backend."""
 from dataclasses import replace
 
-from bench import ranking_bench, ranking_targets, world
-from bench import ranking_providers as field
+from bench import loss_bench, ranking_targets, targets, world
 from bench.logits import make_inputs
+from bench.providers import differentiated
+from bench.ranking_problems import make_case
 
 BACKEND = "cpp"
 SEGMENTS = 64
@@ -12,7 +13,7 @@ SEGMENTS = 64
 def narrow_type(loss, arguments, report) -> None:
     """bfloat16 against float32 logits of the same values: a histogram of at most 65,536 values takes the place of the search."""
     wide, narrow = "float32", "bfloat16"
-    case = ranking_bench.make_case(arguments, "init", 1000, 10**6)
+    case = make_case(arguments, "init", 1000, 10**6)
     relevant = []
 
     def build(seed):
@@ -20,7 +21,7 @@ def narrow_type(loss, arguments, report) -> None:
         widened = replace(inputs, logits=inputs.logits.float())
         relevant.append(inputs.relevant(loss.delta))
         return [
-            field.differentiated(dtype, loss.forward(one, BACKEND), one.logits)
+            differentiated(dtype, loss.forward(one, BACKEND), one.logits)
             for dtype, one in ((wide, widened), (narrow, inputs))
         ]
 
@@ -30,7 +31,7 @@ def narrow_type(loss, arguments, report) -> None:
 
 def equal_segments(loss, arguments, report) -> None:
     """64 equal segments in both forms against the same call without segments."""
-    whole = ranking_bench.make_case(arguments, "trained", 1000, 10**6, "index", SEGMENTS)
+    whole = make_case(arguments, "trained", 1000, 10**6, "index", SEGMENTS)
     for form in ("chunks", "row ids"):
         relevant = []
 
@@ -41,7 +42,7 @@ def equal_segments(loss, arguments, report) -> None:
             if form == "row ids":
                 chosen = {"segments": inputs.segment_ids, "num_segments": SEGMENTS}
             return [
-                field.differentiated(name, loss.forward(inputs, BACKEND, **options), inputs.logits)
+                differentiated(name, loss.forward(inputs, BACKEND, **options), inputs.logits)
                 for name, options in ((form, chosen), ("whole", {}))
             ]
 
@@ -51,17 +52,17 @@ def equal_segments(loss, arguments, report) -> None:
 
 def many_positives(loss, arguments, report) -> None:
     """As many positives as a batch of crowded images has, and as many as negatives."""
-    case = ranking_bench.make_case(arguments, "trained", 10**5, 10**6)
+    case = make_case(arguments, "trained", 10**5, 10**6)
     relevant = []
 
     def build(seed):
         inputs = make_inputs(replace(case, seed=seed))
         relevant.append(inputs.relevant(loss.delta))
-        return [field.differentiated("ours", loss.forward(inputs, BACKEND), inputs.logits)]
+        return [differentiated("ours", loss.forward(inputs, BACKEND), inputs.logits)]
 
     got, note = None, loss.why_not(BACKEND, case.device)
     if note is None:
-        timing = ranking_bench.time_draws(arguments, build)["ours"]
+        timing = loss_bench.time_draws(arguments, build)["ours"]
         got = None if timing.failure else timing.median * 1e3
         note = timing.failure or ranking_targets.told_relevant(relevant)
     report(f"{loss.name(BACKEND)}, {case.title}", 100.0, "ms", got, note)
@@ -70,7 +71,7 @@ def many_positives(loss, arguments, report) -> None:
 
 def two_processes(loss, arguments, report) -> None:
     """One ranking over two processes that hold half of the elements each, against one process; threads shared out."""
-    case = ranking_bench.make_case(arguments, "trained", 1000, 10**6)
+    case = make_case(arguments, "trained", 1000, 10**6)
     case = replace(case, max_positives=2048)
     got, note = None, loss.why_not(BACKEND, case.device)
     if note is None:
@@ -86,7 +87,7 @@ def two_processes(loss, arguments, report) -> None:
 def _report_ratio(loss, arguments, report, build, relevant, title, ours, other, limit, unit) -> None:
     got, note = None, loss.why_not(BACKEND, arguments.device)
     if note is None:
-        timings = ranking_bench.time_draws(arguments, build)
+        timings = loss_bench.time_draws(arguments, build)
         got = timings[ours].ratio_to(timings[other])
-        note = f"{ranking_targets.medians(timings, ours, other)}; {ranking_targets.told_relevant(relevant)}"
+        note = f"{targets.medians(timings, ours, other)}; {ranking_targets.told_relevant(relevant)}"
     report(title, limit, unit, got, note)

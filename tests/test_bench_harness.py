@@ -14,7 +14,7 @@ import torch
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
 
-from bench import bench_bucketed, harness, plot, ranking_targets, report, results, run  # noqa: E402
+from bench import bench_bucketed, harness, plot, report, results, run, targets  # noqa: E402
 from bench.logits import Case, make_inputs  # noqa: E402
 
 
@@ -129,12 +129,12 @@ def test_accuracy_rows_notice_a_wrong_gradient():
         loss = importlib.import_module(f"bench.bench_{stem}").LOSS
         inputs = make_inputs(Case("trained", 30, 3000))
         truth = loss.truth(inputs)
-        of_values, of_gradient = ranking_targets.errors(loss, "reference", inputs, truth)
+        of_values, of_gradient = targets.errors(loss, "reference", inputs, truth)
         assert of_values < 1e-7 and of_gradient < 1e-6
         for number in range(len(truth)):
             spoiled = list(truth)
             spoiled[number] = truth[number] * (1 + 1e-5)
-            assert max(ranking_targets.errors(loss, "reference", inputs, spoiled)) > 5e-6
+            assert max(targets.errors(loss, "reference", inputs, spoiled)) > 5e-6
 
 
 def test_bucketed_is_exact_for_a_hard_step_only():

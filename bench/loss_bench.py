@@ -1,4 +1,8 @@
-"""The benchmark of one ranking loss: parsing, the grid of problems, measuring, printing. bench_<stem>.py runs it."""
+"""The benchmark of one loss: parsing, measuring, printing. bench_<stem>.py runs it.
+
+A loss has `stem`, `title`, `problems`, `providers(case)`, `backends(device)`, `why_not(backend, device)` and `name(backend)`, and for the
+rows that must hold `outputs(logits, inputs, backend)`, `num_losses` and `truth(inputs)`.
+"""
 import argparse
 import datetime
 import itertools
@@ -8,46 +12,45 @@ import pathlib
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
 from bench import harness, results
-from bench import ranking_providers as field
-from bench.logits import DISTRIBUTIONS, FORMS, Case, make_inputs
+from bench.providers import FOCAL, MODES, Provider, workload
 
 COPY = "copy floor"
 CANNOT_CAPTURE = "it cannot be captured"
-# (distribution, P, N, form[, segments])
-GRID = [
-    *[("trained", 1000, negatives, "dense") for negatives in (10**4, 10**5, 10**6, 10**7)],
-    *[("trained", positives, 10**6, "dense") for positives in (50, 200, 5000, 20000, 10**5, 10**6)],
-    ("trained", 200, 10**5, "dense"),
-    ("init", 1000, 10**6, "dense"),
-    ("separated", 1000, 10**6, "dense"),
-    ("trained", 1000, 10**6, "index"),
-]
-SEGMENT_GRID = [("trained", 1000, 10**6, "index", segments) for segments in (2, 8, 64, 512, 4096)]
-# Above this the tables of a GPU are not large enough.
-CUDA_POSITIVES = 20_000
-# Memory is the same from call to call, and on a CPU every entry starts a process: fewer problems do.
-MEMORY_GRID = [*GRID[1:4], ("trained", 20000, 10**6, "dense"), ("trained", 1000, 10**6, "index")]
-QUICK = [("trained", 50, 10**4, "dense"), ("trained", 200, 10**5, "dense"), ("trained", 1000, 10**6, "dense")]
 
 
-def parse(loss: field.RankingLoss, argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=f"{loss.function} against the field")
+@dataclass(frozen=True)
+class Problems:
+    """What a family of losses is measured on.
+
+    case: a frozen dataclass with `title`, `dtype`, `device`, `seed` and `as_dict()`, whose fields all but the seed are in the records.
+    make_inputs: of a case; `logits`, the tensor that has a gradient, `minimal_bytes()` and `working_set()`.
+    grid: (loss, arguments) -> the cases for speed, and those for memory.
+    small: of a case, little ones of its kind, which set up whatever is set up once.
+    told: (loss, inputs) -> further figures of a draw for the records of speed.
+    """
+
+    case: type
+    make_inputs: Callable
+    add_options: Callable[[argparse.ArgumentParser], None]
+    grid: Callable
+    small: Callable
+    told: Callable = lambda loss, inputs: {}
+
+
+def parse(loss, argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=f"{loss.title} against the field")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="three problems, at most a minute")
     size.add_argument("--must-show", action="store_true", help="the rows that must hold; exit status 1 if one fails")
     parser.add_argument("--metric", choices=("speed", "memory", "both"), default="both")
-    parser.add_argument("--mode", choices=(*field.MODES, "all"), default="full")
+    parser.add_argument("--mode", choices=(*MODES, "all"), default="full")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32", "float64"), default="float32")
-    parser.add_argument("--distribution", choices=tuple(DISTRIBUTIONS), help="own grid: with --positives and --negatives")
-    parser.add_argument("--form", choices=FORMS, default="dense", help="form of the targets in an own grid")
-    parser.add_argument("--positives", nargs="+", type=lambda text: int(float(text)), help="own grid")
-    parser.add_argument("--negatives", nargs="+", type=lambda text: int(float(text)), help="own grid")
     parser.add_argument("--providers", nargs="+", metavar="TEXT", help="only those whose name contains one of these")
     parser.add_argument(
         "--timing",
@@ -58,12 +61,12 @@ def parse(loss: field.RankingLoss, argv: list[str] | None) -> argparse.Namespace
     parser.add_argument("--cache", choices=("cold", "warm"), default="cold", help="CUDA: cold overwrites L2 before each call")
     parser.add_argument("--budget", type=float, help="seconds per provider and problem; default 0.6, quick 0.2, must-show 1.5")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--segments", type=int, default=1, help="own grid: equal segments of whole rows of 80 classes")
     parser.add_argument(
         "--seeds", nargs="+", type=int, help="draws of the inputs, times are medians over them; default 0 1 2 3 4, quick 0"
     )
     parser.add_argument("--out", type=pathlib.Path, help="folder of the results; nothing is written without it")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    loss.problems.add_options(parser)
     arguments = parser.parse_args(argv)
     if arguments.budget is None:
         arguments.budget = 0.2 if arguments.quick else 1.5 if arguments.must_show else 0.6
@@ -76,13 +79,13 @@ def parse(loss: field.RankingLoss, argv: list[str] | None) -> argparse.Namespace
     return arguments
 
 
-def run_grid(loss: field.RankingLoss, arguments: argparse.Namespace, save: Callable[[dict], None]) -> dict[str, list[dict]]:
+def run_grid(loss, arguments: argparse.Namespace, save: Callable[[dict], None]) -> dict[str, list[dict]]:
     """Measures, prints and saves one problem of the grid after the other. Returns the records by section."""
-    modes = field.MODES if arguments.mode == "all" else (arguments.mode,)
+    modes = MODES if arguments.mode == "all" else (arguments.mode,)
     captures = {"call": [False], "captured": [True], "both": [False, True]}[arguments.timing]
     wanted = {"speed": ["speed"], "memory": ["memory"], "both": ["speed", "memory"]}[arguments.metric]
     sections = {name: [] for name in wanted}
-    cases, memory_cases = grid(loss, arguments)
+    cases, memory_cases = loss.problems.grid(loss, arguments)
     for case in cases:
         for mode, capture in itertools.product(modes, captures) if "speed" in wanted else ():
             records, _ = measure_speed(loss, arguments, case, mode, capture)
@@ -96,29 +99,7 @@ def run_grid(loss: field.RankingLoss, arguments: argparse.Namespace, save: Calla
     return sections
 
 
-def make_case(
-    arguments: argparse.Namespace, distribution: str, positives: int, negatives: int, form: str = "dense", segments: int = 1
-) -> Case:
-    # On a GPU the number of positives is unknown to the host: a user gives a capacity with room to spare, here 2 to 4 times P.
-    capacity = 1 << (2 * positives - 1).bit_length() if arguments.device == "cuda" else None
-    where = (arguments.dtype, arguments.device, arguments.seeds[0], capacity, segments)
-    return Case(distribution, positives, negatives, form, *where)
-
-
-def grid(loss: field.RankingLoss, arguments: argparse.Namespace) -> tuple[list[Case], list[Case]]:
-    """The problems for speed, and those of them for memory."""
-    if arguments.positives or arguments.negatives or arguments.distribution or arguments.segments > 1:
-        distribution = arguments.distribution or "trained"
-        pairs = [(p, n) for p in arguments.positives or [1000] for n in arguments.negatives or [10**6]]
-        own = [make_case(arguments, distribution, p, n, arguments.form, arguments.segments) for p, n in pairs]
-        return own, own
-    speed, memory = (QUICK, QUICK[-1:]) if arguments.quick else (GRID + SEGMENT_GRID * loss.has_segments, MEMORY_GRID)
-    if arguments.device == "cuda":
-        speed = [entry for entry in speed if entry[1] <= CUDA_POSITIVES]
-    return [make_case(arguments, *entry) for entry in speed], [make_case(arguments, *entry) for entry in memory]
-
-
-def chosen_providers(loss: field.RankingLoss, arguments: argparse.Namespace, case: Case) -> list[field.Provider]:
+def chosen_providers(loss, arguments: argparse.Namespace, case) -> list[Provider]:
     everyone = loss.providers(case)
     if not arguments.providers:
         return everyone
@@ -140,7 +121,7 @@ def time_draws(
 
 
 def measure_speed(
-    loss: field.RankingLoss, arguments: argparse.Namespace, case: Case, mode: str, capture: bool
+    loss, arguments: argparse.Namespace, case, mode: str, capture: bool
 ) -> tuple[list[dict], dict[str, harness.Draws]]:
     """The records of one problem, and its timings by provider."""
     chosen = chosen_providers(loss, arguments, case)
@@ -148,40 +129,42 @@ def measure_speed(
         provider.name: provider.why_not(case) or (CANNOT_CAPTURE if capture and not provider.can_capture else None)
         for provider in chosen
     }
-    relevant, elements, moved = [], 0, 0
+    told, elements, moved = {}, 0, 0
 
     def build(seed: int) -> list[harness.Workload]:
         nonlocal elements, moved
-        inputs = make_inputs(replace(case, seed=seed))
-        relevant.append(rounded(inputs.relevant(loss.delta)))
+        inputs = loss.problems.make_inputs(replace(case, seed=seed))
+        for name, value in loss.problems.told(loss, inputs).items():
+            told.setdefault(name, []).append(rounded(value))
         elements, moved = inputs.logits.numel(), inputs.minimal_bytes()
-        workloads = [field.workload(provider, inputs, mode) for provider in chosen if not skipped[provider.name]]
-        return [harness.copy_floor(moved, case.device), *workloads]
+        workloads = [workload(provider, inputs, mode) for provider in chosen if not skipped[provider.name]]
+        return [harness.copy_floor(moved, case.device, inputs.working_set()), *workloads]
 
     timings = time_draws(arguments, build, capture)
     records = []
     for name in [COPY, *(provider.name for provider in chosen)]:
         timing = timings.get(name)
         record = case_fields(case, elements, name, skipped.get(name) or (timing and timing.failure))
-        record |= {"mode": mode, "timing": "captured" if capture else "call", "moved_bytes": moved, "relevant": relevant}
+        record |= {"mode": mode, "timing": "captured" if capture else "call", "moved_bytes": moved} | told
         record |= figures(timing, timings, elements, moved)
         records.append(record)
     return records, timings
 
 
-def has_failed(loss: field.RankingLoss, record: dict) -> bool:
+def has_failed(loss, record: dict) -> bool:
     """Whether one of ours raised, rather than was left out for a reason known beforehand."""
     if record["skipped"] in (None, CANNOT_CAPTURE):
         return False
-    case = Case(**{name: record[name] for name in Case.__dataclass_fields__ if name in record})
+    case_type = loss.problems.case
+    case = case_type(**{name: record[name] for name in case_type.__dataclass_fields__ if name in record})
     return any(
         provider.name == record["provider"] and provider.why_not(case) is None
         for provider in loss.providers(case)
-        if provider.name.startswith(loss.function)
+        if provider.is_ours
     )
 
 
-def case_fields(case: Case, elements: int, provider: str, skipped: str | None) -> dict:
+def case_fields(case, elements: int, provider: str, skipped: str | None) -> dict:
     fields = {key: value for key, value in case.as_dict().items() if key != "seed"}
     return fields | {"elements": elements, "provider": provider, "skipped": skipped}
 
@@ -199,7 +182,7 @@ def figures(timing: harness.Draws | None, timings: dict, elements: int, moved: i
         "ns_per_element": rounded(median * 1e9 / elements),
         "gb_per_s": rounded(moved / median / 1e9),
         "ratio_to_floor": rounded(timing.ratio_to(timings[COPY])),
-        "ratio_to_focal": rounded(timing.ratio_to(timings[field.FOCAL]) if field.FOCAL in timings else None),
+        "ratio_to_focal": rounded(timing.ratio_to(timings[FOCAL]) if FOCAL in timings else None),
     }
 
 
@@ -207,10 +190,10 @@ def rounded(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.4g}")
 
 
-def measure_memory(loss: field.RankingLoss, arguments: argparse.Namespace, case: Case) -> list[dict]:
+def measure_memory(loss, arguments: argparse.Namespace, case) -> list[dict]:
     """Peak memory of forward + backward beyond the inputs. On a CPU every entry has a process of its own."""
     records = []
-    elements = make_inputs(case).logits.numel()
+    elements = loss.problems.make_inputs(case).logits.numel()
     for provider in chosen_providers(loss, arguments, case):
         skipped, extra = provider.why_not(case), None
         if not skipped:
@@ -225,20 +208,19 @@ def measure_memory(loss: field.RankingLoss, arguments: argparse.Namespace, case:
     return records
 
 
-def memory_here(loss: field.RankingLoss, case: Case, name: str) -> int | None:
+def memory_here(loss, case, name: str) -> int | None:
     provider = next(provider for provider in loss.providers(case) if provider.name == name)
     # Whatever is set up once, libraries and compiled code, belongs to no call.
-    for size in (2000, 3000):
-        small = replace(case, positives=20, negatives=size)
-        field.workload(provider, make_inputs(small), "full").call()
-    work = field.workload(provider, make_inputs(case), "full")
+    for small in loss.problems.small(case):
+        workload(provider, loss.problems.make_inputs(small), "full").call()
+    work = workload(provider, loss.problems.make_inputs(case), "full")
     # Compilation may happen once more at the real size; ours must show everything that a first call of this size takes.
     if provider.is_compiled:
         work.call()
     return harness.peak_extra_bytes(work.call, case.device)
 
 
-def memory_apart(arguments: argparse.Namespace, case: Case, name: str) -> int | None:
+def memory_apart(arguments: argparse.Namespace, case, name: str) -> int | None:
     command = [sys.executable, arguments.program, "--memory-of", json.dumps([case.as_dict(), name])]
     command += ["--threads", str(arguments.threads), "--device", case.device]
     environment = os.environ | harness.MEMORY_ENVIRONMENT
@@ -278,7 +260,7 @@ def show(records: list[dict], title: str) -> None:
 
 
 def main(
-    loss: field.RankingLoss, check: Callable[[argparse.Namespace], list[dict]], program: str, argv: list[str] | None
+    loss, check: Callable[[argparse.Namespace], list[dict]], program: str, argv: list[str] | None
 ) -> int:
     """`check` measures the rows that must hold; `program` is the file to run in a process of its own, where memory is measured."""
     arguments = parse(loss, argv)
@@ -286,7 +268,7 @@ def main(
     torch.set_num_threads(arguments.threads)
     if arguments.memory_of:
         case, name = json.loads(arguments.memory_of)
-        print(json.dumps(memory_here(loss, Case(**case), name)))
+        print(json.dumps(memory_here(loss, loss.problems.case(**case), name)))
         return 0
     machine = harness.machine(arguments.device)
     backends = ", ".join(loss.backends(arguments.device))

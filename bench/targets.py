@@ -1,0 +1,82 @@
+"""Rows that must hold, each a figure with its limit, whatever the family of the loss: how they are told, memory and accuracy."""
+import argparse
+
+import torch
+
+from bench import harness, loss_bench
+
+MEBIBYTE = 1 << 20
+
+
+class Rows:
+    """Collects the records of a results file and prints each as it comes."""
+
+    def __init__(self):
+        self.records = []
+
+    def __call__(self, target: str, limit: float | None, unit: str, got: float | None, note: str | None = None) -> None:
+        """Without a limit the figure is told, and that there is one is all that must hold."""
+        passed = got is not None and (limit is None or got <= limit)
+        figures = {"limit": limit, "unit": unit, "got": loss_bench.rounded(got)}
+        self.records.append({"target": target, **figures, "passed": passed, "note": note})
+        figure = "none" if got is None else f"{got:.4g}"
+        bound = "no limit" if limit is None else f"limit {limit:.4g}"
+        remark = f"  ({note})" if note else ""
+        print(f"{'pass' if passed else 'FAIL'}  {target}: {figure} {unit}, {bound}{remark}", flush=True)
+
+    def close(self) -> list[dict]:
+        print(f"{sum(row['passed'] for row in self.records)} of {len(self.records)} targets hold")
+        return self.records
+
+
+def time_case(loss, arguments, case, names: list[str], capture: bool = False) -> tuple[dict[str, harness.Draws], list[dict]]:
+    """Timings of the providers named so, beside the copy; printed. And their records."""
+    chosen = argparse.Namespace(**{**vars(arguments), "providers": names})
+    records, timings = loss_bench.measure_speed(loss, chosen, case, "full", capture)
+    loss_bench.show(records, f"{case.title}, full{', captured' if capture else ''}")
+    return timings, records
+
+
+def medians(timings: dict[str, harness.Draws], *names: str) -> str:
+    known = [timings[name] for name in names if name in timings]
+    return "; ".join(timing.failure or f"{timing.median * 1e3:.4g} ms" for timing in known)
+
+
+def memory(loss, backend: str, case, limit: float, arguments, report: Rows) -> None:
+    """Peak bytes of forward + gradient beyond the inputs."""
+    missing, got = loss.why_not(backend, case.device), None
+    if missing is None:
+        chosen = argparse.Namespace(**{**vars(arguments), "providers": [loss.name(backend)]})
+        (record,) = loss_bench.measure_memory(loss, chosen, case)
+        got, missing = record["extra_bytes"], record["skipped"]
+    got = None if got is None else got / MEBIBYTE
+    report(f"{loss.name(backend)}, {case.title}, extra memory", limit / MEBIBYTE, "MiB", got, missing)
+
+
+def accuracy(loss, case, backends: list[str], limits: tuple[float, float], report: Rows) -> None:
+    """Losses relative to the truth, the gradient relative to its largest entry."""
+    inputs = loss.problems.make_inputs(case)
+    truth = loss.truth(inputs)
+    for backend in backends:
+        missing = loss.why_not(backend, case.device)
+        loss_error = gradient_error = None
+        if missing is None:
+            try:
+                loss_error, gradient_error = errors(loss, backend, inputs, truth)
+            except Exception as error:  # a backend that fails must not hide the figures of the others
+                missing = f"{type(error).__name__}: {error}".splitlines()[0]
+        name = loss.name(backend)
+        report(f"{name}, {case.title}, losses", limits[0], "relative", loss_error, missing)
+        report(f"{name}, {case.title}, gradient", limits[1], "of the largest", gradient_error, missing)
+
+
+def errors(loss, backend: str, inputs, truth) -> tuple[float, float]:
+    """The largest relative error of the losses (of aLRP: and of the ranks), and that of the gradient over its largest entry."""
+    leaf = inputs.logits.detach().clone().requires_grad_()
+    outputs = loss.outputs(leaf, inputs, backend)
+    (gradient,) = torch.autograd.grad(outputs[: loss.num_losses], leaf)
+    of_values = [
+        ((got.double() - wanted).abs() / wanted).max().item() for got, wanted in zip(outputs, truth[:-1], strict=False)
+    ]
+    of_gradient = (gradient.double() - truth[-1]).abs().max() / truth[-1].abs().max()
+    return max(of_values), of_gradient.item()
