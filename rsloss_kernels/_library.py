@@ -125,40 +125,40 @@ _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph",
 
 
 def _eager_function(
-    overload: Callable, setup_context: Callable, backward: Callable, num_tables: int, num_saved_tables: int
+    overload: Callable, setup_context: Callable, formula: Callable, num_tables: int, num_saved_tables: int
 ) -> type[torch.autograd.Function]:
     # forward with ctx rather than a separate setup_context: torch binds the arguments of the latter by inspection on every call.
-    class EagerFunction(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, args, *logits):
-            with torch._C._AutoDispatchBelowAutograd():
-                output = overload(logits, *args)
-            context = _Context()
-            setup_context(context, (logits, *args), output)
-            of_caller = len(context.saved_tensors) - num_saved_tables
-            ctx.save_for_backward(*context.saved_tensors[:of_caller])
-            context.saved_tensors = context.saved_tensors[of_caller:]
-            ctx.context = context
-            ctx.set_materialize_grads(False)
-            returned = output[: len(output) - num_tables]
-            ctx.mark_non_differentiable(*context.non_differentiable[: len(context.non_differentiable) - num_tables])
-            return returned
+    def forward(ctx, args, *logits):
+        with torch._C._AutoDispatchBelowAutograd():
+            output = overload(logits, *args)
+        context = _Context()
+        setup_context(context, (logits, *args), output)
+        of_caller = len(context.saved_tensors) - num_saved_tables
+        ctx.save_for_backward(*context.saved_tensors[:of_caller])
+        context.saved_tensors = context.saved_tensors[of_caller:]
+        ctx.context = context
+        ctx.set_materialize_grads(False)
+        returned = output[: len(output) - num_tables]
+        ctx.mark_non_differentiable(*context.non_differentiable[: len(context.non_differentiable) - num_tables])
+        return returned
 
-        @staticmethod
-        def backward(ctx, *grads):
-            context = copy.copy(ctx.context)
-            # Hooks that unpack tensors run here, where they see autograd.
-            context.saved_tensors = (*ctx.saved_tensors, *context.saved_tensors)
-            missing = (None,) * num_tables
-            # With create_graph=True the operators inside must see autograd, to refuse a second derivative.
-            with contextlib.nullcontext() if torch.is_grad_enabled() else torch._C._AutoDispatchBelowAutograd():
-                grad_logits = backward(context, *grads, *missing)[0]
-            if not _keeps_graph():
-                ctx.context.saved_tensors = ()
-            return (None, *grad_logits)
+    def backward(ctx, *grads):
+        context = copy.copy(ctx.context)
+        # Hooks that unpack tensors run here, where they see autograd.
+        context.saved_tensors = (*ctx.saved_tensors, *context.saved_tensors)
+        missing = (None,) * num_tables
+        # With create_graph=True the operators inside must see autograd, to refuse a second derivative.
+        with contextlib.nullcontext() if torch.is_grad_enabled() else torch._C._AutoDispatchBelowAutograd():
+            grad_logits = formula(context, *grads, *missing)[0]
+        if not _keeps_graph():
+            ctx.context.saved_tensors = ()
+        return (None, *grad_logits)
 
-    EagerFunction.__name__ = EagerFunction.__qualname__ = f"Eager_{overload.name()}"
-    return EagerFunction
+    # Named when it is made, after the loss and the backend: torch makes the name of `grad_fn` from it then.
+    operator_name, _, backend = overload.name().removeprefix(f"{NAMESPACE}::").partition(".")
+    loss = operator_name.rpartition("_")[0]
+    functions = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(torch.autograd.Function)(f"{loss}_{backend}", (torch.autograd.Function,), functions)
 
 
 def _on_one_device(name: str, backend: str, fake: Callable) -> Callable:

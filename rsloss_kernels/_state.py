@@ -26,11 +26,12 @@ class StatefulLoss(nn.Module):
         own_missing, own_unexpected = [], []
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, own_missing, own_unexpected, error_msgs)
         if strict and (own_missing or own_unexpected):
-            warnings.warn(
-                f"{type(self).__name__}: the checkpoint comes from another loss: missing {own_missing}, not known "
-                f"{own_unexpected}; missing buffers keep their values",
-                stacklevel=2,
-            )
+            parts = ["the checkpoint is of a model with another loss, another mode of it, or none in this place"]
+            if own_missing:
+                parts.append(f"it has no {', '.join(own_missing)}, which keep the values that they have now")
+            if own_unexpected:
+                parts.append(f"its {', '.join(own_unexpected)} is left out")
+            warnings.warn(f"{type(self).__name__}: {'; '.join(parts)}", stacklevel=2)
 
 
 def keeps_statistics(module: nn.Module) -> bool:

@@ -40,9 +40,18 @@ def resolve_group(function: str, process_group: object | None) -> "dist.ProcessG
     if not (dist.is_available() and isinstance(process_group, dist.ProcessGroup)):
         raise TypeError(
             f"{function}: process_group must be None, 'default' or a torch.distributed.ProcessGroup that this process is in, "
-            f"got {process_group!r}"
+            f"got {describe_group(process_group)}"
         )
     return process_group
+
+
+def describe_group(process_group: object) -> str:
+    """In words, without an address in memory."""
+    if dist.is_available() and isinstance(process_group, dist.ProcessGroup):
+        return f"<group of {process_group.size()} processes>"
+    if dist.is_available() and process_group is dist.GroupMember.NON_GROUP_MEMBER:
+        return "a group that this process is not in"
+    return repr(process_group) if isinstance(process_group, (str, int, float, list, tuple)) else type(process_group).__name__
 
 
 class HoldsGroup:

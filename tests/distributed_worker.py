@@ -292,7 +292,8 @@ def balance(group) -> dict[str, list]:
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     result = {}
     for mode in ("step", "running"):
-        together, alone = SelfBalancing(mode, period=3, process_group=group), SelfBalancing(mode, period=3)
+        period = {"period": 3} if mode == "running" else {}
+        together, alone = SelfBalancing(mode, process_group=group, **period), SelfBalancing(mode, **period)
         steps = []
         for step in range(8):
             pairs = [(1.0 + step + other, 0.5 + (step * other) % 3) for other in range(world)]
@@ -355,6 +356,24 @@ def copies(group) -> bool:
     return all(part.process_group is group for part in module)
 
 
+def wrong_number_of_regression_losses(group) -> dict[str, object]:
+    """On the last process alone: it must not raise, the others would wait for it."""
+    logits = torch.zeros(4, requires_grad=True)
+    own = 2 if dist.get_rank(group) == dist.get_world_size(group) - 1 else 1
+    losses = alrp_loss(logits, torch.tensor([1.0, 0, 0, 0]), torch.ones(own), process_group=group)
+    losses.classification.backward()
+    return {"losses": [losses.classification.detach()], "gradient": logits.grad}
+
+
+def outside(group) -> str:
+    """What a process that is not in the group is told."""
+    try:
+        rank_sort_loss(torch.zeros(2), torch.zeros(2), process_group=group)
+    except TypeError as error:
+        return str(error)
+    return "nothing was raised"
+
+
 def work(rank: int, world: int, folder: str, seed: int) -> None:
     """One process: writes its results, or the traceback of what stopped it, to a file."""
     torch.set_num_threads(1)
@@ -368,6 +387,8 @@ def work(rank: int, world: int, folder: str, seed: int) -> None:
             group = dist.new_group(list(range(size)), timeout=datetime.timedelta(seconds=60))
             if rank < size:
                 results[size] = _all_results(group, seed)
+            else:
+                results["outside"] = outside(group)
         results["default"] = evaluate(BY_NAME, own_part(BY_NAME, draw(BY_NAME, seed), dist.group.WORLD), "default")
         impatient = dist.new_group([0, 1], timeout=datetime.timedelta(seconds=2))
         results["late"] = come_late(impatient) if rank < 2 else None
@@ -397,6 +418,8 @@ def _all_results(group, seed: int) -> dict:
     results["balancing"] = balance(group)
     results["mean"] = weighted_mean(group, seed)
     results["copies"] = copies(group)
+    results["repr"] = repr(RankSortLoss(process_group=group))
+    results["wrong number"] = wrong_number_of_regression_losses(group)
     if dist.get_world_size(group) == 2:
         results["compiled"] = compiled(group, seed)
         results["graph_mismatch"] = graph_mismatch(group)

@@ -164,14 +164,17 @@ def test_regression_loss_that_is_not_finite(backend, generator, form, value):
 
 
 def test_wrong_number_of_regression_losses(backend, generator, monkeypatch):
-    """The number of positives is known on the device only: NaN, and an error under the debug switch."""
+    """An error where their number is on the host; else NaN, and an error under the debug switch."""
     logits, targets, regression = (value.to(backend.device) for value in ALRP.draw(RankingSample("count"), generator).arguments)
+    compiled = torch.compile(alrp_loss, backend="aot_eager", fullgraph=True, dynamic=True)
     for wrong in (regression[:-1], torch.cat([regression, regression[:1]]), regression[:0]):
-        got = ALRP.evaluate(backend, logits, targets, wrong)
-        assert got.losses[0].isnan() and got.gradient.isnan().all() and got.statistics[0].isnan().all()
-        monkeypatch.setenv("RSLOSS_DEBUG_CHECKS", "1")
-        with pytest.raises(RuntimeError, match="^alrp_loss: regression_losses must have one value per positive, 9, got "):
-            ALRP.evaluate(backend, logits, targets, wrong)
+        for function in (compiled,) if backend.device == "cpu" else (compiled, alrp_loss):
+            got = harness.evaluate(backend, logits, targets, wrong, loss=function)
+            assert got.losses[0].isnan() and got.gradient.isnan().all() and got.statistics[0].isnan().all()
+        for switch in ("0", "1") if backend.device == "cpu" else ("1",):
+            monkeypatch.setenv("RSLOSS_DEBUG_CHECKS", switch)
+            with pytest.raises(RuntimeError, match="^alrp_loss: regression_losses must have one value per positive, 9, got "):
+                ALRP.evaluate(backend, logits, targets, wrong)
         monkeypatch.delenv("RSLOSS_DEBUG_CHECKS")
 
 

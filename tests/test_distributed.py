@@ -65,7 +65,7 @@ def test_losses_and_gradients_are_those_of_one_process(results, name, world):
 
 
 @SEVERAL
-@pytest.mark.parametrize("name", worker.OVERFLOWS)
+@pytest.mark.parametrize("name", [*worker.OVERFLOWS, "wrong number"])
 def test_overflow_of_any_process_is_nan_on_all(results, name, world):
     for part in of_world(results, world, name):
         assert part["losses"][0].isnan() and part["gradient"].isnan().all() and part["gradient"].numel() > 0
@@ -145,6 +145,13 @@ def test_rows_of_different_lengths_one_after_the_other(results, world):
 @WORLDS
 def test_a_copy_of_a_module_has_the_same_group(results, world):
     assert all(of_world(results, world, "copies"))
+
+
+@WORLDS
+def test_a_group_is_described_without_an_address(results, world):
+    assert all(f", process_group=<group of {world} processes>, " in text for text in of_world(results, world, "repr"))
+    for rank in range(1, max(worker.WORLDS)):
+        assert results[rank]["outside"].endswith("this process is in, got a group that this process is not in")
 
 
 def test_compiled_as_one_graph_with_a_group(results):

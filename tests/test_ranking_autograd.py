@@ -80,6 +80,12 @@ def test_results_do_not_alias_inputs(backend, loss, generator):
     assert len({value.untyped_storage().data_ptr() for value in everything}) == len(everything)
 
 
+def test_graph_names_the_loss_and_the_backend(backend, loss, generator):
+    losses = losses_of(backend, loss, *drawn(backend, loss, generator))
+    wanted = f"{loss.finalize.removesuffix('_finalize')}_{backend.name}Backward"
+    assert [value.grad_fn.name() for value in losses] == [wanted] * loss.num_losses
+
+
 def test_double_backward_is_refused_clearly(backend, loss, generator):
     logits, *others = drawn(backend, loss, generator)
     losses = losses_of(backend, loss, logits, *others)

@@ -39,7 +39,8 @@ FAULTS = {
     "targets_complex": ("dense", "targets", lambda a: a["targets"].to(torch.complex64), TypeError, "real", "torch.complex64"),
     "targets_meta": ("dense", "targets", lambda a: a["targets"].to("meta"), ValueError, "device", "meta"),
     "labels_length": ("index", "targets", lambda a: a["targets"][:5], ValueError, r"\[6, 4\]", r"\[5\]"),
-    "labels_float": ("index", "targets", lambda a: a["targets"].float(), ValueError, "None with dense targets|shape", "Tensor|6"),
+    "labels_float": ("index", "targets", lambda a: a["targets"].float(), TypeError, "integers .*class indices", "torch.float32"),
+    "labels_bool": ("index", "targets", lambda a: a["targets"] > 0, TypeError, "integers .*class indices", "torch.bool"),
     "labels_meta": ("index", "targets", lambda a: a["targets"].to("meta"), ValueError, "device", "meta"),
     "quality_not_a_tensor": ("index", "quality", lambda a: 0.5, TypeError, "a Tensor", "float"),
     "quality_int64": ("index", "quality", lambda a: a["quality"].long(), TypeError, "floating", "torch.int64"),
@@ -59,6 +60,13 @@ FAULTS = {
     "max_positives_negative": ("index", "max_positives", lambda a: -3, ValueError, "at least 1", "-3"),
     "max_positives_float": ("index", "max_positives", lambda a: 2.0, ValueError, "int", "2.0"),
     "max_positives_bool": ("index", "max_positives", lambda a: True, ValueError, "int", "True"),
+    "group_of_ranks": ("index", "process_group", lambda a: [0, 1], TypeError, "ProcessGroup", r"\[0, 1\]"),
+    "group_object": ("index", "process_group", lambda a: torch.nn.Identity(), TypeError, "ProcessGroup", "Identity$"),
+}
+# Of the modules alone.
+WEIGHT_FAULTS = {
+    f"loss_weight_{value}": ("index", "loss_weight", lambda a, value=value: value, ValueError, "a finite number", str(value))
+    for value in (float("nan"), float("inf"), True, None, "1")
 }
 
 
@@ -103,8 +111,7 @@ def test_bad_argument_is_refused_by_name(backend, loss, fault):
     with rsloss_kernels.use_backend(backend.name), pytest.raises(exception) as raised:
         loss.function(**arguments)
     message = str(raised.value)
-    named, wanted, got = (argument, wanted, got) if fault != "labels_float" else ("targets|quality|regression_losses", ".*", "")
-    assert re.search(rf"^{loss.function.__name__}: ({named}) must .*({wanted}).*, got .*({got})", message), message
+    assert re.search(rf"^{loss.function.__name__}: {argument} must .*({wanted}).*, got .*({got})", message), message
     assert_unchanged(arguments, before)
 
 
@@ -118,14 +125,23 @@ def test_good_arguments_are_not_changed(backend, loss, form):
     assert_unchanged(arguments, before)
 
 
+@pytest.mark.parametrize("fault", [name for name in FAULTS | WEIGHT_FAULTS if name.startswith(("delta", "background", "max", "group", "loss"))])
+def test_module_refuses_bad_argument_by_name(loss, fault):
+    """When it is made, not in the first step of a training run."""
+    _, argument, make, exception, wanted, got = (FAULTS | WEIGHT_FAULTS)[fault]
+    with pytest.raises(exception, match=rf"^{loss.module.__name__}: {argument} must .*({wanted}).*, got .*({got})"):
+        loss.module(**{argument: make({})})
+
+
 DEBUG_FAULTS = {
     "label_above_classes": ("index", {"targets": torch.tensor([0, 4, 5, 4, -1, 4])}, ValueError, "targets must .* up to 4, got 5"),
     "label_above_first": (
         "index", {"targets": torch.tensor([0, 4, 5, 4, -1, 4]), "background": "first"}, ValueError, "targets must .* up to 4, got 5"
     ),
-    "quality_above_1": ("index", {"quality": torch.full((6,), 1.5)}, ValueError, r"quality must .*\[0, 1\], got \[1.5, 1.5\]"),
-    "quality_negative": ("index", {"quality": torch.full((6,), -0.25)}, ValueError, r"quality must .*\[0, 1\], got \[-0.25"),
-    "quality_nan": ("index", {"quality": torch.full((6,), float("nan"))}, ValueError, r"quality must .*\[0, 1\], got \[nan"),
+    "quality_above_1": ("index", {"quality": torch.full((6,), 1.5)}, ValueError, r"quality must .*\[0, 1\].*, got \[1.5, 1.5\]"),
+    "quality_negative": ("index", {"quality": torch.full((6,), -0.25)}, ValueError, r"quality must .*\[0, 1\].*, got \[-0.25"),
+    "quality_of_one": ("index", {"quality": torch.tensor([0.5, 9, 1.5, 9, 9, 9])}, ValueError, r"quality must .*\[0, 1\].*, got \[0.5, 1.5\]"),
+    "quality_nan": ("index", {"quality": torch.full((6,), float("nan"))}, ValueError, r"quality must .*\[0, 1\].*, got \[nan"),
     "smoothed_targets": ("dense", {"targets": torch.full((6, 4), 0.01)}, ValueError, "targets must .* at most half .*, got 24 of 24"),
     "dense_above_1": ("dense", {"targets": torch.eye(6, 4) * 3}, ValueError, "targets must .* at most 1, got 3"),
 }
@@ -158,6 +174,20 @@ def test_debug_checks_accept_good_input(backend, loss, monkeypatch, generator, f
     expected = loss.evaluate(backend, *arguments)
     monkeypatch.setenv("RSLOSS_DEBUG_CHECKS", "1")
     assert loss.evaluate(backend, *arguments) == expected
+
+
+def test_debug_checks_look_at_the_quality_of_positives_only(backend, monkeypatch):
+    """Elsewhere it may be anything: on background and ignored rows, and on rows of no segment."""
+    arguments = {name: value.to(backend.device) for name, value in good().items()}
+    arguments["quality"][[1, 3, 4]] = torch.tensor([torch.nan, 7.0, -1.0], device=backend.device)
+    options = {"segments": torch.tensor([0, 0, -1, 0, 0, 1], device=backend.device), "num_segments": 2}
+    monkeypatch.setenv("RSLOSS_DEBUG_CHECKS", "1")
+    with rsloss_kernels.use_backend(backend.name):
+        assert rsloss_kernels.rank_sort_loss(**arguments).ranking > 0
+        arguments["quality"][2] = torch.nan
+        assert rsloss_kernels.rank_sort_loss(**arguments, **options).ranking > 0
+        with pytest.raises(ValueError, match="quality must be within"):
+            rsloss_kernels.rank_sort_loss(**arguments)
 
 
 # --- the operators themselves ---

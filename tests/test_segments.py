@@ -183,6 +183,8 @@ FAULTS = {
     "other_word": ({"segments": "image"}, ValueError, "segments"),
     "list": ({"segments": [0] * 6, "num_segments": 1}, TypeError, "segments"),
 }
+# What a module can refuse before it sees a batch.
+MODULE_FAULTS = ("number_float", "number_negative", "number_zero", "zero_chunks", "bool_chunks", "other_word", "list", "float_ids")
 
 
 @of_losses
@@ -198,10 +200,44 @@ def test_bad_segments_are_refused_by_name(backend, loss, fault):
 
 
 @of_losses
-def test_class_segments_need_a_dimension(backend, loss):
-    zero = torch.zeros((), device=backend.device)
-    with rsloss_kernels.use_backend(backend.name), pytest.raises(ValueError, match="logits must have a last dimension"):
-        loss.function(zero, zero, segments="class")
+@pytest.mark.parametrize("shape", [(), (6,)])
+def test_class_segments_need_rows_and_classes(backend, loss, shape):
+    zeros = torch.zeros(shape, device=backend.device)
+    with rsloss_kernels.use_backend(backend.name), pytest.raises(ValueError, match="logits must have rows and .* classes .*, got"):
+        loss.function(zeros, zeros, segments="class")
+
+
+@of_losses
+@pytest.mark.parametrize("fault", MODULE_FAULTS)
+def test_module_refuses_bad_segments_by_name(loss, fault):
+    keywords, exception, named = FAULTS[fault]
+    if fault != "float_ids":
+        keywords = {name: value for name, value in keywords.items() if not torch.is_tensor(value)}
+    with pytest.raises(exception, match=f"^{loss.module.__name__}: {named} must .*"):
+        loss.module(**keywords)
+
+
+@of_losses
+def test_module_takes_ids_and_their_number_from_the_batch(backend, loss, generator):
+    arguments = [value.to(backend.device) for value in drawn(loss, generator)]
+    ids = (torch.arange(120) % 3).to(backend.device)
+    with rsloss_kernels.use_backend(backend.name):
+        expected = losses_in(loss.function(*arguments, segments=ids, num_segments=3))
+        assert expected != losses_in(loss.function(*arguments))
+        for module, of_batch in (
+            (loss.module(), {"segments": ids, "num_segments": 3}),
+            (loss.module(num_segments=3), {"segments": ids}),
+            (loss.module(num_segments=5), {"segments": ids, "num_segments": 3}),
+            (loss.module(segments=6), {"segments": ids, "num_segments": 3}),
+        ):
+            assert losses_in(module(*arguments, **of_batch)) == expected
+        for module, of_batch in ((loss.module(), {"num_segments": 3}), (loss.module(num_segments=3), {})):
+            with pytest.raises(ValueError, match="num_segments must be None without segments, got 3"):
+                module(*arguments, **of_batch)
+        with pytest.raises(ValueError, match="num_segments must be None or 6 .*, got 3"):
+            loss.module(segments=6)(*arguments, num_segments=3)
+        with pytest.raises(ValueError, match="num_segments must be given"):
+            loss.module(segments=6)(*arguments, segments=ids)
 
 
 def test_alrp_takes_no_segments():

@@ -1,6 +1,7 @@
 """Self-balancing and score weights: the authors' outputs, state, guards, compilation, bad input."""
 
 import copy
+import warnings
 
 import golden_vectors
 import numpy as np
@@ -22,6 +23,10 @@ def golden_cases(kind):
 
 def scalar(value, **keywords):
     return torch.tensor(value, **keywords)
+
+
+def of_mode(mode, period, **options):
+    return SelfBalancing(mode, **({"period": period} if mode == "running" else {}), **options)
 
 
 def giou_losses(pred, target):
@@ -119,7 +124,7 @@ def test_factor_beyond_float32_counts_as_a_zero_loss():
     "reference, loss", [(float("nan"), 1.0), (float("inf"), 1.0), (1.0, float("nan")), (1.0, float("inf"))]
 )
 def test_non_finite_statistics_leave_the_state(mode, reference, loss):
-    balancing = SelfBalancing(mode, period=2, initial=7.0)
+    balancing = of_mode(mode, period=2, initial=7.0)
     balancing(scalar(1.0), scalar(2.0))
     before = copy.deepcopy(balancing.state_dict())
     scaled = balancing(scalar(reference), scalar(loss))
@@ -138,7 +143,7 @@ def test_running_period_of_zero_losses_waits_for_a_finite_factor():
 
 @pytest.mark.parametrize("mode", ["step", "running"])
 def test_state_changes_only_in_training_with_gradients(mode):
-    balancing = SelfBalancing(mode, period=1, initial=7.0)
+    balancing = of_mode(mode, period=1, initial=7.0)
     before = copy.deepcopy(balancing.state_dict())
     with torch.no_grad():
         balancing(scalar(1.0), scalar(2.0))
@@ -162,11 +167,11 @@ def test_state_survives_save_resume_and_copies(mode):
     def run(balancing, steps):
         return [balancing(scalar(0.3 * step + 1), scalar(0.7 + step % 3)).item() for step in steps]
 
-    whole = SelfBalancing(mode, period=4)
+    whole = of_mode(mode, period=4)
     expected = run(whole, range(10))
-    first = SelfBalancing(mode, period=4)
+    first = of_mode(mode, period=4)
     values = run(first, range(5))
-    resumed = SelfBalancing(mode, period=4)
+    resumed = of_mode(mode, period=4)
     resumed.load_state_dict(first.state_dict())
     assert values + run(resumed, range(5, 10)) == expected
     copied = copy.deepcopy(whole)
@@ -184,15 +189,32 @@ def test_state_stays_wide_under_casts(cast):
 
 def test_checkpoint_of_another_loss_loads_with_one_warning():
     balancing = SelfBalancing("running")
-    with pytest.warns(UserWarning, match="another loss.*acc_sum") as caught:
+    with pytest.warns(UserWarning, match="^SelfBalancing: .* another loss.* has no SB_weight, .* its acc_sum is left out$") as caught:
         balancing.load_state_dict({"acc_sum": torch.ones(3)}, strict=True)
     assert len(caught) == 1 and balancing.SB_weight.item() == 50
+
+
+def test_checkpoint_without_the_balancing_says_what_it_lacks():
+    """A model that was trained without it."""
+    model = torch.nn.ModuleDict({"balance": SelfBalancing("running", initial=7.0)})
+    wanted = r"it has no balance\.SB_weight, balance\.counter, .* which keep the values that they have now$"
+    with pytest.warns(UserWarning, match=wanted) as caught:
+        model.load_state_dict({}, strict=True)
+    assert len(caught) == 1 and model["balance"].SB_weight.item() == 7
+
+
+def test_period_without_effect_is_told():
+    with pytest.warns(UserWarning, match="^SelfBalancing: period=100 has no effect with mode='step'"):
+        SelfBalancing(period=100)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        SelfBalancing(), SelfBalancing("running", period=100), SelfBalancing("step", 3665)
 
 
 @pytest.mark.parametrize("mode", ["step", "running"])
 def test_compiles_once_as_one_graph(mode):
     torch._dynamo.reset()
-    eager, module = SelfBalancing(mode, period=3), SelfBalancing(mode, period=3)
+    eager, module = of_mode(mode, period=3), of_mode(mode, period=3)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     for step in range(8):
         with torch._dynamo.config.patch(error_on_recompile=step > 0):

@@ -40,7 +40,8 @@ def alrp_loss(
         targets: dense or class indices, as in `average_precision_loss`: dense values above 0 are positives, whatever the value.
         regression_losses: finite losses of the boxes in any floating dtype, detached. `[P]`: of the P positives in flat order. Or, with
             class indices, the shape of `targets`: of every row; those of rows without a positive are ignored and may hold anything.
-            With another number of values than positives everything returned and the whole gradient is NaN.
+            Another number of values than positives is an error on a CPU; where the positives are not counted on the host (a GPU,
+            torch.compile) or other processes would wait (a process group), everything returned and the whole gradient is NaN.
         delta: half-width of the smoothed step in logit units, 0 (a hard step, ties count) or within [1e-30, 1e30].
         background: "last" (classes 0..C-1, background C) or "first" (background 0, classes 1..C).
         max_positives: as in `rank_sort_loss`, but the default for `[P]` is P.
@@ -59,7 +60,7 @@ def alrp_loss(
 
     Raises:
         TypeError, ValueError: as `rank_sort_loss`.
-        RuntimeError: as `rank_sort_loss`; with RSLOSS_DEBUG_CHECKS=1 also another number of regression losses than of positives.
+        RuntimeError: as `rank_sort_loss`; another number of regression losses than of positives, see there.
     """
     function = "alrp_loss"
     _checks.check_logits(function, logits)
@@ -89,7 +90,9 @@ def alrp_loss(
         default_capacity=None if is_per_row else regression_losses.numel(),
         is_unit_quality=False,
     )
-    edit_records = None if is_per_row else functools.partial(_put_regression_losses, regression_losses)
+    # Without a capacity the tables have been made to measure: the number of positives is on the host already.
+    is_checked = request.capacity is None or _checks.debug_checks()
+    edit_records = None if is_per_row else functools.partial(_put_regression_losses, regression_losses, is_checked)
     state = ranking.rank_positives(request, edit_records)
     classification, rank = ranking.finish("alrp", state)
     if request.group is not None:
@@ -99,9 +102,12 @@ def alrp_loss(
     return ALRPLosses(classification, rank.view(regression_losses.shape), order.view(regression_losses.shape))
 
 
-def _put_regression_losses(losses: Tensor, positives: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Records whose quality is the regression loss; an overflow if there are not as many of these as positives."""
-    if _checks.debug_checks() and int(counts[0]) != losses.numel():
+def _put_regression_losses(losses: Tensor, is_checked: bool, positives: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Records whose quality is the regression loss; an overflow if there are not as many of these as positives.
+
+    is_checked: raise instead, for which the host reads `counts`.
+    """
+    if is_checked and int(counts[0]) != losses.numel():
         raise RuntimeError(
             f"alrp_loss: regression_losses must have one value per positive, {int(counts[0])}, got {losses.numel()}"
         )
@@ -231,6 +237,8 @@ class ALRPLoss(ranking.RankingLoss):
     Args:
         loss_weight: factor of `classification`.
         The others are the keywords of `alrp_loss`.
+
+    Raises TypeError, ValueError for wrong arguments, here or in `forward`.
     """
 
     def __init__(
@@ -253,5 +261,6 @@ class ALRPLoss(ranking.RankingLoss):
         )
 
     def forward(self, logits: Tensor, targets: Tensor, regression_losses: Tensor) -> ALRPLosses:
+        """`alrp_loss` of a batch, with its arguments; `classification` is multiplied by `loss_weight`."""
         classification, rank, order = alrp_loss(logits, targets, regression_losses, **self.options())
         return ALRPLosses(classification * self.loss_weight, rank, order)

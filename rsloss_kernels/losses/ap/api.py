@@ -63,8 +63,9 @@ class APLoss(ranking.RankingLoss):
 
     Args:
         loss_weight: factor of the loss.
-        The others are the keywords of `average_precision_loss`. Segment ids belong to a batch: `forward` takes them, with
-        `num_segments`, in place of the module's.
+        The others are the keywords of `average_precision_loss`. Segment ids belong to a batch: `forward` takes them.
+
+    Raises TypeError, ValueError for wrong arguments, here or in `forward`.
     """
 
     def __init__(
@@ -95,4 +96,12 @@ class APLoss(ranking.RankingLoss):
     def forward(
         self, logits: Tensor, targets: Tensor, *, segments: Tensor | None = None, num_segments: int | None = None
     ) -> Tensor:
-        return average_precision_loss(logits, targets, **self.options(segments, num_segments)) * self.loss_weight
+        """`average_precision_loss` of a batch times `loss_weight`.
+
+        Args:
+            logits, targets: as in `average_precision_loss`.
+            segments: ids, in place of the module's segments.
+            num_segments: how many, in place of the module's `num_segments`.
+        """
+        options = self.options(segments=segments, num_segments=num_segments)
+        return average_precision_loss(logits, targets, **options) * self.loss_weight

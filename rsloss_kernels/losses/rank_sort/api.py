@@ -97,8 +97,9 @@ class RankSortLoss(ranking.RankingLoss):
 
     Args:
         loss_weight: factor of both losses.
-        The others are the keywords of `rank_sort_loss`. Segment ids belong to a batch: `forward` takes them, with `num_segments`, in
-        place of the module's.
+        The others are the keywords of `rank_sort_loss`. Segment ids belong to a batch: `forward` takes them.
+
+    Raises TypeError, ValueError for wrong arguments, here or in `forward`.
     """
 
     def __init__(
@@ -135,5 +136,12 @@ class RankSortLoss(ranking.RankingLoss):
         segments: Tensor | None = None,
         num_segments: int | None = None,
     ) -> RankSortLosses:
-        losses = rank_sort_loss(logits, targets, quality, **self.options(segments, num_segments))
+        """`rank_sort_loss` of a batch; both losses are multiplied by `loss_weight`.
+
+        Args:
+            logits, targets, quality: as in `rank_sort_loss`.
+            segments: ids, in place of the module's segments.
+            num_segments: how many, in place of the module's `num_segments`.
+        """
+        losses = rank_sort_loss(logits, targets, quality, **self.options(segments=segments, num_segments=num_segments))
         return RankSortLosses(losses.ranking * self.loss_weight, losses.sorting * self.loss_weight)

@@ -1,4 +1,5 @@
 """What the public functions and modules of all ranking losses share: they check, read targets and segments, collect and bin."""
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -69,10 +70,7 @@ def read_arguments(
     """
     _checks.check_logits(function, logits)
     _checks.check_tensor(function, "targets", targets)
-    delta = _checks.check_delta(function, delta)
-    _checks.check_choice(function, "background", background, ("last", "first"))
-    if max_positives is not None and (isinstance(max_positives, bool) or not isinstance(max_positives, int) or max_positives < 1):
-        raise ValueError(f"{function}: max_positives must be None or an int of at least 1, got {max_positives!r}")
+    delta = check_options(function, delta, background, max_positives)
     targets, quality = read_targets(function, logits, targets, quality)
     ids, num_segments = None, read_num_segments(function, logits, segments, num_segments)
     if num_segments > 1 or isinstance(segments, Tensor):
@@ -86,10 +84,10 @@ def read_arguments(
     if _checks.debug_checks():
         # More positives than the default of the loss, or of a process of a group, are told where that is known.
         limit = max_positives or (None if default_capacity is not None else capacity)
-        values = quality if is_unit_quality else []
-        check_values(function, logits, targets, values, background)
+        is_positive = positives_among(logits, targets, ids, num_segments, background)
+        check_values(function, logits, targets, quality if is_unit_quality else [], is_positive)
         if limit is not None and group is None:
-            check_capacity(function, logits, targets, ids, num_segments, background, limit)
+            check_capacity(function, is_positive, limit)
     return Request(
         function,
         logits.contiguous(),
@@ -104,6 +102,18 @@ def read_arguments(
         average_gradients,
         backend,
     )
+
+
+def check_options(function: str, delta: float, background: str, max_positives: int | None) -> float:
+    """What can be said without a batch; returns `delta` as a float."""
+    _checks.check_choice(function, "background", background, ("last", "first"))
+    if max_positives is not None and not (_is_int(max_positives) and max_positives >= 1):
+        raise ValueError(f"{function}: max_positives must be None or an int of at least 1, got {max_positives!r}")
+    return _checks.check_delta(function, delta)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def evaluate(loss: str, request: Request, **options: object) -> tuple[Tensor, ...]:
@@ -180,25 +190,34 @@ def finish(loss: str, state: Ranked, *options: object) -> tuple[Tensor, ...]:
 
 
 class RankingLoss(distributed.HoldsGroup, nn.Module):
-    """The base of the modules: keeps the keywords of its function as attributes, and `loss_weight`."""
+    """The base of the modules: checks the keywords of its function, keeps them as attributes, and has a `loss_weight`."""
 
     def __init__(self, loss_weight: float, **options: object):
         super().__init__()
+        function = type(self).__name__
+        check_options(function, options["delta"], options["background"], options["max_positives"])
         if isinstance(options.get("segments"), Tensor):
-            raise TypeError(f"{type(self).__name__}: segments must not be ids here, they belong to a batch: give them to forward")
+            raise TypeError(f"{function}: segments must not be ids here, they belong to a batch: give them to forward")
+        check_segments(function, options.get("segments"), options.get("num_segments"))
+        distributed.resolve_group(function, options["process_group"])
+        is_number = isinstance(loss_weight, (int, float)) and not isinstance(loss_weight, bool)
+        if not (is_number and math.isfinite(loss_weight)):
+            raise ValueError(f"{function}: loss_weight must be a finite number, got {loss_weight!r}")
         self.loss_weight = loss_weight
         self.option_names = tuple(options)
         for name, value in options.items():
             setattr(self, name, value)
 
-    def options(self, segments: Tensor | None = None, num_segments: int | None = None) -> dict[str, object]:
-        """The keywords of the function; ids of a batch replace the segments of the module."""
+    def options(self, **of_batch: object) -> dict[str, object]:
+        """The keywords of the function; those of a batch that are not None replace the module's."""
         options = {name: getattr(self, name) for name in self.option_names}
-        return options if segments is None else options | {"segments": segments, "num_segments": num_segments}
+        return options | {name: value for name, value in of_batch.items() if value is not None}
 
     def extra_repr(self) -> str:
-        parts = [f"{name}={value!r}" for name, value in self.options().items() if value is not None]
-        return ", ".join([*parts, f"loss_weight={self.loss_weight}"])
+        options = {name: repr(value) for name, value in self.options().items() if value is not None}
+        if "process_group" in options:
+            options["process_group"] = distributed.describe_group(self.process_group)
+        return ", ".join(f"{name}={value}" for name, value in [*options.items(), ("loss_weight", self.loss_weight)])
 
 
 def read_targets(
@@ -217,6 +236,9 @@ def read_targets(
         _checks.check_device(function, "quality", quality, logits)
         _checks.check_shape(function, "quality", quality, targets.shape, "the shape of targets")
         return targets.contiguous(), [(quality.detach() if quality.requires_grad else quality).contiguous()]
+    if logits.dim() > 0 and targets.shape == logits.shape[:-1]:
+        wanted = "integers where they have the shape of logits less its last dimension (class indices)"
+        raise TypeError(f"{function}: targets must be {wanted}, got {targets.dtype}")
     _checks.check_shape(
         function,
         "targets",
@@ -233,30 +255,40 @@ def read_targets(
     return (dense.detach() if dense.requires_grad else dense).contiguous(), []
 
 
+def check_segments(function: str, segments: Tensor | int | str | None, num_segments: int | None) -> None:
+    """What can be said without a batch."""
+    if num_segments is not None and not (_is_int(num_segments) and num_segments >= 1):
+        raise ValueError(f"{function}: num_segments must be None or an int of at least 1, got {num_segments!r}")
+    if segments is None or isinstance(segments, Tensor):
+        return
+    wanted = "None, a Tensor of ids, a number of equal chunks of the first dimension, or 'class'"
+    if not (_is_int(segments) or isinstance(segments, str)):
+        raise TypeError(f"{function}: segments must be {wanted}, got {type(segments).__name__}")
+    if segments != "class" if isinstance(segments, str) else segments < 1:
+        raise ValueError(f"{function}: segments must be {wanted}, got {segments!r}")
+
+
 def read_num_segments(function: str, logits: Tensor, segments: Tensor | int | str | None, num_segments: int | None) -> int:
     """Checks the kind of `segments` and returns how many there are; ids themselves are read by `read_segment_ids`."""
+    check_segments(function, segments, num_segments)
     if segments is None:
         if num_segments is not None:
             raise ValueError(f"{function}: num_segments must be None without segments, got {num_segments!r}")
         return 1
-    if num_segments is not None and (isinstance(num_segments, bool) or not isinstance(num_segments, int) or num_segments < 1):
-        raise ValueError(f"{function}: num_segments must be None or an int of at least 1, got {num_segments!r}")
     if isinstance(segments, Tensor):
         if num_segments is None:
             raise ValueError(f"{function}: num_segments must be given with ids as segments, got None")
         return num_segments
-    if isinstance(segments, str):
-        _checks.check_choice(function, "segments", segments, ("class",))
-        if logits.dim() == 0:
-            raise ValueError(f"{function}: logits must have a last dimension of classes for segments 'class', got shape []")
+    if segments == "class":
+        if logits.dim() < 2:
+            raise ValueError(
+                f"{function}: logits must have rows and a last dimension of classes for segments 'class', got {list(logits.shape)}"
+            )
         known = max(logits.shape[-1], 1)
     else:
-        if isinstance(segments, bool) or not isinstance(segments, int):
-            raise TypeError(f"{function}: segments must be None, ids, an int or 'class', got {type(segments).__name__}")
-        if segments < 1 or logits.dim() == 0 or logits.shape[0] % segments:
+        if logits.dim() == 0 or logits.shape[0] % segments:
             raise ValueError(
-                f"{function}: segments must be at least 1 and divide the first dimension of logits, got {segments} for shape "
-                f"{list(logits.shape)}"
+                f"{function}: segments must divide the first dimension of logits, got {segments} for shape {list(logits.shape)}"
             )
         known = segments
     if num_segments not in (None, known):
@@ -303,31 +335,31 @@ def capacity_of(logits: Tensor, targets: Tensor, max_positives: int | None) -> i
     return most if is_index_form else min(most, DEFAULT_CAPACITY)
 
 
-def positives_among(logits: Tensor, targets: Tensor, background: str) -> Tensor:
-    """Which of `targets` are positives. In its shape."""
+def positives_among(logits: Tensor, targets: Tensor, ids: Tensor | None, num_segments: int, background: str) -> Tensor:
+    """Which of `targets` are positives that belong to a segment. In its shape."""
     if targets.is_floating_point():
-        return targets > 0
-    first = int(background == "first")
-    return (targets >= first) & (targets < logits.shape[-1] + first)
-
-
-def check_capacity(
-    function: str, logits: Tensor, targets: Tensor, ids: Tensor | None, num_segments: int, background: str, capacity: int
-) -> None:
-    """Reads the data. Positives of rows that belong to no segment take no room."""
-    found = positives_among(logits, targets, background)
+        found = targets > 0
+    else:
+        first = int(background == "first")
+        found = (targets >= first) & (targets < logits.shape[-1] + first)
     if ids is not None and ids.shape[1] == 1:
         rows = ids.shape[0]
-        found = found.reshape(rows, found.numel() // max(rows, 1)) & (ids >= 0) & (ids < num_segments)
-    positives = int(found.sum())
+        by_row = found.reshape(rows, found.numel() // max(rows, 1))
+        found = (by_row & (ids >= 0) & (ids < num_segments)).reshape(targets.shape)
+    return found
+
+
+def check_capacity(function: str, is_positive: Tensor, capacity: int) -> None:
+    """Reads the data."""
+    positives = int(is_positive.sum())
     if positives > capacity:
         raise RuntimeError(f"{function}: max_positives must be at least the number of positives, {positives}, got {capacity}")
 
 
-def check_values(function: str, logits: Tensor, targets: Tensor, quality: list[Tensor], background: str) -> None:
+def check_values(function: str, logits: Tensor, targets: Tensor, quality: list[Tensor], is_positive: Tensor) -> None:
     """Checks that read the data, on under RSLOSS_DEBUG_CHECKS=1 only."""
     if targets.is_floating_point():
-        positives = int(positives_among(logits, targets, background).sum())
+        positives = int((targets > 0).sum())
         if 2 * positives > targets.numel():
             raise ValueError(
                 f"{function}: targets must be positive for at most half of the elements (label smoothing is not supported: any "
@@ -335,12 +367,13 @@ def check_values(function: str, logits: Tensor, targets: Tensor, quality: list[T
             )
         if positives and not float(targets.max()) <= 1:
             raise ValueError(f"{function}: targets must be at most 1, got {float(targets.max())}")
-    else:
-        classes = logits.shape[-1]
-        if targets.numel() and int(targets.max()) > classes:
-            raise ValueError(f"{function}: targets must be class indices up to {classes}, got {int(targets.max())}")
-        for value in quality:
-            if value.numel() and not bool(((value >= 0) & (value <= 1)).all()):
-                raise ValueError(
-                    f"{function}: quality must be within [0, 1], got [{float(value.min())}, {float(value.max())}]"
-                )
+        return
+    classes = logits.shape[-1]
+    if targets.numel() and int(targets.max()) > classes:
+        raise ValueError(f"{function}: targets must be class indices up to {classes}, got {int(targets.max())}")
+    for value in quality:
+        value = value[is_positive]
+        if value.numel() and not bool(((value >= 0) & (value <= 1)).all()):
+            raise ValueError(
+                f"{function}: quality must be within [0, 1] where there is a positive, got [{float(value.min())}, {float(value.max())}]"
+            )

@@ -2,6 +2,7 @@
 
 A handful of 0-d operations, one row maximum and two sums: plain PyTorch on every backend, nothing read on the host.
 """
+import warnings
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from rsloss_kernels._state import StatefulLoss, keeps_statistics, store
 
 MODES = ("step", "running")
 SMALLEST_WEIGHT = 1e-12
+# As published: the iterations of an epoch of COCO there.
+DEFAULT_PERIOD = 3665
 
 
 class SelfBalancing(distributed.HoldsGroup, StatefulLoss):
@@ -23,7 +26,7 @@ class SelfBalancing(distributed.HoldsGroup, StatefulLoss):
 
     Args:
         mode: "step" or "running".
-        period: for "running", steps between two factors; as published, the iterations of one epoch.
+        period: for "running", steps between two factors; as published, the iterations of one epoch. "step" has none, and warns.
         initial: for "running", the factor of the first period; in both modes the first value of the buffer `SB_weight`.
         process_group: None, "default" (all processes, if torch.distributed is initialised) or a group: the factor comes from the
             means of both losses over its processes, one all-gather of two numbers, so that factor and buffers are the same on all.
@@ -36,7 +39,7 @@ class SelfBalancing(distributed.HoldsGroup, StatefulLoss):
     """
 
     def __init__(
-        self, mode: str = "step", period: int = 3665, initial: float = 50.0, *, process_group: object | None = None
+        self, mode: str = "step", period: int = DEFAULT_PERIOD, initial: float = 50.0, *, process_group: object | None = None
     ):
         super().__init__()
         _checks.check_choice("SelfBalancing", "mode", mode, MODES)
@@ -45,6 +48,8 @@ class SelfBalancing(distributed.HoldsGroup, StatefulLoss):
         if isinstance(initial, bool) or not isinstance(initial, (int, float)) or not 0 <= initial < float("inf"):
             raise ValueError(f"SelfBalancing: initial must be a finite number of at least 0, got {initial!r}")
         distributed.resolve_group("SelfBalancing", process_group)
+        if mode == "step" and period != DEFAULT_PERIOD:
+            warnings.warn(f"SelfBalancing: period={period} has no effect with mode='step', only with mode='running'", stacklevel=2)
         self.mode = mode
         self.period = period
         self.process_group = process_group
