@@ -1,8 +1,8 @@
-"""Draws the speed section of a results file: time against N, P and the number of segments, one line per provider.
+"""Draws the speed section of a results file: time against N, P, the number of segments and that of bins, one line per provider.
 
     python bench/plot.py bench/results/<machine>/rank_sort.json
 
-Writes <loss>_time_against_n.png, _p.png and _s.png beside the file, as far as it holds two problems that differ in that alone.
+Writes <loss>_time_against_n.png, _p.png and so on beside the file, as far as it holds two problems that differ in that alone.
 """
 import argparse
 import pathlib
@@ -32,12 +32,20 @@ STYLES = {
     "bucketed": ("#e0731d", "^", "--"),
     "vectorised": ("#8e5bb5", "<", "--"),
     "vectorised, torch.compile": ("#c48bd8", ">", "--"),
+    "MMDetection's": ("#b3261e", "v", "--"),
+    "smooth L1, eager": ("#1f7a4d", "P", ":"),
     "focal, eager": ("#1f7a4d", "P", ":"),
     "focal, torch.compile": ("#6fbf8f", "X", ":"),
     "copy floor": ("#777777", ".", "-."),
 }
 OTHER = ("#333333", "x", "-")
-AXES = {"n": ("negatives", "N, negatives"), "p": ("positives", "P, positives"), "s": ("segments", "S, equal segments")}
+RANKING_AXES = {"n": ("negatives", "N, negatives"), "p": ("positives", "P, positives"), "s": ("segments", "S, equal segments")}
+AXES = {"ghm": {"n": ("size", "N, elements"), "b": ("bins", "bins")}}
+
+
+def axes_of(loss: str) -> dict[str, tuple[str, str]]:
+    """{name of the picture: (field, label)}."""
+    return AXES.get(loss, RANKING_AXES)
 
 
 def style(provider: str) -> tuple[str, str, str]:
@@ -52,10 +60,11 @@ def is_ours(provider: str) -> bool:
     return "[" in provider
 
 
-def series(records: list[dict], axis: str) -> tuple[dict, dict]:
+def series(loss: str, records: list[dict], axis: str) -> tuple[dict, dict]:
     """The longest run of problems that differ in `axis` alone: what is fixed, and {provider: [(x, record)]}."""
-    key = AXES[axis][0]
-    names = ("distribution", "positives", "negatives", "segments", "form", "dtype", "device", "mode", "timing")
+    key = axes_of(loss)[axis][0]
+    # The capacity follows the number of positives.
+    names = [name for name in results.problem(loss) if name != "max_positives"] + ["mode", "timing"]
     groups = {}
     for record in records:
         # One segment has other providers than many.
@@ -75,7 +84,8 @@ def series(records: list[dict], axis: str) -> tuple[dict, dict]:
 
 def draw(document: dict, axis: str, path: pathlib.Path) -> bool:
     """False, and no picture, where nothing varies along the axis."""
-    fixed, lines = series(document["sections"]["speed"]["records"], axis)
+    loss, axes = document["loss"], axes_of(document["loss"])
+    fixed, lines = series(loss, document["sections"]["speed"]["records"], axis)
     if max((len(points) for points in lines.values()), default=0) < 2:
         return False
     figure, plot = plt.subplots(figsize=(9, 5.4), constrained_layout=True)
@@ -86,14 +96,14 @@ def draw(document: dict, axis: str, path: pathlib.Path) -> bool:
         width = 2.4 if is_ours(provider) else 1.5
         plot.plot(x, middle, color=colour, marker=marker, linestyle=dash, linewidth=width, markersize=6, label=provider)
         plot.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-    plot.set(xscale="log", yscale="log", xlabel=AXES[axis][1], ylabel="milliseconds, median and quartiles")
-    others = [f"{AXES[name][1].split(',')[0]} = {fixed[AXES[name][0]]:,}" for name in "np" if name != axis]
+    plot.set(xscale="log", yscale="log", xlabel=axes[axis][1], ylabel="milliseconds, median and quartiles")
+    others = [f"{label.split(',')[0]} = {fixed[key]:,}" for name, (key, label) in axes.items() if name not in (axis, "s")]
     machine = document["machine"]
     threads = document["sections"]["speed"]["settings"]["threads"]
     where = machine["gpu"] or f"{machine['cpu']}, {threads} thread{'s' * (threads != 1)}"
     passes = {"full": "forward + backward"}.get(fixed["mode"], fixed["mode"])
     plot.set_title(
-        f"{document['loss'].replace('_', ' ')}, {passes}: {fixed['distribution']} logits, {', '.join(others)}, "
+        f"{fixed.get('loss', loss.replace('_', ' '))}, {passes}: {fixed['distribution']} logits, {', '.join(others)}, "
         f"{fixed['dtype']}, {fixed['form']} targets\n{where}, torch {machine['torch']}",
         fontsize=10,
         loc="left",
@@ -114,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
         document = results.read(file)
         if "speed" not in document["sections"]:
             parser.error(f"{file} holds no speed section")
-        for axis in AXES:
+        for axis in axes_of(document["loss"]):
             path = file.with_name(f"{document['loss']}_time_against_{axis}.png")
             if draw(document, axis, path):
                 print(path)

@@ -49,10 +49,10 @@ def tables(folder: pathlib.Path) -> str:
         parts.append(_heading(document))
         sections = document["sections"]
         if "speed" in sections:
-            parts.append(_speed(sections["speed"]["records"]))
+            parts.append(_speed(document["loss"], sections["speed"]["records"]))
         if "memory" in sections:
             parts.append("Peak memory of forward + backward beyond the inputs, MiB:\n")
-            parts.append(_by_problem(sections["memory"]["records"], lambda record: _number(_mebibytes(record))))
+            parts.append(_by_problem(document["loss"], sections["memory"]["records"], lambda record: _number(_mebibytes(record))))
         if "targets" in sections:
             parts.append(_targets(sections["targets"]["records"]))
         if "distance" in sections:
@@ -68,10 +68,11 @@ def headlines(folder: pathlib.Path) -> str:
         sections = document["sections"]
         if "speed" in sections:
             records = [record for record in sections["speed"]["records"] if (record["mode"], record["timing"]) == ("full", "call")]
-            parts.append(_multiples("Forward + backward, median milliseconds", records, lambda record: record["median_ms"]))
+            words = "Forward + backward, median milliseconds"
+            parts.append(_multiples(document["loss"], words, records, lambda record: record["median_ms"]))
         if "memory" in sections:
             words = "Peak memory of forward + backward beyond the inputs, MiB"
-            parts.append(_multiples(words, sections["memory"]["records"], _mebibytes))
+            parts.append(_multiples(document["loss"], words, sections["memory"]["records"], _mebibytes))
         if "targets" in sections:
             records = sections["targets"]["records"]
             failed = [record for record in records if not record["passed"]]
@@ -90,16 +91,16 @@ def _heading(document: dict) -> str:
     return f"**{TITLES.get(document['loss'], document['loss'])}**, {where}, torch {machine['torch']}, {settings['date']}\n"
 
 
-def _speed(records: list[dict]) -> str:
+def _speed(loss: str, records: list[dict]) -> str:
     parts = []
     for mode, timing in sorted({(record["mode"], record["timing"]) for record in records}):
         words = {"full": "Forward + backward"}.get(mode, mode.capitalize()) + (", captured" if timing == "captured" else "")
         chosen = [record for record in records if (record["mode"], record["timing"]) == (mode, timing)]
         for is_segmented, title in ((False, words), (True, f"{words} in S equal segments")):
-            part = [record for record in chosen if (record["segments"] > 1) == is_segmented]
+            part = [record for record in chosen if (record.get("segments", 1) > 1) == is_segmented]
             if part:
                 parts.append(f"{title}, median milliseconds:\n")
-                parts.append(_by_problem(part, lambda record: _number(record["median_ms"])))
+                parts.append(_by_problem(loss, part, lambda record: _number(record["median_ms"])))
     return "\n".join(parts)
 
 
@@ -107,7 +108,7 @@ def _mebibytes(record: dict) -> float | None:
     return None if record["extra_bytes"] is None else record["extra_bytes"] / 2**20
 
 
-def _multiples(words: str, records: list[dict], value: Callable[[dict], float | None]) -> str:
+def _multiples(loss: str, words: str, records: list[dict], value: Callable[[dict], float | None]) -> str:
     """The value of this library's compiled function, and those of the others over it."""
     found = [record["provider"] for record in records if re.fullmatch(r"\w+ \[(cpp|cuda|triton)\]", record["provider"])]
     if not found:
@@ -115,7 +116,7 @@ def _multiples(words: str, records: list[dict], value: Callable[[dict], float | 
     ours = found[0]
 
     def problem(record: dict) -> tuple:
-        return tuple(record[name] for name in ("distribution", "positives", "negatives", "form", "dtype", "segments"))
+        return tuple(record[name] for name, (_, head) in results.problem(loss).items() if head)
 
     of_ours = {problem(record): value(record) for record in records if record["provider"] == ours}
 
@@ -127,21 +128,23 @@ def _multiples(words: str, records: list[dict], value: Callable[[dict], float | 
 
     records = [record | {"relevant": None} for record in records if record["provider"] != "copy floor"]
     records.sort(key=lambda record: record["provider"] != ours)
-    return f"{words} of `{ours}`, and how many times as much the others take:\n\n{_by_problem(records, cell)}"
+    return f"{words} of `{ours}`, and how many times as much the others take:\n\n{_by_problem(loss, records, cell)}"
 
 
-def _by_problem(records: list[dict], cell: Callable[[dict], str]) -> str:
+def _by_problem(loss: str, records: list[dict], cell: Callable[[dict], str]) -> str:
     """One row per problem, one column per provider. `relevant`: the fraction of negatives that can reach a positive."""
     providers = list(dict.fromkeys(record["provider"] for record in records))
-    names = ["distribution", "positives", "negatives", "form", "dtype"]
-    heads = ["logits", "P", "N", "targets", "type"]
-    if any(record["segments"] > 1 for record in records):
-        names, heads = [*names, "segments"], [*heads, "S"]
+    columns = {name: head for name, (_, head) in results.problem(loss).items() if head}
+    # What hardly ever differs has a column only where it does.
+    for name, usual in (("segments", 1), ("momentum", 0)):
+        if all(record.get(name, usual) == usual for record in records):
+            columns.pop(name, None)
+    names, heads = list(columns), list(columns.values())
     if records[0].get("relevant"):
         heads.append("relevant")
     rows = {}
     for record in records:
-        key = [f"{record[name]:,}" if isinstance(record[name], int) else record[name] for name in names]
+        key = [record[name] if isinstance(record[name], str) else f"{record[name]:,}" for name in names]
         if record.get("relevant"):
             key.append(f"{statistics.median(record['relevant']):.2g}")
         rows.setdefault(tuple(key), {})[record["provider"]] = cell(record)

@@ -1,7 +1,7 @@
 """The file that a benchmark writes, `results/<machine>/<loss>.json`: one fixed schema, checked when written and when read.
 
 A document holds the machine and up to four sections, `speed`, `memory`, `targets` and `distance` (of the bucketed loss to the
-exact one), each with its own settings and records. `relevant`: the fraction of negatives that can reach a positive, per draw.
+exact one), each with its own settings and records. What a problem is differs between ranking losses and GHM.
 A run replaces the sections that it measured; sections of another machine or other versions are dropped, never mixed.
 """
 import json
@@ -11,19 +11,29 @@ SCHEMA = 2
 NUMBER = (int, float)
 OPTIONAL_NUMBER = (int, float, type(None))
 OPTIONAL_TEXT = (str, type(None))
-CASE_FIELDS = {
-    "distribution": str,
-    "positives": int,
-    "negatives": int,
-    "elements": int,
-    "form": str,
-    "dtype": str,
-    "device": str,
-    "max_positives": (int, type(None)),
-    "segments": int,
-    "provider": str,
-    "skipped": OPTIONAL_TEXT,
+# What a problem is, in the order of the tables, with the head of its column; None: in no column.
+RANKING_PROBLEM = {
+    "distribution": (str, "logits"),
+    "positives": (int, "P"),
+    "negatives": (int, "N"),
+    "form": (str, "targets"),
+    "dtype": (str, "type"),
+    "segments": (int, "S"),
+    "device": (str, None),
+    "max_positives": ((int, type(None)), None),
 }
+GHM_PROBLEM = {
+    "loss": (str, "loss"),
+    "distribution": (str, "logits"),
+    "size": (int, "N"),
+    "bins": (int, "bins"),
+    "momentum": (NUMBER, "momentum"),
+    "form": (str, "targets"),
+    "dtype": (str, "type"),
+    "device": (str, None),
+}
+PROBLEMS = {"ghm": GHM_PROBLEM}
+CASE_FIELDS = {"elements": int, "provider": str, "skipped": OPTIONAL_TEXT}
 FIELDS = {
     "speed": CASE_FIELDS
     | {
@@ -35,7 +45,6 @@ FIELDS = {
         "repetitions": int,
         "ns_per_element": OPTIONAL_NUMBER,
         "moved_bytes": int,
-        "relevant": list,
         "gb_per_s": OPTIONAL_NUMBER,
         "ratio_to_floor": OPTIONAL_NUMBER,
         "ratio_to_focal": OPTIONAL_NUMBER,
@@ -60,8 +69,23 @@ FIELDS = {
         "gradient_cosine": NUMBER,
     },
 }
+# Of problems of a ranking loss: the fraction of negatives that can reach a positive, per draw.
+RANKING_SPEED = {"relevant": list}
 SETTING_FIELDS = {"date": str, "threads": int, "seeds": list, "budget_s": NUMBER, "foreign_load": OPTIONAL_NUMBER, "cache": str}
 MACHINE_FIELDS = ("slug", "cpu", "cores", "gpu", "compute_capability", "cuda", "torch", "triton", "python", "system")
+
+
+def problem(loss: str) -> dict[str, tuple]:
+    """What tells the problems of a loss apart: {field: (type, head of its column or None)}."""
+    return PROBLEMS.get(loss, RANKING_PROBLEM)
+
+
+def fields(loss: str, section: str) -> dict:
+    """The fields of a record and their types."""
+    if section not in ("speed", "memory"):
+        return FIELDS[section]
+    of_problem = {name: kind for name, (kind, _) in problem(loss).items()}
+    return of_problem | FIELDS[section] | (RANKING_SPEED if section == "speed" and loss not in PROBLEMS else {})
 
 
 def validate(document: dict) -> None:
@@ -76,7 +100,7 @@ def validate(document: dict) -> None:
         _check_keys(name, section, {"settings": dict, "records": list})
         _check_keys(f"{name}.settings", section["settings"], SETTING_FIELDS)
         for number, record in enumerate(section["records"]):
-            _check_keys(f"{name}.records[{number}]", record, FIELDS[name])
+            _check_keys(f"{name}.records[{number}]", record, fields(document["loss"], name))
 
 
 def _check_keys(place: str, value: dict, fields: dict) -> None:

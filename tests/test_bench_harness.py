@@ -227,7 +227,7 @@ def test_headlines_are_multiples_of_ours_and_what_does_not_hold(folder):
 
 def test_plot_follows_the_axis_with_everything_else_fixed(folder):
     path = folder / "results" / "box" / "rank_sort.json"
-    fixed, lines = plot.series(results.read(path)["sections"]["speed"]["records"], "p")
+    fixed, lines = plot.series("rank_sort", results.read(path)["sections"]["speed"]["records"], "p")
     assert fixed["negatives"] == 2000 and [x for x, _ in lines["bucketed"]] == [10, 20, 30]
     assert plot.main([str(path)]) == 0
     for axis in "np":
@@ -235,5 +235,5 @@ def test_plot_follows_the_axis_with_everything_else_fixed(folder):
     # Nothing varies in the number of segments.
     assert not path.with_name("rank_sort_time_against_s.png").exists()
     several = [record("x [cpp], chunks", 10, 1000, 1.0) | {"segments": count} for count in (2, 8, 64)]
-    fixed, lines = plot.series(results.read(path)["sections"]["speed"]["records"] + several, "s")
+    fixed, lines = plot.series("rank_sort", results.read(path)["sections"]["speed"]["records"] + several, "s")
     assert [x for x, _ in lines["x [cpp], chunks"]] == [2, 8, 64] and list(lines) == ["x [cpp], chunks"]
