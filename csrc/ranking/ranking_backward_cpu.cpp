@@ -136,13 +136,14 @@ void stream_gradient(const Tensors& logits, const uint64_t* words, const Segment
                      const GradientTables<Arithmetic<In>>& tables, const Tensors& gradients) {
   using T = Arithmetic<In>;
   const GradientPass<T> pass = tables.pass();
+  const PartLookup<T> lookup(segments, tables.parted, num_cells(tables.grid));
   for (size_t level = 0; level < logits.size(); ++level) {
     const In* data = static_cast<const In*>(logits[level].const_data_ptr());
     In* gradient = static_cast<In*>(gradients[level].mutable_data_ptr());
     const int64_t count = logits[level].numel(), level_words = mask_words(count);
     const int64_t tasks = task_count(level_words, kWordsPerTask);
-    const auto write = [&](int64_t begin, int64_t end, const LaneParts* lanes, const GradientPass<T>& of_part) {
-      RSL_ISA_CALL(write_gradient, data + begin * 64, std::min(end * 64, count) - begin * 64, words + begin, lanes, of_part,
+    const auto write = [&](int64_t begin, int64_t end, const MixedSpan* span, const GradientPass<T>& of_part) {
+      RSL_ISA_CALL(write_gradient, data + begin * 64, std::min(end * 64, count) - begin * 64, words + begin, span, of_part,
                    gradient + begin * 64);
     };
     run_tasks(tasks, [&](int64_t task) {
@@ -152,9 +153,8 @@ void stream_gradient(const Tensors& logits, const uint64_t* words, const Segment
             write(begin, end, nullptr, pass_of_part(pass, tables.parted.part(segment)));
           },
           [&](int64_t begin, int64_t end) {
-            LaneParts lanes;
-            fill_lane_parts(segments, tables.parted, level, begin * 64, std::min(end * 64, count), lanes);
-            write(begin, end, &lanes, pass);
+            const MixedSpan span = lookup.span(level, begin * 64);
+            write(begin, end, &span, pass);
           });
     });
     words += level_words;

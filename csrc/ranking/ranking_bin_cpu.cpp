@@ -139,6 +139,8 @@ struct BinTables {
     else return {parted.edges.data(), parted.parts.data(), near, searched};
   }
 
+  int64_t part_cells() const { return num_cells(grid); }
+
   // Sums of one task: [2, edges + 1], far offsets before near ones.
   int64_t num_sums() const { return 2 * (int64_t{parted.size()} + 1); }
 
@@ -204,6 +206,7 @@ int64_t stream_negatives(const Tensors& logits, const uint64_t* words, const Seg
   using T = Arithmetic<In>;
   const BinTables<T> tables(PartedEdges<T>(points.edges.data(), ranges, segments.num_segments(), segments.has_ids()), unit,
                             most, elements);
+  const PartLookup<T> lookup(segments, tables.parted, tables.part_cells());
   const int64_t num_sums = tables.num_sums();
   // Every further thread costs a table and its clearing.
   const int64_t local_elements = count_elements(logits);
@@ -217,9 +220,9 @@ int64_t stream_negatives(const Tensors& logits, const uint64_t* words, const Seg
     const int64_t count = logits[level].numel(), level_words = mask_words(count);
     run_tasks(tasks, [&](int64_t task) {
       const BinPass<T> pass = tables.pass(sums.data() + task * num_sums);
-      const auto bin = [&](int64_t begin, int64_t end, const LaneParts* lanes, const BinPass<T>& of_part) {
+      const auto bin = [&](int64_t begin, int64_t end, const MixedSpan* span, const BinPass<T>& of_part) {
         nan_counts[task] += RSL_ISA_CALL(bin_negatives, data + begin * 64, std::min(end * 64, count) - begin * 64,
-                                         words + begin, lanes, of_part);
+                                         words + begin, span, of_part);
       };
       segments.for_spans(
           level, task_begin(level_words, tasks, task), task_begin(level_words, tasks, task + 1),
@@ -227,9 +230,8 @@ int64_t stream_negatives(const Tensors& logits, const uint64_t* words, const Seg
             bin(begin, end, nullptr, pass_of_part(pass, tables.parted.part(segment)));
           },
           [&](int64_t begin, int64_t end) {
-            LaneParts lanes;
-            fill_lane_parts(segments, tables.parted, level, begin * 64, std::min(end * 64, count), lanes);
-            bin(begin, end, &lanes, pass);
+            const MixedSpan span = lookup.span(level, begin * 64);
+            bin(begin, end, &span, pass);
           });
     });
     words += level_words;

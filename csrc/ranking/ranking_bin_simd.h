@@ -2,7 +2,7 @@
 // Compiled once per instruction set (common/for_each_isa.h). Elements come in words of 64, one bit of the mask each: full words
 // of 16- or 32-bit floats take the vector path; float64 and the last, partial word take the scalar one, which computes the
 // same.
-#include "ranking/ranking_simd.h"
+#include "ranking/ranking_lanes_simd.h"
 
 template <class In, class T>
 static void bin_word(const In* logits, uint64_t negatives, const int32_t* part, const BinPass<T>& pass, int64_t& nan_count) {
@@ -22,7 +22,7 @@ struct BinBuffer {
   alignas(64) float value[kBuffer + 64 + kLanes];
   alignas(64) int32_t cell[kBuffer + 64 + kLanes];
   alignas(64) int32_t bin[kBuffer + 64 + kLanes];
-  alignas(64) int32_t part[kBuffer + 64 + kLanes];  // only where segments are mixed
+  alignas(64) int32_t first_cell[kBuffer + 64 + kLanes];  // of the part, only where segments are mixed
   alignas(64) int64_t offset[kBuffer + 64 + kLanes];
 };
 
@@ -36,7 +36,7 @@ static inline void bin_buffer(const BinPass<float>& pass, BinBuffer& buffer, int
     store_offsets(pass, x, buffer.offset + i);
   }
   if constexpr (kMixed)
-    for (int i = 0; i < filled; ++i) buffer.cell[i] += buffer.part[i] * pass.part_cells;
+    for (int i = 0; i < filled; ++i) buffer.cell[i] += buffer.first_cell[i];
   for (int i = 0; i < filled; i += kLanes) {
     const Entries entries = gather_pairs(pass.cells, buffer.cell + i);
     uint32_t crowded = store_bins(entries, load(buffer.value + i), buffer.bin + i);
@@ -57,13 +57,18 @@ static inline void bin_buffer(const BinPass<float>& pass, BinBuffer& buffer, int
 
 // Gathers the relevant values of many words in a buffer that stays in the first-level cache.
 template <bool kMixed, class In>
-static void bin_full_words(const In* logits, const uint64_t* negatives, int64_t words, const LaneParts* lanes,
+static void bin_full_words(const In* logits, const uint64_t* negatives, int64_t words, const MixedSpan* span,
                            const BinPass<float>& pass, int64_t& nan_count) {
   BinBuffer buffer;
-  for (int i = 0; i < kBuffer + 64 + kLanes; i += kLanes) store(buffer.value + i, broadcast(0));
+  LaneRoom room;
+  Lanes lanes{};
   int filled = 0;
   Floats lowest = broadcast(pass.lowest);
   for (int64_t word = 0; word < words; ++word) {
+    if constexpr (kMixed) {
+      const int64_t left = words - word;
+      if (word % kMixedWords == 0) lanes = lanes_of(*span, word * 64, 64 * (left < kMixedWords ? left : kMixedWords), room);
+    }
     const uint64_t mask = negatives[word];
     if (mask != 0) {
       const In* values = logits + word * 64;
@@ -71,16 +76,20 @@ static void bin_full_words(const In* logits, const uint64_t* negatives, int64_t 
       for (int i = 0; i < 64; i += kLanes) {
         const uint32_t wanted = static_cast<uint32_t>(mask >> i) & kAllLanes;
         const Floats x = load(values + i);
-        if constexpr (kMixed) lowest = load(lanes->lowest + word * 64 + i);
+        const int64_t lane = word % kMixedWords * 64 + i;
+        if constexpr (kMixed) lowest = load(lanes.lowest + lane);
         const uint32_t relevant = wanted & at_least(x, lowest);
         const uint32_t broken = wanted & is_nan(x);
         if (broken) nan_count += __builtin_popcount(broken);
         compress(buffer.value + filled, x, relevant);
-        if constexpr (kMixed) compress(buffer.part + filled, lanes->part + word * 64 + i, relevant);
+        if constexpr (kMixed) compress(buffer.first_cell + filled, lanes.first_cell + lane, relevant);
         filled += __builtin_popcount(relevant);
       }
     }
     if (filled >= kBuffer || word + 1 == words) {
+      // What is left of the last vector is looked up too.
+      store(buffer.value + filled, broadcast(0));
+      if constexpr (kMixed) store(buffer.first_cell + filled, broadcast(0));
       bin_buffer<kMixed>(pass, buffer, filled);
       filled = 0;
     }
@@ -89,24 +98,25 @@ static void bin_full_words(const In* logits, const uint64_t* negatives, int64_t 
 
 #endif
 
-// logits: [count]. negatives: [words of count], bits beyond count are 0. lanes: parts of the elements, or none if all are of
-// the first part of the pass. Returns the number of NaN negatives.
+// logits: [count]. negatives: [words of count]. span: the segments of the elements, or none if all are of the first part of the
+// pass. Returns the number of NaN negatives.
 template <class In, class T>
-static int64_t bin_negatives(const In* logits, int64_t count, const uint64_t* negatives, const LaneParts* lanes,
+static int64_t bin_negatives(const In* logits, int64_t count, const uint64_t* negatives, const MixedSpan* span,
                              const BinPass<T>& pass) {
   int64_t nan_count = 0, word = 0;
 #if RSL_ISA != 0
   if constexpr (has_vectors<In>()) {
     word = count / 64;
-    if (lanes == nullptr) bin_full_words<false>(logits, negatives, word, lanes, pass, nan_count);
-    else bin_full_words<true>(logits, negatives, word, lanes, pass, nan_count);
+    if (span == nullptr) bin_full_words<false>(logits, negatives, word, span, pass, nan_count);
+    else bin_full_words<true>(logits, negatives, word, span, pass, nan_count);
   }
 #endif
   for (; word * 64 < count; ++word) {
-    const int64_t left = count - word * 64;
+    const int64_t left = count - word * 64, size = left < 64 ? left : 64;
     const uint64_t inside = left < 64 ? (uint64_t{1} << left) - 1 : ~uint64_t{0};
-    const int32_t* part = lanes == nullptr ? nullptr : lanes->part + word * 64;
-    bin_word(logits + word * 64, negatives[word] & inside, part, pass, nan_count);
+    int32_t parts[64];
+    if (span != nullptr) span->write_parts(word * 64, size, parts);
+    bin_word(logits + word * 64, negatives[word] & inside, span == nullptr ? nullptr : parts, pass, nan_count);
   }
   return nan_count;
 }

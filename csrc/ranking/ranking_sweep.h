@@ -20,22 +20,61 @@ void for_cell_ranges(int64_t cells, const Body& body) {
   run_tasks(tasks, [&](int64_t task) { body(task_begin(cells, tasks, task), task_begin(cells, tasks, task + 1)); });
 }
 
-// The parts of the elements of some words, where these are of several segments.
-struct LaneParts {
-  alignas(64) int32_t part[kMixedElements];
-  alignas(64) float lowest[kMixedElements];  // first breakpoint; float32 only
+// What the vector passes know of a part: its first breakpoint, and its first cell in their table.
+struct alignas(8) PartEntry {
+  float lowest;
+  int32_t first_cell;
 };
 
+// Elements of several segments, from some element of a tensor on.
+struct MixedSpan {
+  SegmentLayout layout;
+  const int32_t* part_of;     // [num_segments + 1]
+  const PartEntry* entries;   // likewise; float32 only, like all below
+  const float* lowest;        // [columns + kMixedElements] where every column has a segment, or none
+  const int32_t* first_cell;  // likewise
+
+  void write_parts(int64_t begin, int64_t count, int32_t* parts) const {
+    layout.write_segments(begin, count, parts);
+    for (int64_t i = 0; i < count; ++i) parts[i] = part_of[parts[i]];
+  }
+};
+
+// The parts of all segments, as the passes look them up where segments are mixed.
 template <class T>
-void fill_lane_parts(const SegmentMap& segments, const PartedEdges<T>& parted, size_t level, int64_t begin, int64_t end,
-                     LaneParts& lanes) {
-  segments.for_runs(level, begin, end, [&](int64_t segment, int64_t first, int64_t last) {
-    const int32_t part = parted.part(segment);
-    std::fill(lanes.part + (first - begin), lanes.part + (last - begin), part);
-    if constexpr (std::is_same_v<T, float>)
-      std::fill(lanes.lowest + (first - begin), lanes.lowest + (last - begin), parted.lowest(part));
-  });
-}
+class PartLookup {
+ public:
+  PartLookup(const SegmentMap& segments, const PartedEdges<T>& parted, int64_t part_cells)
+      : segments_(segments), parted_(parted) {
+    if (segments.is_single() || !std::is_same_v<T, float>) return;
+    for (const int32_t part : parted.part_of)
+      entries_.push_back({static_cast<float>(parted.lowest(part)), static_cast<int32_t>(part * part_cells)});
+    const SegmentLayout layout = segments.layout(0);
+    if (layout.period == 0 || layout.period > kMostColumns) return;
+    for (int64_t i = 0; i < layout.period + kMixedElements; ++i) {
+      const PartEntry entry = entries_[layout.segment(i % layout.period)];
+      lowest_.push_back(entry.lowest);
+      first_cell_.push_back(entry.first_cell);
+    }
+  }
+
+  MixedSpan span(size_t level, int64_t begin) const {
+    SegmentLayout layout = segments_.layout(level);
+    layout.first += begin;
+    const bool has_columns = !lowest_.empty();
+    return {layout, parted_.part_of.data(), entries_.data(), has_columns ? lowest_.data() : nullptr,
+            has_columns ? first_cell_.data() : nullptr};
+  }
+
+ private:
+  static constexpr int64_t kMostColumns = 1 << 12;
+
+  const SegmentMap& segments_;
+  const PartedEdges<T>& parted_;
+  std::vector<PartEntry> entries_;
+  std::vector<float> lowest_;
+  std::vector<int32_t> first_cell_;
+};
 
 struct alignas(16) BinSums {
   int64_t count;

@@ -10,9 +10,39 @@
 
 namespace rsloss {
 
-// Words that are treated together where segments change inside them, and their elements.
+// Words that are treated together where segments change among them, and their elements.
 constexpr int64_t kMixedWords = 16;
 constexpr int64_t kMixedElements = 64 * kMixedWords;
+
+// Element i has the place (first + i) / width, modulo `period` if there is one, and the segment ids[place].
+struct SegmentLayout {
+  const int32_t* ids;  // none: places are segments
+  int64_t num_segments;
+  int64_t first;
+  int64_t width;
+  int64_t period;  // 0: none
+
+  // An element that belongs to no segment has the number `num_segments`.
+  int32_t segment(int64_t place) const {
+    if (ids == nullptr) return static_cast<int32_t>(place);
+    return static_cast<int32_t>(std::min(static_cast<uint32_t>(ids[place]), static_cast<uint32_t>(num_segments)));
+  }
+
+  // The segments of the elements [begin, begin + count).
+  void write_segments(int64_t begin, int64_t count, int32_t* segments) const {
+    int64_t place = (first + begin) / width, next = (place + 1) * width - (first + begin);
+    if (width == 1 && period == 0) {
+      for (int64_t i = 0; i < count; ++i) segments[i] = segment(place + i);
+      return;
+    }
+    if (period > 0) place %= period;
+    for (int64_t i = 0; i < count; next += width) {
+      const int32_t number = segment(place);
+      for (const int64_t end = std::min(next, count); i < end; ++i) segments[i] = number;
+      if (++place == period) place = 0;
+    }
+  }
+};
 
 // Arguments must have passed `check_segments`. An element that belongs to no segment has the number `num_segments`.
 class SegmentMap {
@@ -32,9 +62,10 @@ class SegmentMap {
   bool is_single() const { return form_ == kChunks && num_segments_ == 1; }
   bool has_ids() const { return form_ != kChunks; }
   bool ignores_elements() const {
-    bool ignores = false;
-    for (int64_t i = 0; i < num_ids_; ++i) ignores |= segment(ids_[i]) == num_segments_;
-    return ignores;
+    const uint32_t bound = static_cast<uint32_t>(num_segments_);
+    uint32_t ignores = 0;  // not bool, which is not vectorised
+    for (int64_t i = 0; i < num_ids_; ++i) ignores |= static_cast<uint32_t>(ids_[i]) >= bound ? 1 : 0;
+    return ignores != 0;
   }
   int64_t num_segments() const { return num_segments_; }
 
@@ -75,28 +106,28 @@ class SegmentMap {
     }
   }
 
-  // Covers the words [begin, end) of a tensor's mask by calls of whole(segment, first word, one past the last) for those that
-  // lie in one segment, and of mixed(first, one past the last) for `kMixedWords` at most of the others.
+  SegmentLayout layout(size_t level) const {
+    if (form_ == kChunks) return {nullptr, num_segments_, 0, std::max<int64_t>(1, size_[level] / num_segments_), 0};
+    if (form_ == kRows) return {ids_, num_segments_, first_[level], row_size_, 0};
+    return {ids_, num_segments_, 0, 1, num_ids_};
+  }
+
+  // Covers the words [begin, end) of a tensor's mask by calls of whole(segment, first word, one past the last) for long
+  // stretches that lie in one segment, and of mixed(first, one past the last) for the others.
   template <class Whole, class Mixed>
   void for_spans(size_t level, int64_t begin, int64_t end, const Whole& whole, const Mixed& mixed) const {
     if (begin == end) return;
     if (is_single()) return whole(int64_t{0}, begin, end);
     const int64_t last = std::min(64 * end, size_[level]);
-    for (int64_t word = begin; word < end;) {
+    for (int64_t word = begin, mixed_begin = begin; word < end;) {
       const Run run = run_at(level, 64 * word, last);
-      const int64_t whole_end = run.end == last ? end : run.end / 64;
-      if (whole_end > word) {
-        whole(run.segment, word, whole_end);
-        word = whole_end;
-        continue;
-      }
-      const int64_t first = word++;
-      while (word < std::min(end, first + kMixedWords)) {
-        const int64_t word_end = std::min(64 * word + 64, last);
-        if (run_at(level, 64 * word, word_end).end == word_end) break;
-        ++word;
-      }
-      mixed(first, word);
+      const int64_t whole_end = run.end == last ? end : run.end / 64, next = std::min(end, word + kMixedWords);
+      const bool is_whole = whole_end >= next;
+      if (mixed_begin < word && is_whole) mixed(mixed_begin, word);
+      if (is_whole) whole(run.segment, word, whole_end);
+      word = is_whole ? whole_end : next;
+      if (is_whole) mixed_begin = word;
+      else if (word == end) mixed(mixed_begin, end);
     }
   }
 
