@@ -12,10 +12,8 @@ from rsloss_kernels.losses.ranking.triton_common import (
     arithmetic,
     count_not_above,
     largest_power_of_two,
-    launching_on,
     power_up_to,
     read_negatives,
-    rounded_to,
     segment_arguments,
     segment_form,
     segment_of,
@@ -24,6 +22,7 @@ from rsloss_kernels.losses.ranking.triton_common import (
     table_block,
 )
 from rsloss_kernels.losses.ranking.triton_windows import write_ranges
+from rsloss_kernels.losses.triton_common import launching_on, rounded_to
 
 
 @triton.jit

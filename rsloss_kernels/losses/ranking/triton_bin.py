@@ -13,7 +13,6 @@ from rsloss_kernels.losses.ranking.triton_common import (
     TABLE_WARPS,
     arithmetic,
     count_not_above,
-    launching_on,
     offset_bits,
     power_of_two,
     power_up_to,
@@ -27,6 +26,7 @@ from rsloss_kernels.losses.ranking.triton_common import (
     width_exponent,
 )
 from rsloss_kernels.losses.ranking.triton_windows import write_breakpoints
+from rsloss_kernels.losses.triton_common import launching_on
 
 # Copies of the bins share this many entries of a count and a sum, where the positives are few and so the bins contended.
 SHARED_BINS = 1 << 14

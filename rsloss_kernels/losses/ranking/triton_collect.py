@@ -10,11 +10,11 @@ from rsloss_kernels.losses.ranking.triton_common import (
     PLAIN_INTEGERS,
     STREAM_WARPS,
     arithmetic,
-    launching_on,
     segment_arguments,
     segment_of,
     stream_block,
 )
+from rsloss_kernels.losses.triton_common import launching_on
 
 
 @triton.jit

@@ -1,13 +1,12 @@
-"""What the Triton kernels of every ranking loss share: block shapes, launching, arithmetic, searches, segments of elements."""
+"""What the Triton kernels of every ranking loss share: block shapes, arithmetic, searches, segments of elements."""
 import math
-import struct
-import threading
-from contextlib import AbstractContextManager
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from rsloss_kernels.losses.triton_common import fitting_block
 
 # Elements of one program of a pass over the logits; (positives, partners at a time) of one program over pairs; entries of one
 # program over a table. The interpreter pays per program, a GPU for idle processors; on it a pass over
@@ -19,16 +18,11 @@ STREAM_WARPS, TABLE_WARPS = 4, 8
 # Of a pass that searches: without a limit of its own the assembler spills registers to fit one more block on a processor.
 SEARCH_OPTIONS = {"num_warps": STREAM_WARPS, "maxnreg": 128}
 
-# Arguments that change from call to call without a gain from code of their own. Floats travel as the bits of a float64,
-# because Triton passes a Python float as a float32.
+# Arguments that change from call to call without a gain from code of their own. Floats travel as the bits of a float64.
 PLAIN_INTEGERS = (
     *("capacity", "top", "first_block", "offset", "entries", "period", "shift", "num_segments"),
     *("delta_bits", "scale_bits", "exponent"),
 )
-
-
-def float_bits(value: float) -> int:
-    return struct.unpack("<q", struct.pack("<d", value))[0]
 
 
 def width_exponent(delta: float) -> int:
@@ -37,27 +31,12 @@ def width_exponent(delta: float) -> int:
     return exponent - (mantissa == 0.5)
 
 
-# The interpreter swaps functions of triton.language while a kernel runs: one thread at a time.
-_interpreter = threading.RLock()
-
-
-def launching_on(tensor: Tensor) -> AbstractContextManager:
-    """The context that kernels must be launched in: the device of `tensor`; on a CPU, the interpreter to oneself."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else _interpreter
-
-
 def stream_block(elements: int, device: torch.device) -> int:
-    return _fitting(STREAM_BLOCK, elements, device)
+    return fitting_block(STREAM_BLOCK, elements, device)
 
 
 def table_block(entries: int, device: torch.device) -> int:
-    return _fitting(TABLE_BLOCK, entries, device)
-
-
-def _fitting(table: dict[str, int], size: int, device: torch.device) -> int:
-    """The block of the device; on a CPU no larger than the work."""
-    block = table[device.type]
-    return block if device.type == "cuda" else min(block, max(64, triton.next_power_of_2(size)))
+    return fitting_block(TABLE_BLOCK, entries, device)
 
 
 def largest_power_of_two(size: int) -> int:
@@ -129,11 +108,6 @@ def segment_ranks(ranges_ptr, segment, valid, wanted, SEGMENTED: tl.constexpr):
 
 
 @triton.jit
-def float_of(bits):
-    return bits.to(tl.int64).to(tl.float64, bitcast=True)
-
-
-@triton.jit
 def power_of_two(exponent):
     """2^exponent in float64; 0 below the normal numbers, inf above them."""
     exponent = tl.minimum(tl.maximum(exponent, -1023), 1024)
@@ -154,20 +128,6 @@ def arithmetic(value, DOUBLE: tl.constexpr):
         return value.to(tl.float64)
     else:
         return value.to(tl.float32)
-
-
-@triton.jit
-def rounded_to(value, TYPE: tl.constexpr):
-    """float64 values in a floating type, to the nearest. bfloat16 by hand: the interpreter would cut bits off."""
-    if TYPE == tl.bfloat16:
-        bits = value.to(tl.float32).to(tl.int32, bitcast=True)
-        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        nearest = tl.where(value == value, nearest, 0x7FC0)
-        return nearest.to(tl.int16).to(tl.bfloat16, bitcast=True)
-    elif TYPE == tl.float16:
-        return value.to(tl.float32).to(tl.float16)
-    else:
-        return value.to(TYPE)
 
 
 @triton.jit

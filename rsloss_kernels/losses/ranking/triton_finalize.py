@@ -21,9 +21,6 @@ from rsloss_kernels.losses.ranking.triton_common import (
     PLAIN_INTEGERS,
     TABLE_WARPS,
     count_not_above,
-    float_bits,
-    float_of,
-    launching_on,
     offset_bits,
     power_of_two,
     segment_form,
@@ -32,6 +29,7 @@ from rsloss_kernels.losses.ranking.triton_common import (
     width_exponent,
 )
 from rsloss_kernels.losses.ranking.triton_windows import write_breakpoints
+from rsloss_kernels.losses.triton_common import float_bits, float_of, launching_on
 
 # Rows of the table between the kernels, by rank. A loss reads the first and writes the others: its terms of the mean, the share
 # of the error that a negative takes per unit of H, the gradients of the positive before scaling, and one row for its own use.

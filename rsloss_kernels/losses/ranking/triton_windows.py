@@ -13,12 +13,11 @@ from rsloss_kernels.losses.ranking.triton_common import (
     PLAIN_INTEGERS,
     TABLE_WARPS,
     count_not_above,
-    float_bits,
-    float_of,
     power_up_to,
     segment_ranks,
     table_block,
 )
+from rsloss_kernels.losses.triton_common import float_bits, float_of
 
 
 class Windows(NamedTuple):
