@@ -110,7 +110,7 @@ def ghm_finalize(
     updates = histogram.new_zeros((0,), dtype=torch.int64)
     if num_updates is not None:
         updates = num_updates + (changes if momentum > 0 else 0)
-        density = accumulated / (-torch.expm1(updates * math.log(momentum)) if momentum > 0 else 1.0)
+        density = accumulated / (-torch.expm1(updates.double() * math.log(momentum)) if momentum > 0 else 1.0)
 
     num_bins = bins if count_empty_bins else is_filled.sum()
     bin_weights = torch.where(is_filled, 1 / (density * num_bins), 0.0)  # eq. 8, without the number of elements
