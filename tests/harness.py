@@ -21,6 +21,8 @@ HOST_COMPILER = "/usr/bin/g++"
 ROUNDING = {torch.float16: (2**-11, 2**-25), torch.bfloat16: (2**-8, 2**-134)}
 # The originals subtract two numbers near 1 for a sorting loss near 0; their float64 outputs carry that much noise.
 NOISE = 1e-15
+# What some losses return besides losses, by name.
+STATISTICS = ("rank", "order", "acc_sum", "num_updates")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +55,9 @@ class Backend:
         """Largest error of a loss, relative to its true value."""
         return self._float64_gate if dtype == torch.float64 else 1e-7
 
-    def gradient_gate(self, dtype: torch.dtype) -> float:
-        """Largest error of a gradient entry, relative to the largest true entry."""
-        return self._float64_gate if dtype == torch.float64 else 1e-6
+    def gradient_gate(self, dtype: torch.dtype, narrow: float = 1e-6) -> float:
+        """Largest error of a gradient entry, relative to the largest true entry; `narrow` that of the loss in float32."""
+        return self._float64_gate if dtype == torch.float64 else narrow
 
     @property
     def _float64_gate(self) -> float:
@@ -129,10 +131,10 @@ def bits(value: Tensor) -> Tensor:
 
 
 def losses_in(returned: Tensor | tuple) -> tuple[Tensor, ...]:
-    """The 0-d losses among what a loss returns; the others are called `rank` and `order`."""
+    """The 0-d losses among what a loss returns; the others are statistics."""
     if isinstance(returned, Tensor):
         return (returned,)
-    return tuple(value for name, value in zip(returned._fields, returned, strict=True) if name not in ("rank", "order"))
+    return tuple(value for name, value in zip(returned._fields, returned, strict=True) if name not in STATISTICS)
 
 
 def evaluate(
@@ -165,20 +167,28 @@ def on_device(options: dict, backend: Backend) -> dict:
 
 
 def assert_gates(
-    backend: Backend, got: Evaluation, losses: Sequence[float], gradient: Tensor, label: str = "", noise: float = 0.0
+    backend: Backend,
+    got: Evaluation,
+    losses: Sequence[float],
+    gradient: Tensor,
+    label: str = "",
+    noise: float = 0.0,
+    narrow: float = 1e-6,
 ) -> None:
     """Losses and gradient against the float64 truth, to the gates of the logits' dtype. NaN must stand where the truth has NaN."""
     dtype = got.gradient.dtype
     for value, wanted in zip(got.losses, losses, strict=True):
         assert value.shape == () and value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         assert_within(value, wanted, backend.loss_gate(dtype) * abs(wanted) + noise, f"{label} loss")
-    assert_gradient(backend, got.gradient, gradient, label, noise)
+    assert_gradient(backend, got.gradient, gradient, label, noise, narrow)
 
 
-def assert_gradient(backend: Backend, got: Tensor, wanted: Tensor, label: str = "", noise: float = 0.0) -> None:
+def assert_gradient(
+    backend: Backend, got: Tensor, wanted: Tensor, label: str = "", noise: float = 0.0, narrow: float = 1e-6
+) -> None:
     """Each entry to the gate times the largest entry, and the whole in relative L2 norm; plus the rounding of a 16-bit dtype."""
     wanted = wanted.reshape(got.shape)
-    gate, largest = backend.gradient_gate(got.dtype), wanted.nan_to_num(0).abs().amax() if wanted.numel() else 0.0
+    gate, largest = backend.gradient_gate(got.dtype, narrow), wanted.nan_to_num(0).abs().amax() if wanted.numel() else 0.0
     relative, smallest = ROUNDING.get(got.dtype, (0.0, 0.0))
     assert_within(got, wanted, gate * largest + relative * wanted.abs() + smallest + noise, f"{label} gradient")
     known = ~wanted.isnan()

@@ -3,8 +3,10 @@
 Quadratic in time and memory, and meant to be read next to the papers.
 """
 import dataclasses
+import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -194,3 +196,94 @@ def segmented(oracle: Callable[..., Truth], elements: Elements, ids: Tensor, num
             whole[index] = own
     used = max(used, 1)
     return Truth(tuple(sum(values) / used for values in zip(*parts, strict=True)), tuple(whole / used for whole in gradients))
+
+
+@dataclasses.dataclass(frozen=True)
+class HarmonizedTruth:
+    losses: tuple[float]
+    own_gradient: Tensor  # float64, the shape of the logits
+    acc_sum: Tensor  # float64 [bins], after the call
+    num_updates: Tensor  # int64 [bins], after the call
+    counts: Tensor  # int64 [bins]
+    weights: Tensor  # float64 [bins]
+
+    def gradient(self, *upstream: float) -> Tensor:
+        return self.own_gradient * (upstream or (1.0,))[0]
+
+
+def ghm(
+    pred: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    mu: float | None = None,
+    bins: int = 10,
+    momentum: float = 0.0,
+    acc_sum: Tensor | None = None,
+    num_updates: Tensor | None = None,
+    empty_bins: str = "skip",
+    background: str = "last",
+) -> HarmonizedTruth:
+    """GHM-C (`mu` None) and GHM-R (AAAI 2019), bin by bin from the gradient norm, in numpy."""
+    z, t = pred.detach().double().numpy(), (target.detach().double() if target.is_floating_point() else target).numpy()
+    if mu is None and not target.dtype.is_floating_point and target.shape == pred.shape[:-1]:
+        columns = np.arange(z.shape[-1]) + (background == "first")
+        t = t[..., None] == columns
+    t = t.astype(np.float64)
+    is_valid = np.ones(z.shape, bool)
+    if weight is not None:
+        rows = weight.detach().double().numpy()
+        is_valid = np.broadcast_to(rows if rows.shape == z.shape else rows[..., None], z.shape) > 0
+    with np.errstate(all="ignore"):
+        losses, slopes, norms = _harmonized_elements(z, t, mu)
+    is_nan = is_valid & np.isnan(norms)
+    is_counted = is_valid & ~is_nan
+
+    before = np.zeros(bins) if acc_sum is None else acc_sum.double().numpy()
+    after = before.copy()
+    updates = np.zeros(bins, np.int64) if num_updates is None else num_updates.numpy().copy()
+    members = [
+        is_counted & (norms >= b / bins) & ((norms < (b + 1) / bins) if b + 1 < bins else True) for b in range(bins)
+    ]
+    counts = np.array([member.sum() for member in members], dtype=np.int64)
+    in_use = bins if empty_bins == "count" else max((counts > 0).sum(), 1)
+    total, weights, gradient = 0.0, np.zeros(bins), np.zeros(z.shape)
+    for b, member in enumerate(members):
+        density = counts[b]
+        if momentum > 0:
+            if counts[b] > 0 or empty_bins == "count":
+                after[b] = momentum * before[b] + (1 - momentum) * counts[b]
+                updates[b] += 1
+            if num_updates is not None and updates[b] > 0:
+                density = after[b] / (1 - momentum ** float(updates[b]))
+            else:
+                density = after[b]
+        else:
+            after[b] = counts[b]
+        if counts[b] > 0:
+            weights[b] = 1 / (density * in_use)
+            total += weights[b] * math.fsum(losses[member]) if np.isfinite(losses[member]).all() else np.inf
+            gradient[member] = weights[b] * slopes[member]
+    gradient[is_nan] = np.nan
+    if is_nan.any():
+        total = np.nan
+    if not np.isfinite(total) or not counts.any():
+        after = before if acc_sum is not None else counts.astype(np.float64)
+        updates = np.zeros(bins, np.int64) if num_updates is None else num_updates.numpy()
+    as_tensors = (torch.from_numpy(np.asarray(value)) for value in (gradient, after, updates, counts, weights))
+    return HarmonizedTruth((float(total),), *as_tensors)
+
+
+def _harmonized_elements(z: np.ndarray, t: np.ndarray, mu: float | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Loss, its derivative and the gradient norm of each element; of what is infinite the limits."""
+    if mu is not None:
+        d = z - t
+        size = np.hypot(d, mu)
+        losses = np.where(np.isinf(d), np.inf, np.abs(d) * (np.abs(d) / (size + mu)))
+        slopes = np.where(np.isinf(d), np.sign(d), d / size)
+        return np.where(np.isnan(d), np.nan, losses), slopes, np.abs(slopes)
+    # Both terms of the cross entropy and of its derivative have one sign: nothing cancels.
+    of_one = np.where(t == 0, 0.0, t * np.logaddexp(0, -z))
+    of_zero = np.where(t == 1, 0.0, (1 - t) * np.logaddexp(0, z))
+    slopes = (1 - t) * np.exp(-np.logaddexp(0, -z)) - t * np.exp(-np.logaddexp(0, z))
+    return of_one + of_zero, slopes, np.abs(slopes)
