@@ -1,6 +1,8 @@
 """`python -m rsloss_kernels.collect_env` prints what a bug report needs: versions, devices, backends, build, switches."""
+import importlib.metadata
 import importlib.util
 import os
+import pathlib
 import platform
 import subprocess
 
@@ -32,6 +34,7 @@ def sections() -> dict[str, list[str]]:
 def _versions() -> list[str]:
     return [
         f"rsloss_kernels  {rsloss_kernels.__version__}",
+        f"package         {package()}",
         f"python          {platform.python_version()}",
         f"torch           {torch.__version__}",
         f"triton          {_triton_version()}",
@@ -40,6 +43,15 @@ def _versions() -> list[str]:
         f"compiler        {_compiler()}",
         f"system          {platform.platform()}",
     ]
+
+
+def package() -> str:
+    """The folder that the package was imported from, and whether that hides an installed one: inside a checkout it does."""
+    here = pathlib.Path(rsloss_kernels.__file__).resolve().parent
+    found = [one.locate_file("rsloss_kernels") for one in importlib.metadata.distributions(name="rsloss_kernels")]
+    installed = {pathlib.Path(path).resolve() for path in found if (pathlib.Path(path) / "__init__.py").exists()} - {here}
+    hidden = "".join(f", which hides the one installed in {path}: run this in another folder for that one" for path in installed)
+    return f"{here}{hidden}"
 
 
 def _triton_version() -> str:

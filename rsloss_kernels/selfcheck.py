@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rsloss_kernels
-from rsloss_kernels import _backends, _checks, _library
+from rsloss_kernels import _backends, _checks, _library, collect_env
 from rsloss_kernels.losses.ranking import api as ranking
 
 
@@ -180,6 +180,7 @@ def main() -> int:
     unknown = set(required) - set(_library.BACKENDS)
     if unknown:
         parser.error(f"--backends: wanted some of {', '.join(_library.BACKENDS)}, got {', '.join(sorted(unknown))}")
+    print(f"     {collect_env.package()}")
     results = []
     for holds, line in check_all(arguments.seed, required):
         print(f"{'ok  ' if holds else 'FAIL'} {line}", flush=True)

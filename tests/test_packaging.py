@@ -213,6 +213,17 @@ def test_programs_succeed(program):
     assert "FAIL" not in done.stdout
 
 
+@pytest.mark.parametrize("program", ["collect_env", "selfcheck"])
+def test_programs_say_that_a_checkout_hides_the_installed_package(tmp_path, program):
+    site = tmp_path.resolve()
+    for path in (site / "rsloss_kernels" / "__init__.py", site / "rsloss_kernels-0.0.dist-info" / "METADATA"):
+        path.parent.mkdir()
+        path.write_text("Metadata-Version: 2.1\nName: rsloss_kernels\nVersion: 0.0\n" if path.name == "METADATA" else "")
+    done = run("-m", f"rsloss_kernels.{program}", cwd=ROOT, PYTHONPATH=str(site))
+    assert f"{ROOT / 'rsloss_kernels'}, which hides the one installed in {site / 'rsloss_kernels'}: " in done.stdout, done.stderr
+    assert "hides" not in run("-m", "rsloss_kernels.collect_env", cwd=ROOT).stdout
+
+
 def test_selfcheck_fails_for_a_required_backend_that_is_missing(installed):
     done = run("-m", "rsloss_kernels.selfcheck", "--backends", "cpp", cwd=installed)
     assert done.returncode == 1
