@@ -1,0 +1,177 @@
+// Vectors of floats and doubles for the bodies of the streaming passes, compiled once per instruction set
+// (common/for_each_isa.h). Arithmetic and comparisons are the compiler's own on vector types; here is what it cannot say: loads
+// that widen, stores that narrow, bit masks, table look-ups. Bit i of a mask is lane i.
+
+#if RSL_ISA == 512
+constexpr int kFloats = 16;
+#elif RSL_ISA == 256
+constexpr int kFloats = 8;
+#else
+constexpr int kFloats = 4;
+#endif
+constexpr int kDoubles = kFloats / 2;
+constexpr uint32_t kAllFloats = (1u << kFloats) - 1;
+
+typedef float FloatVec __attribute__((vector_size(4 * kFloats)));
+typedef int32_t IntVec __attribute__((vector_size(4 * kFloats)));
+typedef float HalfFloatVec __attribute__((vector_size(2 * kFloats)));
+typedef double DoubleVec __attribute__((vector_size(8 * kDoubles)));
+typedef int64_t LongVec __attribute__((vector_size(8 * kDoubles)));
+
+template <class Vec, class T>
+static inline Vec load_vec(const T* p) {
+  Vec x;
+  __builtin_memcpy(&x, p, sizeof x);
+  return x;
+}
+template <class Vec, class T>
+static inline void store_vec(T* p, Vec x) {
+  __builtin_memcpy(p, &x, sizeof x);
+}
+static inline FloatVec all_floats(float x) { return x - FloatVec{}; }
+static inline DoubleVec all_doubles(double x) { return x - DoubleVec{}; }
+
+static inline FloatVec load_floats(const float* p) { return load_vec<FloatVec>(p); }
+static inline void store_floats(float* p, FloatVec x) { store_vec(p, x); }
+
+#if RSL_ISA == 512
+
+static inline FloatVec load_floats(const Half* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+static inline FloatVec load_floats(const BFloat16* p) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+static inline void store_floats(Half* p, FloatVec x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+static inline uint32_t mask_of(IntVec comparison) { return _mm512_movepi32_mask(reinterpret_cast<__m512i>(comparison)); }
+static inline uint32_t equal_mask(FloatVec a, FloatVec b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
+static inline uint32_t greater_mask(FloatVec a, FloatVec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
+static inline uint32_t at_most_mask(FloatVec a, FloatVec b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ); }
+static inline FloatVec negate_where(uint32_t mask, FloatVec x) {
+  return _mm512_mask_xor_ps(x, static_cast<__mmask16>(mask), x, _mm512_set1_ps(-0.0f));
+}
+static inline FloatVec choose(uint32_t mask, FloatVec yes, FloatVec no) {
+  return _mm512_mask_mov_ps(no, static_cast<__mmask16>(mask), yes);
+}
+static inline IntVec choose(uint32_t mask, IntVec yes, IntVec no) {
+  return reinterpret_cast<IntVec>(
+      _mm512_mask_mov_epi32(reinterpret_cast<__m512i>(no), static_cast<__mmask16>(mask), reinterpret_cast<__m512i>(yes)));
+}
+static inline FloatVec reciprocal_estimate(FloatVec x) { return _mm512_rcp14_ps(x); }
+static inline IntVec truncate(FloatVec x) { return reinterpret_cast<IntVec>(_mm512_cvttps_epi32(x)); }
+static inline DoubleVec low_doubles(FloatVec x) { return _mm512_cvtps_pd(_mm512_castps512_ps256(x)); }
+static inline DoubleVec high_doubles(FloatVec x) { return _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1)); }
+static inline FloatVec look_up(const float* table, IntVec at) {
+  return _mm512_i32gather_ps(reinterpret_cast<__m512i>(at), table, 4);
+}
+static inline DoubleVec square_root(DoubleVec x) { return _mm512_sqrt_pd(x); }
+
+#elif RSL_ISA == 256
+
+static inline FloatVec load_floats(const Half* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+static inline FloatVec load_floats(const BFloat16* p) {
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+static inline void store_floats(Half* p, FloatVec x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+static inline uint32_t mask_of(IntVec comparison) {
+  return static_cast<uint32_t>(_mm256_movemask_ps(reinterpret_cast<__m256>(comparison)));
+}
+static inline uint32_t equal_mask(FloatVec a, FloatVec b) { return mask_of(a == b); }
+static inline uint32_t greater_mask(FloatVec a, FloatVec b) { return mask_of(a > b); }
+static inline uint32_t at_most_mask(FloatVec a, FloatVec b) { return mask_of(a <= b); }
+static inline IntVec lanes_of(uint32_t mask) {
+  const IntVec bit = {1, 2, 4, 8, 16, 32, 64, 128};
+  return (static_cast<int32_t>(mask) & bit) == bit;
+}
+static inline FloatVec reciprocal_estimate(FloatVec x) { return _mm256_rcp_ps(x); }
+static inline IntVec truncate(FloatVec x) { return reinterpret_cast<IntVec>(_mm256_cvttps_epi32(x)); }
+static inline DoubleVec low_doubles(FloatVec x) { return _mm256_cvtps_pd(_mm256_castps256_ps128(x)); }
+static inline DoubleVec high_doubles(FloatVec x) { return _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1)); }
+static inline FloatVec look_up(const float* table, IntVec at) {
+  return _mm256_i32gather_ps(table, reinterpret_cast<__m256i>(at), 4);
+}
+static inline DoubleVec square_root(DoubleVec x) { return _mm256_sqrt_pd(x); }
+
+#else
+
+template <class In>
+static inline FloatVec load_floats(const In* p) {
+  return FloatVec{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])};
+}
+static inline uint32_t mask_of(IntVec comparison) {
+  uint32_t mask = 0;
+  for (int i = 0; i < kFloats; ++i) mask |= (comparison[i] != 0 ? 1u : 0u) << i;
+  return mask;
+}
+static inline uint32_t equal_mask(FloatVec a, FloatVec b) { return mask_of(a == b); }
+static inline uint32_t greater_mask(FloatVec a, FloatVec b) { return mask_of(a > b); }
+static inline uint32_t at_most_mask(FloatVec a, FloatVec b) { return mask_of(a <= b); }
+static inline IntVec lanes_of(uint32_t mask) {
+  const IntVec bit = {1, 2, 4, 8};
+  return (static_cast<int32_t>(mask) & bit) == bit;
+}
+static inline FloatVec reciprocal_estimate(FloatVec x) { return 1 / x; }
+static inline IntVec truncate(FloatVec x) { return __builtin_convertvector(x, IntVec); }
+static inline DoubleVec low_doubles(FloatVec x) { return DoubleVec{x[0], x[1]}; }
+static inline DoubleVec high_doubles(FloatVec x) { return DoubleVec{x[2], x[3]}; }
+static inline FloatVec look_up(const float* table, IntVec at) {
+  return FloatVec{table[at[0]], table[at[1]], table[at[2]], table[at[3]]};
+}
+static inline DoubleVec square_root(DoubleVec x) { return DoubleVec{__builtin_sqrt(x[0]), __builtin_sqrt(x[1])}; }
+
+#endif
+
+#if RSL_ISA != 512
+
+static inline FloatVec choose(uint32_t mask, FloatVec yes, FloatVec no) { return lanes_of(mask) ? yes : no; }
+static inline IntVec choose(uint32_t mask, IntVec yes, IntVec no) { return lanes_of(mask) ? yes : no; }
+static inline FloatVec negate_where(uint32_t mask, FloatVec x) { return choose(mask, -x, x); }
+
+#endif
+
+#if RSL_ISA != 0
+
+// bfloat16 has no rounding instruction on every processor of these sets: round half to even on the bits, NaN stays NaN.
+static inline void store_floats(BFloat16* p, FloatVec x) {
+  typedef int16_t ShortVec __attribute__((vector_size(2 * kFloats)));
+  const IntVec bits = reinterpret_cast<IntVec>(x);
+  const IntVec rounded = (bits + ((bits >> 16) & 1) + 0x7fff) >> 16;
+  store_vec(p, __builtin_convertvector(x == x ? rounded : rounded * 0 + 0x7fc0, ShortVec));
+}
+
+#endif
+
+// Where there is no instruction: lane by lane, which rounds as the scalar conversion does.
+template <class Out>
+static inline void store_floats(Out* p, FloatVec x) {
+  for (int i = 0; i < kFloats; ++i) p[i] = Out(x[i]);
+}
+
+static inline FloatVec absolute(FloatVec x) { return reinterpret_cast<FloatVec>(reinterpret_cast<IntVec>(x) & 0x7fffffff); }
+static inline DoubleVec absolute(DoubleVec x) {
+  return reinterpret_cast<DoubleVec>(reinterpret_cast<LongVec>(x) & 0x7fffffffffffffff);
+}
+
+// The first `count` lanes, the others 0; only they are read or written.
+template <class In>
+static inline FloatVec load_some(const In* p, int64_t count) {
+  if (count >= kFloats) return load_floats(p);
+  In lanes[kFloats] = {};
+  for (int64_t i = 0; i < count; ++i) lanes[i] = p[i];
+  return load_floats(lanes);
+}
+template <class Out>
+static inline void store_some(Out* p, FloatVec x, int64_t count) {
+  if (count >= kFloats) return store_floats(p, x);
+  Out lanes[kFloats];
+  store_floats(lanes, x);
+  for (int64_t i = 0; i < count; ++i) p[i] = lanes[i];
+}

@@ -1,0 +1,111 @@
+// Targets and weights of a block -> bit masks. Part of ghm_simd.h.
+
+static void set_bits(uint64_t* words, int64_t begin, int64_t end) {
+  for (; begin < end; begin = (begin / 64 + 1) * 64) {
+    const int64_t word_end = (begin / 64 + 1) * 64, last = end < word_end ? end : word_end;
+    words[begin / 64] |= (~uint64_t{0} >> (64 - (last - begin))) << begin % 64;
+  }
+}
+
+static void clear_words(uint64_t* words) {
+  for (int word = 0; word < kBlockWords; ++word) words[word] = 0;
+}
+
+// Calls body(row, begin, end) for the rows of the block, with their elements counted from its first one.
+template <class Body>
+static inline void for_rows(const GhmLevel& level, const GhmBlock& block, const Body& body) {
+  int64_t row = block.begin / level.classes, begin = row * level.classes - block.begin;
+  for (; begin < block.size; ++row, begin += level.classes) {
+    const int64_t end = begin + level.classes;
+    body(row, begin < 0 ? 0 : begin, end < block.size ? end : block.size);
+  }
+}
+
+template <class Label>
+static void fill_from_labels(const GhmLevel& level, const Label* labels, GhmBlock& block) {
+  clear_words(block.one);
+  clear_words(block.soft);
+  int64_t row = block.begin / level.classes, begin = row * level.classes - block.begin;
+  for (; begin < block.size; ++row, begin += level.classes) {
+    const int64_t column = static_cast<int64_t>(labels[row]) - level.first_label, at = begin + column;
+    if (column >= 0 && column < level.classes && at >= 0 && at < block.size) block.one[at / 64] |= uint64_t{1} << at % 64;
+  }
+}
+
+template <class In>
+static void fill_from_dense(const In* targets, GhmBlock& block) {
+  clear_words(block.one);
+  clear_words(block.soft);
+  uint64_t any_soft = 0;
+  for (int i = 0; i < block.size; i += kFloats) {
+    const FloatVec target = load_some(targets + i, block.size - i);
+    const uint32_t one = equal_mask(target, all_floats(1)), zero = equal_mask(target, all_floats(0));
+    const uint64_t soft = ~(one | zero) & kAllFloats;
+    block.one[i / 64] |= static_cast<uint64_t>(one) << i % 64;
+    block.soft[i / 64] |= soft << i % 64;
+    any_soft |= soft;
+  }
+  if (any_soft == 0) return;
+  for (int i = 0; i < block.size; ++i) block.target[i] = static_cast<double>(widen(targets[i]));
+}
+
+static void fill_from_dense(const double* targets, GhmBlock& block) {
+  clear_words(block.one);
+  clear_words(block.soft);
+  for (int i = 0; i < block.size; ++i) {
+    block.target[i] = targets[i];
+    block.one[i / 64] |= uint64_t{targets[i] == 1} << i % 64;
+    block.soft[i / 64] |= uint64_t{targets[i] != 0 && targets[i] != 1} << i % 64;
+  }
+}
+
+template <class In>
+static void fill_regression(const In* targets, GhmBlock& block) {
+  for (int i = 0; i < block.size; ++i) block.target[i] = static_cast<double>(widen(targets[i]));
+  clear_words(block.soft);
+  set_bits(block.soft, 0, block.size);
+}
+
+template <class In>
+static void fill_valid_elements(const In* weights, GhmBlock& block) {
+  for (int i = 0; i < block.size; i += kFloats) {
+    const uint32_t valid = greater_mask(load_some(weights + i, block.size - i), all_floats(0));
+    block.valid[i / 64] |= static_cast<uint64_t>(valid) << i % 64;
+  }
+}
+
+static void fill_valid_elements(const double* weights, GhmBlock& block) {
+  for (int i = 0; i < block.size; ++i) block.valid[i / 64] |= uint64_t{weights[i] > 0} << i % 64;
+}
+
+template <class In>
+static void fill_valid(const GhmLevel& level, const In* weights, GhmBlock& block) {
+  if (!level.row_weights) return fill_valid_elements(weights + block.begin, block);
+  for_rows(level, block, [&](int64_t row, int64_t begin, int64_t end) {
+    if (widen(weights[row]) > 0) set_bits(block.valid, begin, end);
+  });
+}
+
+template <bool kRegression>
+static void fill_targets(const GhmLevel& level, GhmBlock& block) {
+  if (!kRegression && level.target_type == ScalarType::Int)
+    return fill_from_labels(level, static_cast<const int32_t*>(level.targets), block);
+  if (!kRegression && level.target_type == ScalarType::Long)
+    return fill_from_labels(level, static_cast<const int64_t*>(level.targets), block);
+  dispatch_floating(level.target_type, [&](auto tag) {
+    const auto* targets = static_cast<const decltype(tag)*>(level.targets) + block.begin;
+    if constexpr (kRegression) fill_regression(targets, block);
+    else fill_from_dense(targets, block);
+  });
+}
+
+template <bool kRegression>
+static void fill_block(const GhmLevel& level, int64_t begin, int64_t end, GhmBlock& block) {
+  block.begin = begin;
+  block.size = static_cast<int>(end - begin < kBlock ? end - begin : kBlock);
+  fill_targets<kRegression>(level, block);
+  clear_words(block.valid);
+  if (level.weights == nullptr) return set_bits(block.valid, 0, block.size);
+  dispatch_floating(level.weight_type,
+                    [&](auto tag) { fill_valid(level, static_cast<const decltype(tag)*>(level.weights), block); });
+}

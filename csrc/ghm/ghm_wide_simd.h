@@ -1,0 +1,130 @@
+// Elements in float64: soft targets, regression, and logits that are float64 or beyond the float path. Part of ghm_simd.h.
+
+// e^-x for x >= 0. As the square of e^(-x/2), which cannot leave the normal range before the result does.
+static inline DoubleVec exp_minus(DoubleVec x) {
+  const DoubleVec half = (x < 1400.0 ? x : all_doubles(1400)) * -0.5;
+  const DoubleVec magic = all_doubles(0x1.8p52);
+  const DoubleVec shifted = half * 1.44269504088896340736 + magic, n = shifted - magic;
+  const DoubleVec r = half - n * 0x1.62e42feep-1 - n * 0x1.a39ef35793c76p-33;
+  DoubleVec sum = all_doubles(1 / 479001600.0);
+  const double coefficients[] = {1 / 39916800.0, 1 / 3628800.0, 1 / 362880.0, 1 / 40320.0, 1 / 5040.0, 1 / 720.0,
+                                 1 / 120.0,      1 / 24.0,      1 / 6.0,      0.5,         1.0,        1.0};
+  for (const double coefficient : coefficients) sum = sum * r + coefficient;
+  const LongVec power = (reinterpret_cast<LongVec>(shifted) << 52) + reinterpret_cast<LongVec>(all_doubles(1));
+  const DoubleVec root = sum * reinterpret_cast<DoubleVec>(power);
+  return root * root;
+}
+
+// log(1 + e) for e in [0, 1], by the series of 2 artanh(e / (2 + e)).
+static inline DoubleVec log_one_plus(DoubleVec e) {
+  const DoubleVec s = e / (2 + e), square = s * s;
+  DoubleVec sum = all_doubles(1 / 31.0);
+  for (int k = 29; k >= 3; k -= 2) sum = sum * square + 1.0 / k;
+  return 2 * (s + s * (square * sum));
+}
+
+// Elements picked from a block, and what was computed of them.
+struct WideElements {
+  int count;
+  alignas(64) double pred[kBlock + kDoubles];
+  alignas(64) double target[kBlock + kDoubles];
+  alignas(64) double loss[kBlock + kDoubles];
+  alignas(64) double slope[kBlock + kDoubles];
+  alignas(64) double position[kBlock + kDoubles];
+  alignas(64) int32_t edge[kBlock + kDoubles];  // kind and lowest bin that may be the element's
+  int16_t at[kBlock + kDoubles];                // in the block
+};
+
+template <class In>
+static void pick_elements(const In* preds, const GhmBlock& block, const uint64_t* wanted, WideElements& wide) {
+  wide.count = 0;
+  for (int word = 0; word < kBlockWords; ++word) {
+    for (uint64_t bits = wanted[word]; bits != 0; bits &= bits - 1) {
+      const int bit = __builtin_ctzll(bits), i = word * 64 + bit;
+      wide.at[wide.count] = static_cast<int16_t>(i);
+      wide.pred[wide.count] = static_cast<double>(widen(preds[i]));
+      wide.target[wide.count] = block.soft[word] >> bit & 1 ? block.target[i] : static_cast<double>(block.one[word] >> bit & 1);
+      ++wide.count;
+    }
+  }
+  for (int i = 0; i < kDoubles; ++i) wide.pred[wide.count + i] = wide.target[wide.count + i] = 0;
+}
+
+// The bin of an element is `lowest` or the next one: g may be wrong by far less than a bin.
+static inline void store_lowest(const GhmEdges& edges, DoubleVec g, int32_t* lowest) {
+  const DoubleVec scaled = g * (edges.bins * (1 - 0x1p-20));
+  for (int lane = 0; lane < kDoubles; ++lane) {
+    const double value = scaled[lane];
+    lowest[lane] = value > 0 ? (value < edges.bins ? static_cast<int32_t>(value) : edges.bins - 1) : 0;
+  }
+}
+
+static void classify_wide(const GhmEdges& edges, WideElements& wide) {
+  for (int i = 0; i < wide.count; i += kDoubles) {
+    const DoubleVec z = load_vec<DoubleVec>(wide.pred + i), t = load_vec<DoubleVec>(wide.target + i);
+    const DoubleVec distance = absolute(z), e = exp_minus(distance);
+    const DoubleVec factor = z > 0.0 ? 1 - t : t;
+    const DoubleVec slope = e / (1 + e) - factor;
+    const DoubleVec g = absolute(slope), linear = factor == 0.0 ? all_doubles(0) : factor * distance;
+    const LongVec is_one = t == 1.0, is_hard = is_one | (t == 0.0);
+    store_vec(wide.loss + i, z == z ? linear + log_one_plus(e) : z);
+    store_vec(wide.slope + i, z > 0.0 ? -slope : slope);
+    store_vec(wide.position + i, is_hard ? (is_one ? -z : z) : g);
+    store_lowest(edges, g, wide.edge + i);
+    for (int lane = 0; lane < kDoubles; ++lane) wide.edge[i + lane] += is_hard[lane] != 0 ? kMostBins : 0;
+  }
+}
+
+static void regress_wide(const GhmEdges& edges, WideElements& wide) {
+  const double mu = edges.mu;
+  for (int i = 0; i < wide.count; i += kDoubles) {
+    const DoubleVec d = load_vec<DoubleVec>(wide.pred + i) - load_vec<DoubleVec>(wide.target + i);
+    const DoubleVec distance = absolute(d), sign = d > 0.0 ? all_doubles(1) : all_doubles(-1);
+    const DoubleVec root = square_root(d * d + mu * mu);
+    const LongVec is_far = distance > 1e9 * mu;
+    const DoubleVec slope = is_far ? sign : d / root;
+    store_vec(wide.loss + i, is_far ? distance - mu : distance * (distance / (root + mu)));
+    store_vec(wide.slope + i, slope);
+    store_vec(wide.position + i, distance);
+    store_lowest(edges, absolute(slope), wide.edge + i);
+  }
+}
+
+static inline int bin_of_wide(const GhmEdges& edges, const WideElements& wide, int i) {
+  const int lowest = wide.edge[i] % kMostBins;
+  return lowest + (wide.position[i] >= edges.above[wide.edge[i]] ? 1 : 0);
+}
+
+template <bool kRegression, class In>
+static void compute_wide(const In* preds, const GhmBlock& block, const uint64_t* wanted, const GhmEdges& edges,
+                         WideElements& wide) {
+  pick_elements(preds, block, wanted, wide);
+  if constexpr (kRegression) regress_wide(edges, wide);
+  else classify_wide(edges, wide);
+}
+
+template <bool kRegression, class In>
+static void add_wide(const In* preds, const GhmBlock& block, const uint64_t* wanted, const GhmEdges& edges, WideElements& wide,
+                     GhmSums& sums) {
+  compute_wide<kRegression>(preds, block, wanted, edges, wide);
+  for (int i = 0; i < wide.count; ++i) {
+    if (wide.loss[i] != wide.loss[i]) {
+      ++sums.nan_count;
+      continue;
+    }
+    const int bin = bin_of_wide(edges, wide, i);
+    sums.loss[bin] += wide.loss[i];
+    ++sums.count[bin];
+  }
+}
+
+template <bool kRegression, class In>
+static void write_wide(const In* preds, const GhmBlock& block, const uint64_t* wanted, const GhmEdges& edges,
+                       const GhmFactors& factors, WideElements& wide, In* gradient) {
+  compute_wide<kRegression>(preds, block, wanted, edges, wide);
+  for (int i = 0; i < wide.count; ++i) {
+    const bool is_nan = wide.loss[i] != wide.loss[i];
+    const double value = is_nan ? wide.loss[i] : factors.exact[bin_of_wide(edges, wide, i)] * wide.slope[i];
+    gradient[wide.at[i]] = In(static_cast<Arithmetic<In>>(value));
+  }
+}
