@@ -124,9 +124,8 @@ def ghm_finalize(
 def ghm_backward(preds, targets, weights, bin_weights, grad_loss, mu, background_first) -> None:
     op = "ghm_backward"
     _check_levels(op, preds, targets, weights, mu)
-    if bin_weights.dim() != 1:
-        raise ValueError(f"{op}: bin_weights must have one dimension, got {list(bin_weights.shape)}")
-    check_bins(op, bin_weights.numel())
+    if bin_weights.dim() != 1 or not 1 <= bin_weights.numel() <= MAX_BINS:
+        raise ValueError(f"{op}: bin_weights must have shape [bins] with bins within 1..{MAX_BINS}, got {list(bin_weights.shape)}")
     _check_table(op, "bin_weights", bin_weights, preds[0], (bin_weights.numel(),))
     _check_placement(op, "grad_loss", grad_loss, preds[0])
     _check_dtype(op, "grad_loss", grad_loss, *_checks.LOGIT_TYPES)
