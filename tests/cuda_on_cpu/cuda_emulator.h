@@ -322,6 +322,9 @@ using std::isnan;
 
 inline void __syncthreads() { cuda_emulator::switch_away(cuda_emulator::State::kAtBlockBarrier); }
 
+// An exchange of nothing.
+inline void __syncwarp() { cuda_emulator::exchange(~0u, 0); }
+
 inline unsigned __ballot_sync(unsigned mask, bool predicate) {
   const uint64_t* votes = cuda_emulator::exchange(mask, predicate);
   unsigned result = 0;

@@ -1,0 +1,245 @@
+// How histogram and backward stream over a level: four neighbouring elements per thread and step, with their targets and which
+// of them are valid. Types are told apart at run time, once per step; labels are followed without a division.
+#pragma once
+
+#include "common/cuda_device.cuh"
+#include "ghm/ghm_kernels.cuh"
+#include "ghm/ghm_two_float.cuh"
+
+namespace rsloss {
+
+constexpr int kQuad = 4;
+constexpr unsigned kWholeQuad = (1u << kQuad) - 1;
+
+template <class Word>
+struct alignas(sizeof(Word) * kQuad <= 16 ? sizeof(Word) * kQuad : 16) Quad {
+  Word at[kQuad];
+};
+
+// A tensor of one number per element. is_aligned: whole quads can be loaded and stored at once.
+struct Column {
+  const void* data;
+  Type type;
+  bool is_aligned;
+};
+
+// The bits of four elements: those of one type behind one another. All columns are loaded before any is looked into, so that
+// their loads are on their way together.
+template <int kWords>
+struct alignas(16) RawQuad {
+  uint32_t words[kWords];
+};
+
+template <class Word, int kWords>
+__device__ __forceinline__ void load_words(const Column& column, int64_t first, int count, RawQuad<kWords>* raw) {
+  const Word* const words = static_cast<const Word*>(column.data) + first;
+  if (column.is_aligned && count == kQuad) {
+    const Quad<Word> quad = *reinterpret_cast<const Quad<Word>*>(words);
+    memcpy(raw->words, quad.at, sizeof(quad));
+    return;
+  }
+  Word at[kQuad];
+#pragma unroll
+  for (int v = 0; v < kQuad; ++v) at[v] = v < count ? words[v] : 0;
+  memcpy(raw->words, at, sizeof(at));
+}
+
+// Elements [first, first + count), count at most 4; the others are 0. kWords: 4 do not hold doubles.
+template <int kWords>
+__device__ __forceinline__ RawQuad<kWords> load_raw(const Column& column, int64_t first, int count) {
+  RawQuad<kWords> raw;
+  if (column.type == Type::kFloat) {
+    load_words<uint32_t>(column, first, count, &raw);
+  } else if (kWords == 4 || column.type != Type::kDouble) {
+    load_words<uint16_t>(column, first, count, &raw);
+  } else if constexpr (kWords == 8) {
+    load_words<uint64_t>(column, first, count, &raw);
+  }
+  return raw;
+}
+
+__device__ __forceinline__ uint16_t half_word(const uint32_t* words, int v) {
+  return static_cast<uint16_t>(words[v / 2] >> (v % 2 * 16));
+}
+
+template <class T, int kWords>
+__device__ __forceinline__ void numbers_of(const RawQuad<kWords>& raw, Type type, T (&numbers)[kQuad]) {
+#pragma unroll
+  for (int v = 0; v < kQuad; ++v) {
+    if (type == Type::kFloat) {
+      numbers[v] = bits_as<float>(raw.words[v]);
+    } else if (type == Type::kHalf) {
+      numbers[v] = widen(bits_as<__half>(half_word(raw.words, v)));
+    } else if (kWords == 4 || type != Type::kDouble) {
+      numbers[v] = widen(bits_as<__nv_bfloat16>(half_word(raw.words, v)));
+    } else if constexpr (kWords == 8) {
+      numbers[v] = bits_as<double>(static_cast<uint64_t>(raw.words[2 * v + 1]) << 32 | raw.words[2 * v]);
+    }
+  }
+}
+
+// Bit v: whether element v is above 0.
+template <class T>
+__device__ __forceinline__ unsigned above_zero(const T (&numbers)[kQuad]) {
+  unsigned mask = 0;
+#pragma unroll
+  for (int v = 0; v < kQuad; ++v) mask |= static_cast<unsigned>(numbers[v] > 0) << v;
+  return mask;
+}
+
+template <class T>
+__device__ __forceinline__ void store_numbers(const Column& column, int64_t first, int count, const T (&numbers)[kQuad]) {
+  const auto store = [&](auto narrow_to) {
+    using Element = decltype(narrow_to);
+    Element* const elements = static_cast<Element*>(const_cast<void*>(column.data)) + first;
+    Quad<Element> quad;
+#pragma unroll
+    for (int v = 0; v < kQuad; ++v) quad.at[v] = narrowed<Element>(static_cast<Arithmetic<Element>>(numbers[v]));
+    if (column.is_aligned && count == kQuad) {
+      *reinterpret_cast<Quad<Element>*>(elements) = quad;
+    } else {
+#pragma unroll
+      for (int v = 0; v < kQuad; ++v) {
+        if (v < count) elements[v] = quad.at[v];
+      }
+    }
+  };
+  switch (column.type) {
+    case Type::kDouble:
+      if constexpr (sizeof(T) == sizeof(double)) store(double{});
+      break;
+    case Type::kFloat:
+      store(float{});
+      break;
+    case Type::kHalf:
+      store(__half{});
+      break;
+    default:
+      store(__nv_bfloat16{});
+  }
+}
+
+// A level as its kernels see it.
+struct GhmStream {
+  Column preds;
+  Column targets;  // class indices: int32 or int64 [rows]
+  Column weights;  // data null: every element is valid
+  Column gradients;
+  bool weights_by_row;
+  bool background_first;
+  int64_t elements;
+  int64_t row;
+  // What a thread advances by from step to step: rows, and elements of a row.
+  int64_t row_step;
+  int64_t column_step;
+};
+
+// Which forms of targets and losses there are.
+enum class GhmForm { kDense, kLabels, kRegression };
+
+// Where an element stands in its row, four elements further from step to step.
+class RowWalk {
+ public:
+  __device__ __forceinline__ RowWalk(const GhmStream& stream, int64_t element) : stream_(stream) {
+    const uint64_t at = static_cast<uint64_t>(element), width = static_cast<uint64_t>(stream.row);
+    // A division of 64 bits costs several of 32.
+    row_ =
+        static_cast<int64_t>((at | width) >> 32 == 0 ? static_cast<uint32_t>(at) / static_cast<uint32_t>(width) : at / width);
+    column_ = element - row_ * stream.row;
+  }
+  __device__ __forceinline__ void step() {
+    row_ += stream_.row_step;
+    column_ += stream_.column_step;
+    if (column_ < stream_.row) return;
+    column_ -= stream_.row;
+    ++row_;
+  }
+  // Calls visit(row, v, next v), the elements [v, next v) of the quad, for every row that its first `count` reach into.
+  template <class Visit>
+  __device__ __forceinline__ void for_rows(int count, Visit visit) const {
+    int64_t row = row_;
+    int64_t left = stream_.row - column_;
+    for (int v = 0; v < count; ++row) {
+      const int next = left < count - v ? v + static_cast<int>(left) : count;
+      visit(row, v, next);
+      v = next;
+      left = stream_.row;
+    }
+  }
+  __device__ __forceinline__ int64_t column() const { return column_; }
+
+ private:
+  const GhmStream& stream_;
+  int64_t row_;
+  int64_t column_;
+};
+
+__device__ __forceinline__ int64_t load_label(const Column& labels, int64_t row) {
+  return labels.type == Type::kInt64 ? static_cast<const int64_t*>(labels.data)[row]
+                                     : static_cast<const int32_t*>(labels.data)[row];
+}
+
+__device__ __forceinline__ bool is_valid_row(const Column& weights, int64_t row) {
+  return load_as_double(weights.data, weights.type, row) > 0;
+}
+
+// Calls use(first, count, preds, targets, valid) for every quad; `count` is 0 behind the end, so that whole warps take part in
+// every call. `targets` as T, `valid` in bits.
+template <class T, GhmForm form, class Use>
+__device__ __forceinline__ void stream_quads(const GhmStream& stream, Use use) {
+  constexpr int kWords = sizeof(T);
+  const int64_t stride = grid_threads() * kQuad;
+  int64_t first = grid_thread() * kQuad;
+  const int64_t first_of_warp = first - threadIdx.x % kWarp * kQuad;
+  const bool by_row = form == GhmForm::kLabels || stream.weights_by_row;
+  const bool by_element = stream.weights.data != nullptr && !stream.weights_by_row;
+  const bool has_wide_weights = stream.weights.type == Type::kDouble;
+  RowWalk walk(stream, by_row ? first : 0);
+  for (int64_t warp = first_of_warp; warp < stream.elements; warp += stride, first += stride) {
+    const int64_t left = stream.elements - first;
+    const int count = left >= kQuad ? kQuad : left > 0 ? static_cast<int>(left) : 0;
+    const RawQuad<kWords> raw_preds = load_raw<kWords>(stream.preds, first, count);
+    RawQuad<kWords> raw_targets;
+    if constexpr (form != GhmForm::kLabels) raw_targets = load_raw<kWords>(stream.targets, first, count);
+    RawQuad<4> raw_weights;
+    if (by_element && !has_wide_weights) raw_weights = load_raw<4>(stream.weights, first, count);
+
+    unsigned valid = (1u << count) - 1;
+    unsigned positive = 0;  // bits
+    if (by_row) {
+      walk.for_rows(count, [&](int64_t row, int v, int next) {
+        if (stream.weights_by_row && !is_valid_row(stream.weights, row)) valid &= ~((1u << next) - (1u << v));
+        if constexpr (form == GhmForm::kLabels) {
+          // The element of this row that is its class; none where there is no such class.
+          const int64_t label = load_label(stream.targets, row);
+          const int64_t first_label = stream.background_first ? 1 : 0;
+          if (label < first_label || label - first_label >= stream.row) return;
+          const int64_t at = label - first_label - (v == 0 ? walk.column() : -v);
+          if (at >= v && at < next) positive |= 1u << at;
+        }
+      });
+      walk.step();
+    }
+    if (by_element && has_wide_weights) {
+      double weights[kQuad];
+      numbers_of(load_raw<8>(stream.weights, first, count), Type::kDouble, weights);
+      valid &= above_zero(weights);
+    } else if (by_element) {
+      float weights[kQuad];
+      numbers_of(raw_weights, stream.weights.type, weights);
+      valid &= above_zero(weights);
+    }
+    T preds[kQuad];
+    T targets[kQuad];
+    numbers_of(raw_preds, stream.preds.type, preds);
+    if constexpr (form == GhmForm::kLabels) {
+#pragma unroll
+      for (int v = 0; v < kQuad; ++v) targets[v] = static_cast<T>(positive >> v & 1);
+    } else {
+      numbers_of(raw_targets, stream.targets.type, targets);
+    }
+    use(first, count, preds, targets, valid);
+  }
+}
+
+}  // namespace rsloss
