@@ -1,13 +1,15 @@
-"""Trains a small detector with focal, focal + centerness, Rank & Sort, AP and aLRP loss; proves the swap of the published loss live.
+"""Trains a small detector with focal, focal + centerness, Rank & Sort, AP, aLRP and GHM loss; proves the swap of the published loss live.
 
     python python/train_detector.py                       # the five losses in turn, about six minutes on two cores
     python python/train_detector.py --loss rank_sort --steps 3000
+    python python/train_detector.py --loss ghm            # GHM-C for the classes, GHM-R for the boxes
     torchrun --nproc-per-node 2 python/train_detector.py --global-ranking --loss rank_sort   # one ranking over two processes
     python python/train_detector.py --data DIR            # a folder in COCO format: DIR/images and DIR/instances.json
     python python/train_detector.py --seeds 3 --ablation  # learning rates, score weights, box weight; goes on where it was stopped
+    python python/train_detector.py --imbalance           # CE, OHEM, focal, GHM-C; smooth L1, ASL1, GHM-R; goes on likewise
 
 Under torchrun every process takes its part of each batch, DistributedDataParallel averages the gradients and the first process
-evaluates; each ranks its own images, with --global-ranking all rank them together. Without the comparison and the ablation.
+evaluates; each ranks its own images, with --global-ranking all rank them together. Without the comparison and the tables.
 
 Input, model and losses are in digits_detector/. Results go to --out: results.json, checkpoints and pictures.
 """
@@ -20,21 +22,35 @@ HERE = pathlib.Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from digits_detector import app, processes  # noqa: E402
+from digits_detector.losses import ALL_LOSSES, LOSSES  # noqa: E402
+
+
+class WithDefaults(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Tells the defaults, but not those of switches nor of options that explain their own."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--loss", action="append", choices=app.LOSSES, help="may be given more than once (default: all)")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=WithDefaults)
+    parser.add_argument(
+        "--loss",
+        action="append",
+        choices=ALL_LOSSES,
+        metavar="NAME",
+        help=f"{', '.join(ALL_LOSSES)}; may be given more than once (default: the first {len(LOSSES)})",
+    )
     parser.add_argument(
         "--no-score-weights", action="store_true", help="Rank & Sort, AP: every positive counts alike in the box loss"
     )
     parser.add_argument(
-        "--box-weight", type=float, help="fixed weight of the box loss (default: ranking losses self-balancing, others 2)"
+        "--box-weight", type=float, help="fixed weight of the box loss (default: ranking losses self-balancing, GHM-R 10, others 2)"
     )
     parser.add_argument("--lr", type=float, help="peak learning rate (default: the best found for each loss)")
     parser.add_argument("--seed", type=int, default=0, help="first seed")
     parser.add_argument("--seeds", type=int, default=1, help="how many seeds")
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=1500, help="gradient steps of a run")
     parser.add_argument("--batch-size", type=int, default=16, help="images of all processes together")
     parser.add_argument(
         "--global-ranking",
@@ -48,7 +64,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "makes no difference but rounding",
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"))
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="folder of everything that is written")
     parser.add_argument("--data", type=pathlib.Path, help="a COCO-format folder instead of the digits")
     parser.add_argument(
         "--image-size", type=int, default=96, help="--data: images are scaled to fit this square, a multiple of 16"
@@ -60,18 +76,31 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--loop-dtype", choices=("float32", "float64"), default="float32", help="arithmetic of the published loop"
     )
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in --out")
-    parser.add_argument("--checkpoint-every", type=int, default=500, metavar="STEPS")
-    parser.add_argument(
+    parser.add_argument("--checkpoint-every", type=int, default=500, metavar="STEPS", help="steps from one checkpoint to the next")
+    tables = parser.add_mutually_exclusive_group()
+    tables.add_argument(
         "--ablation", action="store_true", help="the table of learning rates, score weights and box weight instead"
+    )
+    tables.add_argument(
+        "--imbalance",
+        action="store_true",
+        help="the table of losses for the classes, with smooth L1 for the boxes, and of losses for the boxes, with focal loss, instead",
+    )
+    parser.add_argument(
+        "--time-steps", type=int, default=30, help="--imbalance: steps of each loss, taken in turns, for the times; 0: no times"
     )
     options = parser.parse_args(arguments)
     for name in ("seeds", "steps", "batch_size", "pool", "held_out", "checkpoint_every"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
-    if options.ablation and processes.are_several():
-        parser.error("--ablation takes one process, got more from torchrun")
-    if options.compare_steps < 0:
-        parser.error(f"--compare-steps must be at least 0, got {options.compare_steps}")
+    for name in ("ablation", "imbalance"):
+        if getattr(options, name) and processes.are_several():
+            parser.error(f"--{name} takes one process, got more from torchrun")
+    if options.imbalance and options.loss:
+        parser.error("--imbalance has losses of its own, got --loss")
+    for name in ("compare_steps", "time_steps"):
+        if getattr(options, name) < 0:
+            parser.error(f"--{name.replace('_', '-')} must be at least 0, got {getattr(options, name)}")
     if options.image_size < 32 or options.image_size % 16:
         parser.error(f"--image-size must be a multiple of 16 of at least 32, got {options.image_size}")
     return options
@@ -80,7 +109,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> dict | None:
     options = parse(arguments)
     with processes.started(options.device) as options.device:
-        return app.run_ablation(options) if options.ablation else app.run(options)
+        if options.ablation:
+            return app.run_ablation(options)
+        return app.run_imbalance(options) if options.imbalance else app.run(options)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,11 @@ import torch
 
 sys.path[:0] = [str(pathlib.Path(__file__).resolve().parents[1] / folder) for folder in ("python", "")]
 
+import plot_gradient_density  # noqa: E402
 import train_detector  # noqa: E402
-from digits_detector import boxes, comparison, evaluation  # noqa: E402
+from digits_detector import boxes, comparison, evaluation, imbalance  # noqa: E402
 from digits_detector.assignment import assign  # noqa: E402
+from digits_detector.class_losses import hard_example_sum  # noqa: E402
 from digits_detector.coco_folder import read_coco_folder, write_coco_folder  # noqa: E402
 from digits_detector.data import DIGIT_RANGES, batch_rows, make_canvases  # noqa: E402
 from digits_detector.losses import LOSSES, focal_loss_sum  # noqa: E402
@@ -142,6 +144,21 @@ def test_focal_loss_by_hand():
     assert focal_loss_sum(logits, labels).item() == pytest.approx(expected, rel=1e-6)
 
 
+def test_hard_examples_by_hand():
+    logits = torch.tensor([[0.3, -1.2, 0.9], [2.0, 0.1, -3.0], [-0.5, 1.5, 0.7]])
+    labels = torch.tensor([1, 3, 3])
+    negatives = sorted(np.log1p(np.exp(value)) for value in [0.3, 0.9, 2.0, 0.1, -3.0, -0.5, 1.5, 0.7])
+    # One positive, and three negatives with it.
+    assert hard_example_sum(logits, labels).item() == pytest.approx(np.log1p(np.exp(1.2)) + sum(negatives[-3:]), rel=1e-6)
+    assert hard_example_sum(logits, torch.full((3,), 3)).item() == 0
+
+
+def test_relative_corners_by_hand():
+    target = torch.tensor([[10.0, 20.0, 30.0, 25.0], [4.0, 4.0, 4.0, 4.0]])
+    got = boxes.relative_corners(target + torch.tensor([1.0, -1.0, 4.0, 2.0]), target)
+    assert torch.allclose(got, torch.tensor([[0.05, -0.2, 0.2, 0.4], [1.0, -1.0, 4.0, 2.0]]))
+
+
 def test_perfect_detections_have_ap_one_and_half_found_about_half(pool):
     count = pool.labels.shape[1]
     scores = torch.full(pool.labels.shape, 0.9)
@@ -162,11 +179,28 @@ def test_perfect_detections_have_ap_one_and_half_found_about_half(pool):
     assert evaluation.average_precision(noisy.above(2.0), pool).ap == 0 and count == 5
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", [*LOSSES, "ce+smooth_l1", "ohem+asl1"])
 def test_a_few_steps_on_eight_canvases_reduce_the_loss(pool, name):
     trainer = Trainer(Settings(name, steps=40, lr=1e-2, batch_size=8), pool.take(slice(0, 8))).train()
     total = np.sum(list(trainer.curves.values()), axis=0)
     assert np.isfinite(total).all() and total[-5:].mean() < 0.8 * total[:5].mean()
+
+
+@pytest.mark.parametrize("name", ["ghm", "ghm_c+smooth_l1", "focal+ghm_r"])
+def test_a_few_steps_of_ghm_bring_scores_and_boxes_nearer_to_the_truth(pool, name):
+    trainer = Trainer(Settings(name, steps=60, lr=1e-2, batch_size=8), pool.take(slice(0, 8)))
+
+    def errors():
+        # Not the loss: harmonized, it says little of how far training is.
+        predictions, assigned = trainer.predict_batch()
+        is_positive = assigned.labels < 10
+        scores = predictions.logits.sigmoid()[is_positive].gather(1, assigned.labels[is_positive][:, None])
+        corners = boxes.relative_corners(predictions.boxes, assigned.boxes)[is_positive]
+        return (1 - scores).mean().item(), corners.abs().mean().item()
+
+    before = errors()
+    trainer.train()
+    assert all(late < 0.6 * early for late, early in zip(errors(), before, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -175,6 +209,7 @@ def test_a_few_steps_on_eight_canvases_reduce_the_loss(pool, name):
         Settings("focal_centerness", 8, 1),
         Settings("rank_sort", 8, 1, box_weight=1.0),
         Settings("alrp", 8, 1),
+        Settings("ghm", 8, 1),
     ],
 )
 def test_resumed_training_equals_uninterrupted_training_bit_by_bit(pool, settings, tmp_path):
@@ -189,6 +224,11 @@ def test_resumed_training_equals_uninterrupted_training_bit_by_bit(pool, setting
     for module in ("model", "loss"):
         expected = getattr(whole, module).state_dict()
         assert all(torch.equal(value, expected[name]) for name, value in getattr(resumed, module).state_dict().items())
+    if settings.loss == "ghm":
+        state = torch.load(tmp_path / "run.pt", weights_only=True)["loss"]
+        for module, bins in (("ghm_c", 30), ("ghm_r", 10)):
+            assert state[f"{module}.acc_sum"].shape == (bins,) and state[f"{module}.acc_sum"].max() > 0
+            assert state[f"{module}.num_updates"].max() == 8
     finished = Trainer(settings, pool).train(tmp_path / "run.pt", resume=True)
     assert finished.step == 8 and finished.curves == whole.curves
     with pytest.raises(ValueError, match="other settings"):
@@ -239,6 +279,48 @@ def test_ablation_goes_on_from_finished_runs(pool, tmp_path, monkeypatch):
     assert "rank_sort, box weight 1" in (tmp_path / "out" / "ablation.md").read_text()
 
 
+def test_table_of_imbalance_goes_on_from_finished_runs(pool, tmp_path, monkeypatch):
+    write_coco_folder(pool.take(slice(0, 12)), tmp_path / "data")
+    arguments = f"--data {tmp_path / 'data'} --out {tmp_path / 'out'} --steps 2 --batch-size 4 --imbalance --time-steps".split()
+    first = train_detector.main([*arguments, "2"])
+    pairs = [(row["classes"], row["boxes"]) for row in first["table"]]
+    assert pairs == [
+        *((classes, "smooth_l1") for classes in ("ce", "ohem", "focal", "ghm_c")),
+        ("focal", "asl1"), ("focal", "ghm_r"), ("ghm_c", "ghm_r"),
+    ]  # fmt: skip
+    assert [row["loss"] for row in first["table"]] == imbalance.names() and imbalance.names()[-1] == "ghm"
+    assert all(row["step_ms"] > row["loss_ms"] > 0 for row in first["table"])
+    text = (tmp_path / "out" / "imbalance.md").read_text()
+    assert "ms in loss" in text and "GHM-C" in text and len(text.splitlines()) == 9
+    monkeypatch.setattr(Trainer, "train_step", lambda *_: pytest.fail("a finished run was trained again"))
+    again = train_detector.main([*arguments, "0"])
+    assert [row["runs"] for row in again["table"]] == [row["runs"] for row in first["table"]]
+    assert "ms in loss" not in (tmp_path / "out" / "imbalance.md").read_text()
+
+
+def test_plot_of_the_gradient_density(pool, tmp_path):
+    trainer = Trainer(Settings("ghm", steps=3, batch_size=4), pool).train(tmp_path / "run.pt")
+    assert trainer.step == 3
+    arguments = f"--checkpoint {tmp_path / 'run.pt'} --canvases 8 --bins 20 --out {tmp_path}".split()
+    found = plot_gradient_density.main(arguments)
+    assert sum(found["classes"]["counts"]) == 8 * 180 * 10 and sum(found["boxes"]["counts"]) % 4 == 0
+    labels = assign(pool.boxes[:8], pool.labels[:8], 10, 96, 96).labels
+    assert sum(found["classes"]["positives"]) == int((labels < 10).sum()) == sum(found["boxes"]["counts"]) // 4
+    for row, plain in (("classes", "CE"), ("boxes", "ASL1")):
+        counts, weights = (np.array(found[row][name], dtype=float) for name in ("counts", "weights"))
+        gradient, share = ({loss: np.array(values) for loss, values in found[row][name].items()} for name in ("gradient", "share"))
+        is_filled = counts > 0
+        for loss, values in share.items():
+            assert values.sum() == pytest.approx(100) and (values[~is_filled] == 0).all()
+            assert counts[is_filled] @ gradient[loss][is_filled] == pytest.approx(counts.sum())
+        # The gradient of the plain loss is the gradient norm itself, the harmonized one that times the weights of the bins.
+        ghm = {"classes": "GHM-C", "boxes": "GHM-R"}[row]
+        harmonized = (gradient[plain] * weights)[is_filled]
+        np.testing.assert_allclose(gradient[ghm][is_filled], harmonized * counts.sum() / (counts[is_filled] @ harmonized), rtol=1e-6)
+    assert (tmp_path / "gradient_density.png").stat().st_size > 5000
+    assert json.loads((tmp_path / "gradient_density.json").read_text()).keys() == {"classes", "boxes"}
+
+
 def test_comparison_trains_with_the_loop_and_agrees(pool):
     compared = comparison.compare(Settings("rank_sort", batch_size=4), 4, pool, loop_dtype=torch.float64)
     assert 0 < compared.largest_difference <= 1e-5
@@ -269,24 +351,30 @@ def curves(out: pathlib.Path) -> dict[str, dict[str, list[float]]]:
 
 def test_two_processes_train_as_one_with_global_ranking_and_otherwise_each_for_itself(tmp_path):
     arguments = "--pool 24 --held-out 4 --steps 3 --batch-size 7 --compare-steps 0 --group-norm"
+    arguments += "".join(f" --loss {name}" for name in (*LOSSES, "ghm"))
     train_detector.main([*arguments.split(), "--out", str(tmp_path / "one")])
-    for out, more in (("together", "--global-ranking"), ("apart", "--loss rank_sort --loss ap --loss alrp")):
+    for out, more in (("together", "--global-ranking"), ("apart", "")):
         done = torchrun(f"{arguments} {more}", tmp_path / out)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("training and") == 1  # only the first process prints
     one, together, apart = (curves(tmp_path / out) for out in ("one", "together", "apart"))
-    assert list(one) == list(together) == list(LOSSES)
+    assert list(one) == list(together) == [*LOSSES, "ghm"]
     for name, parts in one.items():
         for part, values in parts.items():
             # Adam's first steps make rounding errors of gradients near 0 grow.
             assert together[name][part] == pytest.approx(values, rel=1e-3), (name, part)
             assert together[name][part][0] == pytest.approx(values[0], rel=1e-6), (name, part)
-    for name, parts in apart.items():
+    for name in ("rank_sort", "ap", "alrp", "ghm"):
+        parts = apart[name]
         assert any(abs(values[0] / one[name][part][0] - 1) > 1e-5 for part, values in parts.items()), name
-    # The state of balancing, too: a run that two processes began ends as it did.
-    state = {out: torch.load(tmp_path / out / "checkpoints" / "alrp_seed0.pt", weights_only=True) for out in ("one", "together")}
-    for name, value in state["one"]["loss"].items():
-        assert state["together"]["loss"][name].item() == pytest.approx(value.item(), rel=1e-3), name
+    # The state of balancing and of the densities, too: a run that two processes began ends as it did.
+    for loss in ("alrp", "ghm"):
+        state = [torch.load(tmp_path / out / "checkpoints" / f"{loss}_seed0.pt", weights_only=True) for out in ("one", "together")]
+        assert state[0]["loss"]
+        for name, value in state[0]["loss"].items():
+            # A density may differ by an element or two that rounding moved across an edge.
+            moved = 2.0 if loss == "ghm" else 0.0
+            torch.testing.assert_close(state[1]["loss"][name].double(), value.double(), rtol=1e-3, atol=moved)
 
 
 def test_two_processes_refuse_what_takes_one(tmp_path, monkeypatch, capsys):
@@ -297,7 +385,19 @@ def test_two_processes_refuse_what_takes_one(tmp_path, monkeypatch, capsys):
 
 
 def test_bad_options_are_refused(capsys):
-    for arguments in (["--steps", "0"], ["--image-size", "50"], ["--loss", "l2"], ["--compare-steps", "-1"]):
+    for arguments in (["--steps", "0"], ["--image-size", "50"], ["--loss", "l2"], ["--compare-steps", "-1"], ["--time-steps", "-1"]):
         with pytest.raises(SystemExit):
             train_detector.parse(arguments)
         assert arguments[0] in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train_detector.parse(["--imbalance", "--loss", "ap"])
+    assert "--imbalance has losses of its own" in capsys.readouterr().err
+
+
+def test_help_tells_the_defaults(capsys):
+    with pytest.raises(SystemExit):
+        train_detector.parse(["--help"])
+    words = " ".join(capsys.readouterr().out.split())
+    for default in ("1500", "16", "out", "6400", "300", "float32", "500", "the first 5"):
+        assert f"(default: {default})" in words, default
+    assert "None" not in words and "(default: False)" not in words

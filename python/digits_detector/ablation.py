@@ -27,7 +27,7 @@ def run(options: argparse.Namespace, pool: Canvases, tuning: Canvases, held_out:
         scores = {}
         for rate in GRID if options.lr is None else (options.lr,):
             settings = Settings(name, options.steps, options.seed, rate, batch_size)
-            scores[rate] = _cached(settings, options, pool, tuning, held_out)["tuning_ap"]
+            scores[rate] = cached_run(settings, options, pool, held_out, tuning)["tuning_ap"]
         best[name] = max(scores, key=scores.get)
         results["tuning"][name] = {f"{rate:g}": ap for rate, ap in scores.items()}
 
@@ -40,7 +40,7 @@ def run(options: argparse.Namespace, pool: Canvases, tuning: Canvases, held_out:
         ]
     for title, settings in rows:
         runs = [
-            _cached(dataclasses.replace(settings, seed=seed), options, pool, tuning, held_out)
+            cached_run(dataclasses.replace(settings, seed=seed), options, pool, held_out, tuning)
             for seed in range(options.seed, options.seed + options.seeds)
         ]
         results["table"].append({"configuration": title, "lr": settings.learning_rate, "runs": runs})
@@ -61,30 +61,33 @@ def run(options: argparse.Namespace, pool: Canvases, tuning: Canvases, held_out:
     return results
 
 
-def _cached(settings: Settings, options: argparse.Namespace, pool: Canvases, tuning: Canvases, held_out: Canvases) -> dict:
-    """The result of one run: from its file if it was finished before, else trained now."""
+def cached_run(
+    settings: Settings, options: argparse.Namespace, pool: Canvases, held_out: Canvases, tuning: Canvases | None = None
+) -> dict:
+    """The result of one run, AP on the canvases given: from its file if it was finished before, else trained now."""
     data = str(options.data.resolve()) if options.data is not None else "digits"
     key = {
         **dataclasses.asdict(settings), "data": data, "pool": len(pool), "held_out": len(held_out), "image": pool.images.shape[-1]
     }  # fmt: skip
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
-    path = options.out / "ablation" / f"{settings.loss}_{digest}.json"
+    path = options.out / ("ablation" if options.ablation else "imbalance") / f"{settings.loss}_{digest}.json"
     if path.exists():
         return json.loads(path.read_text())
     checkpoint = path.with_suffix(".pt")
     trainer = Trainer(settings, pool, options.device).train(checkpoint, options.checkpoint_every, resume=True)
     result = {"settings": key}
-    for name, canvases in (("tuning_ap", tuning), ("held_out", held_out)):
-        found = evaluation.average_precision(
-            evaluation.detect(trainer.model, canvases, settings.loss, options.device), canvases
-        )
-        if name == "tuning_ap":
-            result[name] = found.ap
-        else:
-            result |= {"ap": found.ap, "ap50": found.ap50, "ap75": found.ap75}
+    if tuning is not None:
+        result["tuning_ap"] = _average_precision(trainer, tuning).ap
+    found = _average_precision(trainer, held_out)
+    result |= {"ap": found.ap, "ap50": found.ap50, "ap75": found.ap75}
     report.write_json(path, result)
     checkpoint.unlink(missing_ok=True)
     return result
+
+
+def _average_precision(trainer: Trainer, canvases: Canvases) -> evaluation.AveragePrecision:
+    found = evaluation.detect(trainer.model, canvases, trainer.settings.loss, trainer.device)
+    return evaluation.average_precision(found, canvases)
 
 
 def _table(rows: list[dict], markdown: bool = False) -> str:

@@ -6,7 +6,7 @@ import statistics
 
 import torch
 
-from digits_detector import ablation, comparison, evaluation, figures, processes, report
+from digits_detector import ablation, comparison, evaluation, figures, imbalance, processes, report
 from digits_detector.coco_folder import read_coco_folder
 from digits_detector.data import Canvases, make_canvases
 from digits_detector.losses import LOSSES
@@ -161,3 +161,7 @@ def run_ablation(options: argparse.Namespace) -> dict:
     # The learning rate is chosen on neither the pool nor the held-out canvases.
     tuning = held_out if options.data is not None else make_canvases("tuning", options.held_out)
     return ablation.run(options, pool, tuning, held_out)
+
+
+def run_imbalance(options: argparse.Namespace) -> dict:
+    return imbalance.run(options, *load_data(options))

@@ -1,4 +1,4 @@
-"""Geometry of boxes x1 y1 x2 y2: IoU, the GIoU loss, and a greedy non-maximum suppression over a batch of images."""
+"""Geometry of boxes x1 y1 x2 y2: IoU, the GIoU loss, relative corners, and a greedy non-maximum suppression over a batch of images."""
 
 import torch
 from torch import Tensor
@@ -21,6 +21,12 @@ def giou_loss(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     corners = torch.minimum(pred[..., :2], target[..., :2]), torch.maximum(pred[..., 2:], target[..., 2:])
     enclosing = (corners[1] - corners[0]).clamp(min=0).prod(-1).clamp(min=EPSILON)
     return 1 - overlap + (enclosing - union) / enclosing, overlap
+
+
+def relative_corners(pred: Tensor, target: Tensor) -> Tensor:
+    """Errors of the corners in units of the sides of `target`, [..., 4]; a side below one pixel counts as one."""
+    sides = (target[..., 2:] - target[..., :2]).clamp(min=1)
+    return (pred - target) / torch.cat([sides, sides], -1)
 
 
 def _iou_and_union(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,12 +10,16 @@ import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 from matplotlib.patches import Rectangle  # noqa: E402
 
+from digits_detector.class_and_box_loss import LOSS_NAMES, PAIRS  # noqa: E402
 from digits_detector.data import Canvases  # noqa: E402
 from digits_detector.evaluation import FIXED_THRESHOLD  # noqa: E402
 
 # A palette that stays distinct for colour-blind readers.
 COLOURS = {"focal": "#0072B2", "focal_centerness": "#E69F00", "rank_sort": "#D55E00", "ap": "#009E73", "alrp": "#CC79A7"}
 NAMES = {"focal": "focal", "focal_centerness": "focal + centerness", "rank_sort": "Rank & Sort", "ap": "AP", "alrp": "aLRP"}
+# Pairs of a loss for the classes and one for the boxes are told apart by colour only where they are few.
+COLOURS = {name: plt.get_cmap("tab20")(number) for number, name in enumerate(PAIRS)} | COLOURS | {"ghm": "#56B4E9"}
+NAMES |= {name: " + ".join(LOSS_NAMES[part] for part in pair) for name, pair in PAIRS.items()}
 SCALED_TO = {"rank_sort": "ranking + sorting", "ap": "ap"}
 PARTS = ("#444444", "#009E73", "#CC79A7")
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25}

@@ -1,4 +1,5 @@
-"""The losses compared: focal, focal with centerness, Rank & Sort, AP, aLRP. Each turns predictions and an assignment into named parts.
+"""The losses compared: focal, focal with centerness, Rank & Sort, AP, aLRP; and GHM. Each turns predictions and an assignment into
+named parts.
 
 No boolean indexing: every row is computed and weighted by 0 where it is background, so nothing waits for a GPU. `process_group`: None,
 or "default" to rank, average and balance over the batch of all processes, with gradients for a reducer that averages.
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 
 from digits_detector.assignment import Assignment
 from digits_detector.boxes import giou_loss
+from digits_detector.class_and_box_loss import PAIRS, ClassAndBoxLoss
+from digits_detector.class_losses import focal_loss_sum, over_positives
 from digits_detector.model import Predictions
 from rsloss_kernels import (
     ALRPLoss,
@@ -16,17 +19,17 @@ from rsloss_kernels import (
     RankSortLoss,
     SelfBalancing,
     alrp_regression_loss,
-    distributed,
     score_weighted_mean,
     score_weights,
 )
 
 LOSSES = ("focal", "focal_centerness", "rank_sort", "ap", "alrp")
-FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0
+ALL_LOSSES = (*LOSSES, "ghm", *(name for name in PAIRS if name != "ghm"))
 FIXED_BOX_WEIGHT = 2.0
-# Focal loss needs rare classes to start out rare: sigmoid(-4) is about 0.02. A ranking loss sees differences of logits only; around 0
-# the sigmoids of its score weights differ mildly, far below it they would be proportional to exp(logit) and heed a few boxes only.
-FIRST_LOGIT = {"focal": -4.0, "focal_centerness": -4.0, "rank_sort": 0.0, "ap": 0.0, "alrp": 0.0}
+# Losses that take every logit by itself need rare classes to start out rare: sigmoid(-4) is about 0.02. A ranking loss sees differences
+# of logits only; around 0 the sigmoids of its score weights differ mildly, far below it they would be proportional to exp(logit) and
+# heed a few boxes only.
+FIRST_LOGIT = {"focal": -4.0, "focal_centerness": -4.0, "rank_sort": 0.0, "ap": 0.0, "alrp": 0.0} | dict.fromkeys(PAIRS, -4.0)
 # A positive of quality 0 would be a negative in the dense form of the targets, which the published loop reads.
 SMALLEST_QUALITY = 1e-6
 
@@ -38,7 +41,8 @@ def make_loss(
     process_group: str | None = None,
     epoch_steps: int = 400,
 ) -> nn.Module:
-    """`box_weight` None: self-balancing for the ranking losses, 2 for the others. `epoch_steps`: the period of the running form."""
+    """`box_weight` None: self-balancing for the ranking losses, 2 for the others, 10 for GHM-R. `epoch_steps`: the period of the
+    running form of balancing."""
     if name == "rank_sort":
         return RankSortDetectionLoss(use_score_weights, box_weight, process_group)
     if name == "ap":
@@ -48,7 +52,9 @@ def make_loss(
     if name in LOSSES:
         weight = FIXED_BOX_WEIGHT if box_weight is None else box_weight
         return FocalDetectionLoss(name == "focal_centerness", weight, process_group)
-    raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {name!r}")
+    if name in PAIRS:
+        return ClassAndBoxLoss(name, box_weight, process_group)
+    raise ValueError(f"loss must be one of {', '.join(ALL_LOSSES)}, got {name!r}")
 
 
 def score(predictions: Predictions, loss_name: str) -> Tensor:
@@ -72,21 +78,14 @@ class FocalDetectionLoss(nn.Module):
         num_classes = predictions.logits.shape[-1]
         is_positive = (assigned.labels < num_classes).float()
         focal = focal_loss_sum(predictions.logits, assigned.labels)
-        losses = {"classification": self.over_positives(focal, is_positive)}
+        losses = {"classification": over_positives(focal, is_positive, self.process_group)}
         weights = is_positive * assigned.centerness if self.use_centerness else is_positive
         giou, _ = giou_loss(predictions.boxes, assigned.boxes)
         losses["box"] = self.box_weight * score_weighted_mean(giou, weights, process_group=self.process_group)
         if self.use_centerness:
             errors = F.binary_cross_entropy_with_logits(predictions.centerness, assigned.centerness, reduction="none")
-            losses["centerness"] = self.over_positives((errors * is_positive).sum(), is_positive)
+            losses["centerness"] = over_positives((errors * is_positive).sum(), is_positive, self.process_group)
         return losses
-
-    def over_positives(self, total: Tensor, is_positive: Tensor) -> Tensor:
-        """A sum over the number of positives."""
-        group = distributed.resolve_group("FocalDetectionLoss", self.process_group)
-        count = distributed.sum_over_group(is_positive.sum(), group).clamp(min=1)
-        # A process's share, multiplied by their number: the mean over the processes is the loss of the whole batch.
-        return total * (distributed.world_size(group) / count)
 
 
 class RankSortDetectionLoss(nn.Module):
@@ -148,13 +147,3 @@ class ALRPDetectionLoss(nn.Module):
         box = alrp_regression_loss(giou, rank, order, process_group=self.process_group)
         box = box * self.box_weight if self.box_weight is not None else self.balancing(classification, box)
         return {"classification": classification, "box": box}
-
-
-def focal_loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
-    """Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017; logits [..., C], labels [...] with C for background."""
-    num_classes = logits.shape[-1]
-    targets = F.one_hot(labels, num_classes + 1)[..., :num_classes].to(logits.dtype)
-    probability = logits.sigmoid()
-    miss = probability + targets - 2 * probability * targets
-    alpha = FOCAL_ALPHA * targets + (1 - FOCAL_ALPHA) * (1 - targets)
-    return (alpha * miss**FOCAL_GAMMA * F.binary_cross_entropy_with_logits(logits, targets, reduction="none")).sum()

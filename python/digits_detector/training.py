@@ -11,12 +11,14 @@ from tqdm import tqdm
 
 from digits_detector import memory, processes
 from digits_detector.assignment import assign
+from digits_detector.class_and_box_loss import PAIRS
 from digits_detector.data import Canvases, batch_rows
 from digits_detector.losses import FIRST_LOGIT, make_loss
 from digits_detector.model import Detector, Predictions
 
 # The middle of the grid that the ablation searches.
 LEARNING_RATES = {"focal": 1e-2, "focal_centerness": 1e-2, "rank_sort": 2e-2, "ap": 2e-2, "alrp": 2e-2}
+LEARNING_RATES |= dict.fromkeys(PAIRS, 1e-2)
 WARMUP_STEPS = 100
 WEIGHT_DECAY = 1e-2
 
