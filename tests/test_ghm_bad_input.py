@@ -309,7 +309,8 @@ def test_operator_refuses_bad_argument(backend, fault):
     with pytest.raises((RuntimeError, ValueError, TypeError, IndexError, NotImplementedError)) as raised:
         call_operator(backend, operator, arguments)
     # Where two arguments disagree, either may be named.
-    either = {name: "preds|targets|weights" for name in ("preds", "targets", "weights")} | {"bins": "bins|histogram|acc_sum"}
+    either = {name: "preds|targets|weights" for name in ("preds", "targets", "weights")}
+    either |= {"bins": "bins|histogram|acc_sum", "bin_weights": "bin_weights|bins"}
     named = either.get(argument, argument)
     assert re.search(rf"\b{operator}: ({named}) (must|has the wrong)", str(raised.value)), raised.value
 
