@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import rsloss_kernels
 from rsloss_kernels import _backends, _checks, _library, collect_env
 from rsloss_kernels.losses.ranking import api as ranking
+from rsloss_kernels.losses.ranking.arguments import read_arguments
 
 
 class Case(NamedTuple):
@@ -56,7 +57,7 @@ def cases(seed: int) -> Iterator[Case]:
 
         def evaluate(x: Tensor, targets: Tensor, quality: Tensor | None = None) -> tuple[Tensor, ...]:
             settings = {"delta": 0.5, "background": "last", "max_positives": None, "process_group": None, "average_gradients": True}
-            request = ranking.read_arguments(loss, f"{loss}_finalize", x, targets, quality, **settings)
+            request = read_arguments(loss, f"{loss}_finalize", x, targets, quality, **settings)
             return ranking.finish(loss, ranking.rank_positives(request), option)
 
         evaluate.__name__ = f"{loss}_finalize"

@@ -8,6 +8,7 @@ from torch.nn.functional import pad
 
 from rsloss_kernels import _checks, distributed
 from rsloss_kernels.losses.ranking import api as ranking
+from rsloss_kernels.losses.ranking.arguments import read_arguments
 
 
 class ALRPLosses(NamedTuple):
@@ -76,7 +77,7 @@ def alrp_loss(
             f"{list(regression_losses.shape)} for targets {list(targets.shape)}"
         )
     regression_losses = regression_losses.detach()
-    request = ranking.read_arguments(
+    request = read_arguments(
         function,
         "alrp_finalize",
         logits,

@@ -2,6 +2,7 @@
 from torch import Tensor
 
 from rsloss_kernels.losses.ranking import api as ranking
+from rsloss_kernels.losses.ranking.arguments import read_arguments
 
 
 def average_precision_loss(
@@ -42,7 +43,7 @@ def average_precision_loss(
     Raises:
         TypeError, ValueError, RuntimeError: as `rank_sort_loss`.
     """
-    request = ranking.read_arguments(
+    request = read_arguments(
         "average_precision_loss",
         "average_precision_forward",
         logits,

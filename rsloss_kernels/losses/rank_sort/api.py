@@ -4,6 +4,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from rsloss_kernels.losses.ranking import api as ranking
+from rsloss_kernels.losses.ranking.arguments import read_arguments
 
 
 class RankSortLosses(NamedTuple):
@@ -75,7 +76,7 @@ def rank_sort_loss(
         positive for more than half of the elements.
         RuntimeError: a forced backend that cannot run; with RSLOSS_DEBUG_CHECKS=1 more positives than `max_positives`.
     """
-    request = ranking.read_arguments(
+    request = read_arguments(
         "rank_sort_loss",
         "rank_sort_forward",
         logits,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rsloss_kernels import _checks, distributed
 from rsloss_kernels._state import StatefulLoss, keeps_statistics, store
+from rsloss_kernels.losses.ranking.arguments import positives_among, read_targets
 
 MODES = ("step", "running")
 SMALLEST_WEIGHT = 1e-12
@@ -134,22 +135,14 @@ def score_weights(logits: Tensor, targets: Tensor, *, background: str = "last") 
     _checks.check_logits("score_weights", logits)
     _checks.check_tensor("score_weights", "targets", targets)
     _checks.check_choice("score_weights", "background", background, ("last", "first"))
-    _checks.check_device("score_weights", "targets", targets, logits)
     if logits.dim() == 0:
         raise ValueError("score_weights: logits must have at least one dimension, the classes, got []")
-    classes = logits.shape[-1]
-    if _checks.is_index_form(targets, logits):
-        first = int(background == "first")
-        labels = _checks.as_labels("score_weights", targets)
-        is_positive = (labels >= first) & (labels < classes + first)
-    else:
-        meaning = "the shape of logits (dense), or be integers with that shape less its last dimension (class indices)"
-        _checks.check_shape("score_weights", "targets", targets, logits.shape, meaning)
-        if targets.is_complex():
-            raise TypeError(f"score_weights: targets must be real, got {targets.dtype}")
-        is_positive = (targets > 0).any(-1)
+    targets, _ = read_targets("score_weights", logits, targets)
+    is_positive = positives_among(logits, targets, background)
+    if targets.is_floating_point():
+        is_positive = is_positive.any(-1)
     result_type = torch.promote_types(logits.dtype, torch.float32)
-    if classes == 0:
+    if logits.shape[-1] == 0:
         return logits.new_zeros(logits.shape[:-1], dtype=result_type)
     # The sigmoid is monotone: the row maximum first, then one sigmoid per row.
     confidence = logits.detach().amax(-1).to(result_type).sigmoid()
