@@ -27,11 +27,20 @@ from bench.peers.brute_force import (  # noqa: E402
     brute_force_average_precision,
     brute_force_rank_sort,
 )
-from rsloss_kernels import alrp_loss, average_precision_loss, rank_sort_loss, use_backend  # noqa: E402
+from bench.peers.ghm import ghm_truth  # noqa: E402
+from rsloss_kernels import (  # noqa: E402
+    alrp_loss,
+    average_precision_loss,
+    ghm_classification_loss,
+    ghm_regression_loss,
+    rank_sort_loss,
+    use_backend,
+)
 
 DELTA = 0.5
 CAPACITY = 1024
-LOSS_LIMIT, GRADIENT_LIMIT = 1e-7, 1e-6
+BINS, MU = 30, 5.0
+LOSS_LIMIT = 1e-7
 # Of the sweep: nothing, single elements, sizes around a warp and a block, more than a block of positives.
 SIZES = [(0, 0), (1, 0), (0, 5), (1, 1), (3, 31), (17, 1000), (40, 4097), (300, 20000), (1000, 3000)]
 # Positives and capacity: many tiles, merges and bins that do not fit shared memory.
@@ -40,11 +49,17 @@ MANY = [(20_000, 20_000), (20_000, 65_536), (65_536, 65_536)]
 
 @dataclass(frozen=True)
 class Loss:
-    """call: of the logits, the inputs and options; truth: of logits, dense targets and inputs. The losses, then the gradient."""
+    """call: of the logits, the inputs and options; truth: of logits, dense targets and inputs. The losses, then the gradient.
+
+    ranks: without a positive it is 0, and its options are those of the ranking losses.
+    """
 
     call: Callable[..., object]
     num_losses: int
     truth: Callable[[Tensor, Tensor, Inputs], tuple[Tensor, ...]]
+    ranks: bool = True
+    forms: tuple[str, ...] = ("dense", "index")
+    gradient_limit: float = 1e-6
 
 
 def _alrp_truth(logits: Tensor, dense: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -52,6 +67,15 @@ def _alrp_truth(logits: Tensor, dense: Tensor, inputs: Inputs) -> tuple[Tensor, 
     return loss, gradient
 
 
+def _ghm_classification(logits: Tensor, inputs: Inputs) -> tuple[Tensor, ...]:
+    """A first step with momentum and without bias: equal to none. Class indices come with weights, whose size does not matter."""
+    is_index = inputs.case.form == "index"
+    target = inputs.targets if is_index else (inputs.targets > 0).float()
+    state = {name: torch.zeros(BINS, dtype=dtype, device=logits.device) for name, dtype in STATE.items()}
+    return ghm_classification_loss(logits, target, inputs.quality, bins=BINS, momentum=0.75, **state)
+
+
+STATE = {"acc_sum": torch.float32, "num_updates": torch.int64}
 LOSSES = {
     "rank_sort": Loss(
         lambda logits, inputs, **options: rank_sort_loss(logits, inputs.targets, inputs.quality, **options),
@@ -66,15 +90,31 @@ LOSSES = {
     "alrp": Loss(
         lambda logits, inputs, **options: alrp_loss(logits, inputs.targets, inputs.regression, **options), 1, _alrp_truth
     ),
+    "ghm_classification": Loss(
+        _ghm_classification,
+        1,
+        lambda logits, dense, _: ghm_truth(logits, (dense > 0).double(), None, BINS),
+        ranks=False,
+        gradient_limit=2e-6,
+    ),
+    # The qualities serve as targets of boxes; so wide a mu spreads the differences over the bins.
+    "ghm_regression": Loss(
+        lambda logits, inputs: ghm_regression_loss(logits, inputs.targets, bins=BINS, mu=MU),
+        1,
+        lambda logits, dense, _: ghm_truth(logits, dense, None, BINS, MU),
+        ranks=False,
+        forms=("dense",),
+        gradient_limit=2e-6,
+    ),
 }
 
 
 def run(name: str, inputs: Inputs, capacity: int = CAPACITY) -> tuple[Tensor, ...]:
     """All that the public function returns and the gradient of the sum of its losses, through autograd."""
-    options = {}
+    options = {"delta": DELTA, "max_positives": capacity} if LOSSES[name].ranks else {}
     if inputs.case.segments > 1:
-        options = {"segments": inputs.segment_ids, "num_segments": inputs.case.segments}
-    outputs = LOSSES[name].call(inputs.logits, inputs, delta=DELTA, max_positives=capacity, **options)
+        options |= {"segments": inputs.segment_ids, "num_segments": inputs.case.segments}
+    outputs = LOSSES[name].call(inputs.logits, inputs, **options)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     (gradient,) = torch.autograd.grad(outputs[: LOSSES[name].num_losses], inputs.logits)
     return *(output.detach() for output in outputs), gradient
@@ -87,7 +127,7 @@ def true_values(name: str, case: Case, device: str) -> tuple[Tensor, ...]:
     pairs = zip(inputs.logits.to(device).chunk(segments), inputs.dense.to(device).chunk(segments), strict=True)
     parts, holders = [], 0
     for logits, dense in pairs:
-        if bool((dense > 0).any()):
+        if bool((dense > 0).any()) or not LOSSES[name].ranks:
             parts.append(LOSSES[name].truth(logits, dense, inputs))
             holders += 1
         else:
@@ -99,15 +139,15 @@ def true_values(name: str, case: Case, device: str) -> tuple[Tensor, ...]:
 def describe_error(name: str, got: tuple[Tensor, ...], inputs: Inputs, device: str) -> str | None:
     """None if `got` is within the gates of the float64 truth, computed on `device`, else the errors in words."""
     losses, gradient = got[: LOSSES[name].num_losses], got[-1].to(device)
-    if not bool((inputs.dense > 0).any()):
+    if inputs.logits.numel() == 0 or (LOSSES[name].ranks and not bool((inputs.dense > 0).any())):
         is_zero = all(bool((value == 0).all()) for value in (*losses, gradient))
-        return None if is_zero else f"no positives, but losses {[loss.item() for loss in losses]}"
+        return None if is_zero else f"nothing to learn from, but losses {[loss.item() for loss in losses]}"
     *wanted, true_gradient = true_values(name, inputs.case, device)
     # A loss that is exactly 0 has no relative error; rounding of the truth itself is about 1e-16.
     of_losses = [abs(value.item() - true.item()) / max(abs(true.item()), 1e-9) for value, true in zip(losses, wanted, strict=True)]
     of_gradient = ((gradient.double() - true_gradient).abs().max() / true_gradient.abs().max().clamp(min=1e-12)).item()
     rounding = torch.finfo(gradient.dtype).eps if gradient.element_size() == 2 else 0.0
-    if max(of_losses) <= LOSS_LIMIT and of_gradient <= GRADIENT_LIMIT + rounding:
+    if max(of_losses) <= LOSS_LIMIT and of_gradient <= LOSSES[name].gradient_limit + rounding:
         return None
     return f"relative errors of the losses {of_losses}, of the gradient {of_gradient:.2e}"
 
@@ -170,10 +210,11 @@ def check_capture(name: str, form: str, dtype: str, elements: int = 50_000, segm
 
 
 def check_small(name: str, device: str) -> str:
-    """Small problems in every form against the truth; in every dtype for the first loss, which shares its streams with the others."""
+    """Small problems in every form against the truth; in every dtype, but of the ranking losses, which share their streams, the first."""
     count = 0
-    dtypes = ("float32", "float16", "bfloat16", "float64") if name == next(iter(LOSSES)) else ("float32",)
-    for form in ("dense", "index"):
+    is_every = name == next(iter(LOSSES)) or not LOSSES[name].ranks
+    dtypes = ("float32", "float16", "bfloat16", "float64") if is_every else ("float32",)
+    for form in LOSSES[name].forms:
         for dtype in dtypes:
             for positives, negatives in SIZES:
                 if form == "index":
@@ -201,7 +242,8 @@ def all_checks(arguments: argparse.Namespace) -> list[tuple[str, Callable[[], st
     if arguments.many:
         return [
             (f"{name} capacity={sizes[1]}", lambda name=name, sizes=sizes: check_many(name, *sizes, arguments.device))
-            for name in LOSSES
+            for name, loss in LOSSES.items()
+            if loss.ranks
             for sizes in MANY
         ]
     settings = [
@@ -214,9 +256,13 @@ def all_checks(arguments: argparse.Namespace) -> list[tuple[str, Callable[[], st
         ("alrp", "index", "float32"),
         ("rank_sort", "index", "float32", 64_000, 16),
         ("average_precision", "dense", "float32", 64_000, 16),
+        ("ghm_classification", "dense", "float32"),
+        ("ghm_regression", "dense", "float32"),
+        ("ghm_regression", "dense", "float64"),
     ]
     # 16-bit logits of this many elements are counted and looked up by value.
-    settings += [(name, "index", dtype, 1 << 21) for name in LOSSES for dtype in ("bfloat16", "float16")]
+    with_labels = [name for name, loss in LOSSES.items() if "index" in loss.forms]
+    settings += [(name, "index", dtype, 1 << 21) for name in with_labels for dtype in ("bfloat16", "float16")]
     return [(" ".join(map(str, setting)), lambda setting=setting: check_capture(*setting)) for setting in settings]
 
 
