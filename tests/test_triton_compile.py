@@ -22,7 +22,7 @@ TARGETS = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 FLOATS = ("fp16", "bf16", "fp32", "fp64")
 ANY_FLAG = (False, True)
 # Integer arguments by name; the others are 32 bits wide, as the launcher passes small numbers.
-WIDE_INTEGERS = {"delta_bits", "scale_bits"}
+WIDE_INTEGERS = {"delta_bits", "scale_bits", "mu_bits", "momentum_bits", "log_momentum_bits"}
 
 
 def _double(*types: str) -> bool:
@@ -143,11 +143,64 @@ def _finalize_variants(common, impl) -> dict[str, list[dict]]:
     }
 
 
+def _ghm_variants(impl) -> dict[str, list[dict]]:
+    """Types of prediction and target, weights, and the size of a pass; every number of columns that a power of two makes apart."""
+    histogram = {"partials_ptr": "fp64", "BLOCK": impl.BLOCK["cuda"], **impl.HISTOGRAM_OPTIONS}
+    gradient = {"bin_weights_ptr": "fp64", "BLOCK": impl.BLOCK["cuda"], "num_warps": impl.BACKWARD_WARPS}
+    table = {"num_warps": impl.TABLE_WARPS}
+    elements = [
+        {
+            **{"preds_ptr": pred, "targets_ptr": target, "weights_ptr": weight, "edges_ptr": "fp64", "size": size},
+            **{"WEIGHT_PER_ROW": per_row, "BACKGROUND_FIRST": target == "i64", "IS_INDEX": target in ("i32", "i64")},
+            **{"IS_REGRESSION": is_regression, "COLUMNS": columns, "results_ptr": pred},
+            "grad_loss_ptr": "fp64" if pred == "fp64" else "fp32",
+        }
+        for pred, target, weight, per_row, is_regression, size, columns in (
+            ("fp32", "i64", None, False, False, "i32", 16),
+            ("fp16", "i32", "fp32", True, False, "i32", 32),
+            ("bf16", "i64", "bf16", False, False, "i64", 512),
+            ("fp64", "i32", None, False, False, "i32", 4),
+            ("fp32", "fp32", "fp32", False, False, "i32", 16),
+            ("fp16", "fp16", "fp16", True, False, "i32", 512),
+            ("bf16", "fp32", None, False, False, "i64", 32),
+            ("fp64", "bf16", "fp64", True, False, "i32", 512),
+            ("fp32", "fp32", "fp32", False, True, "i32", 16),
+            ("bf16", "bf16", None, False, True, "i64", 512),
+            ("fp64", "fp64", "fp16", False, True, "i32", 32),
+        )
+    ]
+    states = [
+        {
+            **{"histogram_ptr": "fp64", "bin_weights_ptr": "fp64", "acc_sum_ptr": acc_sum, "num_updates_ptr": num_updates},
+            **{"loss_ptr": loss, "new_acc_sum_ptr": acc_sum or "fp64", "new_num_updates_ptr": "i64"},
+            **{"HAS_MOMENTUM": has_momentum, "COUNT_EMPTY_BINS": has_momentum, "COLUMNS": columns, **table},
+        }
+        for acc_sum, num_updates, loss, has_momentum, columns in (
+            (None, None, "fp32", False, 16),
+            ("fp32", None, "fp32", True, 1),
+            ("fp64", "i64", "fp64", True, 256),
+            ("fp64", "i64", "fp32", False, 32),
+        )
+    ]
+    return {
+        "edges_kernel": [{"edges_ptr": "fp64", "IS_REGRESSION": flag, "COLUMNS": 512, **table} for flag in ANY_FLAG],
+        "histogram_kernel": [{**element, **histogram} for element in elements],
+        "finalize_kernel": states,
+        "gradient_kernel": [{**element, **gradient} for element in elements],
+    }
+
+
 def _variants() -> dict[str, list[dict]]:
+    ghm = importlib.import_module("rsloss_kernels.losses.ghm.triton_impl")
     common, binning, finalize = (
         importlib.import_module(f"rsloss_kernels.losses.ranking.triton_{name}") for name in ("common", "bin", "finalize")
     )
-    return {**_collect_variants(common), **_sweep_variants(common, binning), **_finalize_variants(common, finalize)}
+    return {
+        **_collect_variants(common),
+        **_sweep_variants(common, binning),
+        **_finalize_variants(common, finalize),
+        **_ghm_variants(ghm),
+    }
 
 
 @functools.cache

@@ -35,6 +35,13 @@ def float_of(bits):
 
 
 @triton.jit
+def power_of_two(exponent):
+    """2^exponent in float64; 0 below the normal numbers, inf above them."""
+    exponent = tl.minimum(tl.maximum(exponent, -1023), 1024)
+    return ((exponent.to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)
+
+
+@triton.jit
 def rounded_to(value, TYPE: tl.constexpr):
     """float64 values in a floating type, to the nearest. bfloat16 by hand: the interpreter would cut bits off."""
     if TYPE == tl.bfloat16:

@@ -12,18 +12,60 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rsloss_kernels.losses.triton_common import fitting_block, float_bits, float_of, launching_on, rounded_to
+from rsloss_kernels.losses.triton_common import fitting_block, float_bits, float_of, launching_on, power_of_two, rounded_to
 
-# Elements at a time of one program of a pass. The histogram reduces a block once per bin, so its blocks are large.
-HISTOGRAM_BLOCK = {"cuda": 4096, "cpu": 1 << 16}
-BACKWARD_BLOCK = {"cuda": 1024, "cpu": 1 << 16}
+# Elements at a time of one program of a pass.
+BLOCK = {"cuda": 1024, "cpu": 1 << 16}
 # Programs of the pass over one level, all at work at once on a large GPU. Not the number of its processors: it fixes the order
 # of float sums.
 HISTOGRAM_PROGRAMS = 512
-HISTOGRAM_WARPS, BACKWARD_WARPS, TABLE_WARPS = 8, 4, 4
+BACKWARD_WARPS, TABLE_WARPS = 4, 4
+# Without a limit of its own the assembler spills registers to fit one more block on a processor.
+HISTOGRAM_OPTIONS = {"num_warps": 4, "maxnreg": 240}
 
 # Arguments that change from call to call without a gain from code of their own; floats travel as the bits of a float64.
 PLAIN_INTEGERS = ("bins", "entries", "mu_bits", "momentum_bits", "log_momentum_bits", "scale_bits")
+
+
+# Coefficients of exp(x) and of atanh(x) / x in x^2. The functions of the library branch on special values, which costs registers.
+EXP_TERMS = tl.constexpr(tuple(1 / math.factorial(k) for k in range(14)))
+ATANH_TERMS = tl.constexpr(tuple(1 / (2 * k + 1) for k in range(11)))
+LOG2_E = tl.constexpr(math.log2(math.e))
+LOG_2 = tl.constexpr(math.log(2))
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x to float64, for x that float32 has too."""
+    result = (1.0 / x.to(tl.float32)).to(tl.float64)
+    result *= 2.0 - x * result
+    return result * (2.0 - x * result)
+
+
+@triton.jit
+def exp_of_minus(x):
+    """exp(-x) for x >= 0, to float64."""
+    power = -x * LOG2_E
+    power = tl.where(power < -2000.0, -2000.0, power)
+    whole = tl.floor(power + 0.5)
+    rest = (power - whole) * LOG_2
+    result = tl.full(x.shape, EXP_TERMS[13], tl.float64)
+    for k in tl.static_range(12, -1, -1):
+        result = result * rest + EXP_TERMS[k]
+    # In two steps, as the result may be subnormal.
+    half = tl.floor(0.5 * whole)
+    return result * power_of_two(half) * power_of_two(whole - half)
+
+
+@triton.jit
+def log1p_of_fraction(x):
+    """log(1 + x) for x within [0, 1], right to 4e-12 relative: 2 atanh(x / (2 + x))."""
+    ratio = x * reciprocal(2.0 + x)
+    square = ratio * ratio
+    result = tl.full(x.shape, ATANH_TERMS[10], tl.float64)
+    for k in tl.static_range(9, -1, -1):
+        result = result * square + ATANH_TERMS[k]
+    return 2.0 * ratio * result
 
 
 @triton.jit
@@ -104,15 +146,20 @@ def harmonize(pred, target, edges_ptr, bins, mu_bits, IS_REGRESSION: tl.constexp
         position = tl.abs(difference)
         # d^2 can overflow; the root is |d| to the last bit well before.
         is_far = position > 1e9 * mu
-        near = tl.where(is_far, 0.0, difference)
-        root = tl.sqrt(near * near + mu * mu)
-        loss = tl.where(is_far, position - mu, tl.abs(near) * (tl.abs(near) / (root + mu)))
-        slope = tl.where(is_far, tl.where(difference > 0, 1.0, -1.0), near / root)
+        ratio = tl.where(is_far, 0.0, position) * (1.0 / mu)
+        square = 1.0 + ratio * ratio
+        # 1 / sqrt, by Newton's method from float32.
+        inverse = tl.rsqrt(square.to(tl.float32)).to(tl.float64)
+        inverse *= 1.5 - 0.5 * square * inverse * inverse
+        inverse *= 1.5 - 0.5 * square * inverse * inverse
+        loss = tl.where(is_far, position - mu, position * (ratio * reciprocal(1.0 + square * inverse)))
+        slope = tl.where(is_far, 1.0, ratio * inverse)
+        slope = tl.where(difference > 0, slope, -slope)
     else:
-        small = tl.exp(-tl.abs(pred))
+        small = exp_of_minus(tl.abs(pred))
         factor = tl.where(pred > 0, 1.0 - target, target)
-        slope = small / (1.0 + small) - factor
-        loss = tl.where(factor == 0, 0.0, factor * tl.abs(pred)) + log1p_of(small)
+        slope = small * reciprocal(1.0 + small) - factor
+        loss = tl.where(factor == 0, 0.0, factor * tl.abs(pred)) + log1p_of_fraction(small)
         position = tl.where(target == 1, -pred, pred)
         if not IS_INDEX:
             is_soft = (target != 0) & (target != 1)
@@ -148,7 +195,7 @@ def histogram_kernel(
 ):
     lane = tl.arange(0, BLOCK)
     column = tl.arange(0, COLUMNS)
-    counts = tl.zeros([COLUMNS], tl.int64)
+    counts = tl.zeros([COLUMNS], tl.int32)
     sums = tl.zeros([COLUMNS], tl.float64)
     start = tl.program_id(0).to(tl.int64) * BLOCK
     while start < size:
@@ -290,7 +337,7 @@ def _write_edges(bins: int, mu: float | None, like: Tensor) -> Tensor:
 
 def ghm_histogram(preds, targets, weights, bins, mu, background_first) -> Tensor:
     device = preds[0].device
-    blocks = [fitting_block(HISTOGRAM_BLOCK, pred.numel(), device) for pred in preds]
+    blocks = [fitting_block(BLOCK, pred.numel(), device) for pred in preds]
     grids = [min(triton.cdiv(pred.numel(), block), HISTOGRAM_PROGRAMS) for pred, block in zip(preds, blocks, strict=True)]
     partials = torch.empty((2, bins + 1, sum(grids)), dtype=torch.float64, device=device)
     with launching_on(preds[0]):
@@ -303,8 +350,8 @@ def ghm_histogram(preds, targets, weights, bins, mu, background_first) -> Tensor
                 entries=sum(grids),
                 COLUMNS=triton.next_power_of_2(bins + 2),
                 BLOCK=blocks[number],
-                num_warps=HISTOGRAM_WARPS,
                 **arguments,
+                **HISTOGRAM_OPTIONS,
             )
     return partials.sum(-1)
 
@@ -334,7 +381,7 @@ def ghm_backward(preds, targets, weights, bin_weights, grad_loss, mu, background
     with launching_on(preds[0]):
         edges = _write_edges(bin_weights.numel(), mu, preds[0])
         for number, arguments in _levels(preds, targets, weights, mu, background_first):
-            block = fitting_block(BACKWARD_BLOCK, arguments["size"], preds[0].device)
+            block = fitting_block(BLOCK, arguments["size"], preds[0].device)
             gradient_kernel[triton.cdiv(arguments["size"], block),](
                 edges_ptr=edges,
                 bin_weights_ptr=bin_weights,

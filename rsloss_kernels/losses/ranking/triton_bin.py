@@ -14,7 +14,6 @@ from rsloss_kernels.losses.ranking.triton_common import (
     arithmetic,
     count_not_above,
     offset_bits,
-    power_of_two,
     power_up_to,
     read_negatives,
     segment_arguments,
@@ -26,7 +25,7 @@ from rsloss_kernels.losses.ranking.triton_common import (
     width_exponent,
 )
 from rsloss_kernels.losses.ranking.triton_windows import write_breakpoints
-from rsloss_kernels.losses.triton_common import launching_on
+from rsloss_kernels.losses.triton_common import launching_on, power_of_two
 
 # Copies of the bins share this many entries of a count and a sum, where the positives are few and so the bins contended.
 SHARED_BINS = 1 << 14

@@ -108,13 +108,6 @@ def segment_ranks(ranges_ptr, segment, valid, wanted, SEGMENTED: tl.constexpr):
 
 
 @triton.jit
-def power_of_two(exponent):
-    """2^exponent in float64; 0 below the normal numbers, inf above them."""
-    exponent = tl.minimum(tl.maximum(exponent, -1023), 1024)
-    return ((exponent.to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)
-
-
-@triton.jit
 def offset_bits(counts_ptr, DOUBLE: tl.constexpr):
     """Bits of one fixed-point offset: the sum over all elements, of the whole group, fits 62 bits."""
     most = tl.maximum(tl.load(counts_ptr + 2) - 1, 0).to(tl.float64)

@@ -22,14 +22,13 @@ from rsloss_kernels.losses.ranking.triton_common import (
     TABLE_WARPS,
     count_not_above,
     offset_bits,
-    power_of_two,
     segment_form,
     segment_ranks,
     table_block,
     width_exponent,
 )
 from rsloss_kernels.losses.ranking.triton_windows import write_breakpoints
-from rsloss_kernels.losses.triton_common import float_bits, float_of, launching_on
+from rsloss_kernels.losses.triton_common import float_bits, float_of, launching_on, power_of_two
 
 # Rows of the table between the kernels, by rank. A loss reads the first and writes the others: its terms of the mean, the share
 # of the error that a negative takes per unit of H, the gradients of the positive before scaling, and one row for its own use.
