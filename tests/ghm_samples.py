@@ -10,7 +10,7 @@ from rsloss_kernels import _library
 from samples import Inputs
 from torch import Tensor
 
-GRADIENT_GATE = 2e-6  # of float32
+GRADIENT_GATE = 2e-6
 
 # name -> numbers from standard normal ones: logits of elements with a target of 0 and above 0, and the distance of box offsets.
 DISTRIBUTIONS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]] = {
@@ -45,8 +45,8 @@ class GHMSample:
     state_dtype: torch.dtype = torch.float64
     mu: float = 0.02
 
-    def resized(self, rows: int) -> "GHMSample":
-        return dataclasses.replace(self, rows=rows)
+    def resized(self, positives: int, negatives: int) -> "GHMSample":
+        return dataclasses.replace(self, rows=positives + negatives)
 
     def draw(self, generator: torch.Generator, is_regression: bool) -> Inputs:
         shape = (self.rows, self.classes)
@@ -115,6 +115,12 @@ GHM_SAMPLES = [
 ]
 
 
+OPERATOR_SAMPLES = (
+    "float32", "float64_targets_bfloat16", "bfloat16_targets_float32", "soft", "row_weights", "index_int32_row_weights",
+    "index_background_first", "momentum_float32_state", "momentum_corrected", "empty",
+)  # fmt: skip
+
+
 @dataclasses.dataclass(frozen=True)
 class GHM:
     """A GHM loss with its functions, its oracle and its samples."""
@@ -125,12 +131,24 @@ class GHM:
     is_regression: bool
     num_losses: int = 1
     operators: tuple[str, ...] = ("ghm_histogram", "ghm_finalize", "ghm_backward")
-    narrow: float = GRADIENT_GATE
+    narrow: float = GRADIENT_GATE  # the gate of float32 gradients
+    compiled_samples: tuple[str, ...] = ("float32", "bfloat16_targets_float32", "index", "momentum_corrected")
 
     @property
     def samples(self) -> list[GHMSample]:
         fits = [s for s in GHM_SAMPLES if s.form == "dense" and s.weight != "row" and s.background == "last"]
         return fits if self.is_regression else GHM_SAMPLES
+
+    @property
+    def operator_samples(self) -> list[GHMSample]:
+        """For checks that take long: every form of every argument of the operators."""
+        return [sample for sample in self.samples if sample.name in OPERATOR_SAMPLES]
+
+    def run_other_operators(self, backend: harness.Backend, inputs: Inputs) -> None:
+        """There are none: the public function calls all."""
+
+    def arguments(self, logits: Tensor, labels: Tensor, weight: Tensor | None = None) -> tuple[Tensor, ...]:
+        return (logits, labels) if weight is None else (logits, labels, weight)
 
     def draw(self, sample: GHMSample, generator: torch.Generator) -> Inputs:
         return sample.draw(generator, self.is_regression)

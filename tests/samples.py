@@ -63,6 +63,9 @@ class RankingSample:
     def options(self) -> dict:
         return {"delta": self.delta} | ({} if self.form == "dense" else {"background": self.background})
 
+    def resized(self, positives: int, negatives: int) -> "RankingSample":
+        return dataclasses.replace(self, positives=positives, negatives=negatives)
+
     def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor | None]:
         """Logits, targets and quality, from which every ranking loss makes its arguments."""
         return (self._draw_dense if self.form == "dense" else self._draw_labels)(generator)
@@ -142,6 +145,12 @@ class Loss:
     finalize_options: tuple = ()
     num_losses: int = 1
     takes_segments: bool = True
+    narrow: float = 1e-6  # the gate of float32 gradients
+    compiled_samples: tuple[str, ...] = ("dense_float32", "dense_bfloat16_targets_float32", "index_float32")
+
+    @property
+    def operator_samples(self) -> list[RankingSample]:
+        return RANKING_SAMPLES
 
     @property
     def operators(self) -> tuple[str, ...]:
@@ -179,6 +188,13 @@ class Loss:
 
     def truth(self, *arguments: Tensor, delta: float | None = None, background: str = "last") -> oracles.Truth:
         return self.oracle(self.read(*arguments, background=background), self.delta if delta is None else delta)
+
+    def run_other_operators(self, backend: harness.Backend, inputs: Inputs) -> None:
+        """Those that the public function calls with a process group only."""
+        if self.forward:
+            arguments = ([value.to(backend.device)] for value in inputs.arguments)
+            options = {"delta": inputs.options["delta"], "background_first": inputs.options.get("background") == "first"}
+            self.pipeline(backend, *arguments, **options).run()
 
     def pipeline(self, backend: harness.Backend, *arguments: list[Tensor], **options) -> harness.Pipeline:
         """The operators one by one; `arguments` are lists of logits, targets and qualities (here of regression losses too)."""

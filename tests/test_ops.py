@@ -4,16 +4,16 @@ The operators are discovered and their arguments recorded while the public funct
 covered as soon as samples.py knows it.
 """
 import copy
-import dataclasses
 import pickle
 
 import harness
 import pytest
 import rsloss_kernels
 import torch
+from ghm_samples import CLASSIFICATION, GHM, GHM_LOSSES
 from harness import Backend, assert_gates
 from rsloss_kernels import _library
-from samples import LOSSES, RANKING_SAMPLES, Loss
+from samples import LOSSES, RANKING_SAMPLES, Inputs, Loss
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -21,7 +21,18 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 OPERATORS = harness.operator_names()
-SAMPLES = [pytest.param(sample, id=sample.name) for sample in RANKING_SAMPLES]
+EVERY_LOSS = LOSSES | GHM_LOSSES
+
+
+def every_pair(is_kept=lambda loss, sample: True):
+    pairs = [(loss, sample) for loss in EVERY_LOSS.values() for sample in loss.operator_samples if is_kept(loss, sample)]
+    return pytest.mark.parametrize(
+        "loss, sample", [pytest.param(loss, sample, id=f"{loss.name}-{sample.name}") for loss, sample in pairs]
+    )
+
+
+SAMPLES = every_pair()
+COMPILED_SAMPLES = every_pair(lambda loss, sample: sample.name in loss.compiled_samples)
 
 
 class Recorder(TorchDispatchMode):
@@ -38,17 +49,19 @@ class Recorder(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def record(backend: Backend, loss: Loss, sample, generator) -> list[tuple[torch._ops.OpOverload, tuple]]:
-    inputs = loss.draw(sample, generator)
+def arguments_on(backend: Backend, inputs: Inputs) -> tuple[torch.Tensor, list[torch.Tensor], dict]:
+    """Logits, other arguments, options."""
     logits, *others = (value.to(backend.device) for value in inputs.arguments)
-    logits.requires_grad_()
+    return logits, others, harness.on_device(inputs.options, backend)
+
+
+def record(backend: Backend, loss: Loss | GHM, sample, generator) -> list[tuple[torch._ops.OpOverload, tuple]]:
+    inputs = loss.draw(sample, generator)
+    logits, others, options = arguments_on(backend, inputs)
     with Recorder() as recorder, rsloss_kernels.use_backend(backend.name):
-        losses = harness.losses_in(loss.function(logits, *others, **inputs.options))
+        losses = harness.losses_in(loss.function(logits.requires_grad_(), *others, **options))
         sum(losses).backward()
-        if loss.forward:
-            logits, targets, *quality = (value.to(backend.device) for value in inputs.arguments)
-            options = {"delta": inputs.options["delta"], "background_first": inputs.options.get("background") == "first"}
-            loss.pipeline(backend, [logits], [targets], quality, **options).run()
+        loss.run_other_operators(backend, inputs)
     return recorder.calls
 
 
@@ -60,10 +73,10 @@ def differentiable(function: torch._ops.OpOverload, args: tuple) -> tuple:
 
 
 def test_every_operator_is_reached_by_a_sample(backend, generator):
-    claimed = {name for loss in LOSSES.values() for name in loss.operators}
+    claimed = {name for loss in EVERY_LOSS.values() for name in loss.operators}
     assert claimed == set(OPERATORS)
-    for loss in LOSSES.values():
-        calls = record(backend, loss, RANKING_SAMPLES[0], generator)
+    for loss in EVERY_LOSS.values():
+        calls = record(backend, loss, loss.operator_samples[0], generator)
         assert {str(function) for function, _ in calls} == {f"rsloss_kernels.{op}.{backend.name}" for op in loss.operators}
 
 
@@ -77,7 +90,7 @@ def test_every_operator_has_all_backends_with_one_schema(operator):
 
 
 @pytest.mark.slow_interpreter
-@pytest.mark.parametrize("sample", SAMPLES)
+@SAMPLES
 def test_opcheck(backend, loss, generator, sample):
     for function, args in record(backend, loss, sample, generator):
         results = torch.library.opcheck(function, differentiable(function, args))
@@ -89,23 +102,21 @@ def test_opcheck(backend, loss, generator, sample):
 
 def loss_and_gradient(function, logits, others, options):
     leaf = logits.detach().requires_grad_()
-    losses = harness.losses_in(function(leaf, *others, **options))
+    returned = function(leaf, *others, **options)
+    losses = harness.losses_in(returned)
     (gradient,) = torch.autograd.grad(sum(losses), leaf)
-    return harness.Evaluation(tuple(value.detach().cpu() for value in losses), gradient.cpu())
+    statistics = () if isinstance(returned, torch.Tensor) else returned[len(losses) :]
+    detached = (tuple(value.detach().cpu() for value in values) for values in (losses, statistics))
+    return harness.Evaluation(next(detached), gradient.cpu(), next(detached))
 
 
 def assert_true(backend, loss, got, inputs):
     truth = loss.truth(*inputs.arguments, **inputs.options)
-    assert_gates(backend, got, truth.losses, truth.gradient())
-
-
-COMPILED_SAMPLES = [
-    param for param in SAMPLES if param.values[0].name in ("dense_float32", "dense_bfloat16_targets_float32", "index_float32")
-]
+    assert_gates(backend, got, truth.losses, truth.gradient(), narrow=loss.narrow)
 
 
 @pytest.mark.slow_interpreter
-@pytest.mark.parametrize("sample", COMPILED_SAMPLES)
+@COMPILED_SAMPLES
 def test_compile_once_for_all_shapes(backend, loss, generator, sample):
     """One graph, whatever the number of rows and of positives, forward and backward."""
     torch._dynamo.reset()
@@ -115,11 +126,11 @@ def test_compile_once_for_all_shapes(backend, loss, generator, sample):
     frames = []
     with rsloss_kernels.use_backend(backend.name):
         for positives, negatives in ((9, 120), (30, 64), (2, 333), (17, 1000)):
-            inputs = loss.draw(dataclasses.replace(sample, positives=positives, negatives=negatives), generator)
-            logits, *others = (value.to(backend.device) for value in inputs.arguments)
-            got = loss_and_gradient(compiled, logits, others, inputs.options)
+            inputs = loss.draw(sample.resized(positives, negatives), generator)
+            arguments = arguments_on(backend, inputs)
+            got = loss_and_gradient(compiled, *arguments)
             assert_true(backend, loss, got, inputs)
-            assert got == loss_and_gradient(loss.function, logits, others, inputs.options)
+            assert got == loss_and_gradient(loss.function, *arguments)
             frames.append(counter.frame_count)
     # Tracing may start over within the first call; later calls must find its graph.
     assert frames[0] > 0 and len(set(frames)) == 1
@@ -140,6 +151,7 @@ def test_compiled_function_follows_a_change_of_backend(generator):
 
 
 @pytest.mark.slow_interpreter
+@pytest.mark.parametrize("loss", [pytest.param(loss, id=loss.name) for loss in (*LOSSES.values(), CLASSIFICATION)])
 def test_compile_a_model_with_its_loss(backend, loss, generator):
     """Through the default compiler, with layers before and arithmetic after the loss."""
     torch._dynamo.reset()
@@ -166,21 +178,22 @@ def test_compile_a_model_with_its_loss(backend, loss, generator):
 
 
 @pytest.mark.slow_interpreter
-@pytest.mark.parametrize("sample", COMPILED_SAMPLES)
+@COMPILED_SAMPLES
 def test_export(backend, loss, generator, sample):
     inputs = loss.draw(sample, generator)
-    arguments = tuple(value.to(backend.device) for value in inputs.arguments)
+    logits, others, options = arguments_on(backend, inputs)
+    arguments = (logits, *others)
 
     class Model(torch.nn.Module):
         def forward(self, *arguments):
-            returned = loss.function(*arguments, **inputs.options)
+            returned = loss.function(*arguments, **options)
             return (returned,) if isinstance(returned, torch.Tensor) else tuple(returned)
 
     rows, positives = torch.export.Dim("rows", min=2), torch.export.Dim("positives", min=1)
     sizes = [{0: rows if value.shape[0] == len(arguments[0]) else positives} for value in arguments]
     with rsloss_kernels.use_backend(backend.name):
         program = torch.export.export(Model(), arguments, dynamic_shapes={"arguments": tuple(sizes)})
-        other = loss.draw(dataclasses.replace(sample, positives=4, negatives=77), generator)
+        other = loss.draw(sample.resized(4, 77), generator)
         moved = tuple(value.to(backend.device) for value in other.arguments)
         got = program.module()(*moved)
         expected = Model()(*moved)
@@ -196,7 +209,7 @@ def on_fake_gpu(value: torch.Tensor) -> torch.Tensor:
     return torch.empty(value.shape, dtype=value.dtype, device="cuda")
 
 
-@pytest.mark.parametrize("sample", SAMPLES)
+@SAMPLES
 def test_fake_gpu_tensors_take_the_shapes_of_real_ones(loss, generator, monkeypatch, sample):
     """The logic of shapes, dtypes and devices on a GPU, without one: function by function and operator by operator."""
     inputs = loss.draw(sample, generator)
@@ -205,7 +218,8 @@ def test_fake_gpu_tensors_take_the_shapes_of_real_ones(loss, generator, monkeypa
         # Fake tensors need no kernel, so the choice of one that is missing here must not be refused.
         monkeypatch.setattr(rsloss_kernels._backends, "resolve", lambda operator, device, name=name: name)
         with FakeTensorMode():
-            for value in harness.losses_in(loss.function(*map(on_fake_gpu, inputs.arguments), **inputs.options)):
+            options = pytree.tree_map_only(torch.Tensor, on_fake_gpu, inputs.options)
+            for value in harness.losses_in(loss.function(*map(on_fake_gpu, inputs.arguments), **options)):
                 assert value.shape == () and value.device.type == "cuda"
                 assert value.dtype == (torch.float64 if sample.dtype == torch.float64 else torch.float32)
         for function, args in calls:
