@@ -14,7 +14,9 @@ import torch
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
 
-from bench import bench_bucketed, harness, plot, report, results, run, targets  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+
+from bench import bench_bucketed, bench_ghm, ghm_problems, harness, plot, report, results, run, targets  # noqa: E402
 from bench.logits import Case, make_inputs  # noqa: E402
 
 
@@ -135,6 +137,87 @@ def test_accuracy_rows_notice_a_wrong_gradient():
             spoiled = list(truth)
             spoiled[number] = truth[number] * (1 + 1e-5)
             assert max(targets.errors(loss, "reference", inputs, spoiled)) > 5e-6
+
+
+class _CopiedBytes(TorchDispatchMode):
+    """Bytes that copies read and write."""
+
+    def __init__(self):
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.copy_.default:
+            self.total += 2 * args[0].numel() * args[0].element_size()
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("moved, working_set", [(1000, None), (1000, 1000), (1000, 300), (1000, 500), (1000, 2000)])
+def test_copy_floor_moves_the_bytes_within_the_working_set(moved, working_set):
+    workload = harness.copy_floor(moved, "cpu", working_set)
+    with _CopiedBytes() as copied:
+        workload.call()
+    assert copied.total == moved
+    source, target = (cell.cell_contents for cell in workload.call.__closure__ if isinstance(cell.cell_contents, torch.Tensor))
+    assert source.numel() + target.numel() == (working_set or moved)
+
+
+def test_ghm_inputs_hold_what_the_case_says():
+    bytes_of = {}
+    for form in ("dense", "index", "unweighted"):
+        inputs = ghm_problems.make_inputs(ghm_problems.Case("GHM-C", 160_000, 10, form, seed=3))
+        assert inputs.logits.shape == inputs.dense.shape == (2000, 80) and set(inputs.dense.unique().tolist()) == {0.0, 1.0}
+        assert 100 < int(inputs.dense.sum()) == int(inputs.dense.any(-1).sum()) < 210
+        if form == "index":
+            assert torch.equal(inputs.targets < 80, inputs.dense.any(-1)) and inputs.weights.shape == (2000,)
+            foreground = inputs.targets < 80
+            assert torch.equal(inputs.dense[foreground].argmax(-1), inputs.targets[foreground])
+        if inputs.weights is not None:
+            assert 0.97 < inputs.weights.mean() < 1
+        bytes_of[form] = inputs.minimal_bytes(), inputs.working_set()
+    # Logits, targets and weights twice, and the gradient; int64 labels and float32 weights by row.
+    rows = 2000 * (8 + 4)
+    assert bytes_of == {
+        "dense": (28 * 160_000, 16 * 160_000),
+        "index": (12 * 160_000 + 2 * rows, 8 * 160_000 + rows),
+        "unweighted": (20 * 160_000, 12 * 160_000),
+    }
+    boxes = ghm_problems.make_inputs(ghm_problems.Case("GHM-R", 40_000, 10))
+    off = (boxes.logits - boxes.targets).abs()
+    assert boxes.logits.shape == (10_000, 4) and 0.02 < off.median() < 0.06 and 0.02 < (off > 0.3).float().mean() < 0.1
+
+
+def test_benchmark_of_ghm_writes_what_its_readers_take(tmp_path):
+    out = tmp_path / "results" / "box"
+    common = "--budget 0.01 --seeds 0 1 --device cpu --threads 1 --sizes 2000 4000".split() + ["--out", str(out), "--providers"]
+    classes = "--metric speed --form index --momentum 0.75 --bins 10 30".split()
+    assert run.main(["ghm", *classes, *common, "reference", "MMDetection", "eager"]) == 0
+    document = results.read(out / "ghm.json")
+    records = document["sections"]["speed"]["records"]
+    assert {record["provider"] for record in records} == {"copy floor", "ghm [reference]", "MMDetection's", "focal, eager"}
+    assert len(records) == 16 and all(record["median_ms"] > 0 and record["momentum"] == 0.75 for record in records)
+    text = report.tables(tmp_path / "results")
+    assert "**GHM losses**" in text and "| loss | logits | N | bins | momentum | targets | type | copy floor |" in text
+    assert "| GHM-C | trained | 4,000 | 30 | 0.75 | index | float32 |" in text
+    assert plot.main([str(out / "ghm.json")]) == 0
+    assert all((out / f"ghm_time_against_{axis}.png").read_bytes().startswith(b"\x89PNG") for axis in "nb")
+    boxes = "--metric memory --loss GHM-R --bins 10".split()
+    assert run.main(["ghm", *boxes, *common, "reference", "smooth"]) == 0
+    sections = results.read(out / "ghm.json")["sections"]
+    assert set(sections) == {"speed", "memory"} and len(sections["memory"]["records"]) == 4
+    assert {record["loss"] for record in sections["memory"]["records"]} == {"GHM-R"}
+    with pytest.raises(SystemExit, match="takes no class indices"):
+        run.main(["ghm", "--loss", "GHM-R", "--form", "index"])
+
+
+@pytest.mark.parametrize("entry", bench_ghm.ACCURACY)
+def test_accuracy_rows_of_ghm_notice_a_wrong_gradient(entry):
+    inputs = ghm_problems.make_inputs(ghm_problems.Case(entry[0], 4000, *entry[2:]))
+    loss, gradient = bench_ghm.LOSS.truth(inputs)
+    of_loss, of_gradient = targets.errors(bench_ghm.LOSS, "reference", inputs, (loss, gradient))
+    assert of_loss < 1e-7 and of_gradient < 2e-6
+    assert targets.errors(bench_ghm.LOSS, "reference", inputs, (loss * (1 + 1e-5), gradient))[0] > 5e-6
+    assert targets.errors(bench_ghm.LOSS, "reference", inputs, (loss, gradient * (1 + 1e-5)))[1] > 5e-6
 
 
 def test_bucketed_is_exact_for_a_hard_step_only():
