@@ -63,28 +63,20 @@ class Elements {
         const Regression found = regression(parts.high, parts.low, inverse_mu_high_, inverse_mu_low_);
         return {find(found.slope, distance), distance * (distance * inverse_mu_) * found.factor};
       }
-    } else if (form == GhmForm::kLabels || target == 0 || target == 1) {
-      const T u = target == 1 ? -pred : pred;
-      if (isnan(u)) return {kNoBin, 0};
-      if constexpr (kIsDouble) {
-        const HarmonizedElement element = hard_element(u);
-        return {find(element.slope, u), element.loss};
-      } else {
-        const SoftPlus soft = softplus(fabsf(u));
-        double loss = soft.value * soft.scale;
-        if (u > 0) loss += static_cast<double>(u);
-        return {find_hard(u, soft.e), loss};
-      }
     } else {
       if (isnan(pred - target)) return {kNoBin, 0};
+      const bool is_hard = form == GhmForm::kLabels || target == 0 || target == 1;
+      const T u = target == 1 ? -pred : pred;
       if constexpr (kIsDouble) {
-        const HarmonizedElement element = soft_element(pred, target);
-        return {find_soft(element.position), element.loss};
+        const HarmonizedElement element = is_hard ? hard_element(u) : soft_element(pred, target);
+        return {is_hard ? find(element.slope, u) : find_soft(element.position), element.loss};
       } else {
         const SoftPlus soft = softplus(fabsf(pred));
+        const double loss = soft.value * soft.scale;
+        if (is_hard) return {find_hard(u, soft.e), u > 0 ? loss + static_cast<double>(u) : loss};
         const double factor = pred > 0 ? 1 - static_cast<double>(target) : static_cast<double>(target);
         const double linear = factor == 0 ? 0 : factor * static_cast<double>(fabsf(pred));
-        return {find_soft_near(pred, target, soft.e, static_cast<float>(factor)), linear + soft.value * soft.scale};
+        return {find_soft_near(pred, target, soft.e, static_cast<float>(factor)), linear + loss};
       }
     }
   }

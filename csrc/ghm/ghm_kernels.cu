@@ -11,17 +11,21 @@
 namespace rsloss {
 namespace {
 
-// Most of a float32 kernel is arithmetic in registers; float64 takes twice as many.
+// float64 takes twice the registers; a rare float64 path for soft targets a few more than four blocks leave to each.
+template <class T, GhmForm form>
+constexpr int kHistogramBlocks = sizeof(T) == sizeof(double) ? 2
+                                 : form == GhmForm::kDense   ? 3
+                                                             : 4;
 template <class T>
-constexpr int kResidentBlocks = sizeof(T) == sizeof(float) ? 4 : 2;
+constexpr int kBackwardBlocks = sizeof(T) == sizeof(double) ? 2 : 4;
 
-// Sums and counts of the bins above 0, in columns; adjacent threads use adjacent columns.
+// Sums and counts of the bins above 0, in columns; 2^shift adjacent threads share one.
 class BinColumns {
  public:
   static constexpr int kBytes = sizeof(double) + sizeof(uint32_t);
 
-  __device__ __forceinline__ BinColumns(void* shared, int bins, int turns) {
-    columns_ = static_cast<int>(blockDim.x) / turns;
+  __device__ __forceinline__ BinColumns(void* shared, int bins, int shift)
+      : columns_(static_cast<int>(blockDim.x) >> shift), shift_(shift) {
     const int cells = (bins - 1) * columns_;
     sums_ = static_cast<double*>(shared);
     counts_ = reinterpret_cast<uint32_t*>(sums_ + cells);
@@ -29,22 +33,22 @@ class BinColumns {
       sums_[cell] = 0;
       counts_[cell] = 0;
     }
-    turns_ = turns;
-    turn_ = static_cast<int>(threadIdx.x) % turns;
-    column_ = static_cast<int>(threadIdx.x) / turns;
   }
 
-  // By whole warps; bin > 0 where there is something to add.
-  __device__ __forceinline__ void add(bool is_there, int bin, double loss) {
-    const int cell = (bin - 1) * columns_ + column_;
-    if (turns_ == 1) {
-      if (is_there) add_to(cell, loss);
-      return;
-    }
-    if (__ballot_sync(kAllLanes, is_there) == 0) return;
-    for (int turn = 0; turn < turns_; ++turn) {
-      if (is_there && turn == turn_) add_to(cell, loss);
-      __syncwarp();
+  // By whole warps. Nothing to add where bin < 1, as mostly.
+  __device__ __forceinline__ void add(int bin, double loss) {
+    const bool is_there = bin > 0;
+    if (shift_ == 0 ? !is_there : __ballot_sync(kAllLanes, is_there) == 0) return;
+    const int thread = static_cast<int>(threadIdx.x);
+    const int cell = (bin - 1) * columns_ + (thread >> shift_);
+    const int sharers = 1 << shift_;
+#pragma unroll 1
+    for (int turn = 0; turn < sharers; ++turn) {
+      if (is_there && (thread & (sharers - 1)) == turn) {
+        sums_[cell] += loss;
+        ++counts_[cell];
+      }
+      if (shift_ > 0) __syncwarp();
     }
   }
 
@@ -61,46 +65,42 @@ class BinColumns {
   }
 
  private:
-  __device__ __forceinline__ void add_to(int cell, double loss) {
-    sums_[cell] += loss;
-    ++counts_[cell];
-  }
-
   double* sums_;
   uint32_t* counts_;
   int columns_;
-  int column_;
-  int turn_;
-  int turns_;
+  int shift_;
 };
 
 // Reads preds, targets and weights once. partials: [2 (bins + 1), blocks]; this launch fills the columns from first_block on.
 template <class T, GhmForm form>
-__global__ void __launch_bounds__(kThreads, kResidentBlocks<T>)
-    ghm_histogram_kernel(GhmStream stream, Thresholds thresholds, int bins, double mu, int turns, double* partials,
+__global__ void __launch_bounds__(kThreads, kHistogramBlocks<T, form>)
+    ghm_histogram_kernel(GhmStream stream, Thresholds thresholds, int bins, double mu, int shift, double* partials,
                          int64_t first_block, int64_t blocks) {
   using Evaluate = Elements<T, form>;
   RSL_DYNAMIC_SHARED(shared);
   __shared__ double scratch[kWarpsPerBlock];
   __shared__ int64_t count_scratch[kWarpsPerBlock];
   auto* const edges = reinterpret_cast<typename Evaluate::Position*>(shared);
-  BinColumns columns(reinterpret_cast<double*>(shared) + bins + 1, bins, turns);
+  BinColumns columns(reinterpret_cast<double*>(shared) + bins + 1, bins, shift);
   const Evaluate elements(thresholds, bins, mu, edges);
 
+  // All valid elements less those of other bins and of none: fewer steps for most elements.
   double easy_sum = 0;
   uint32_t easy_count = 0;
   uint32_t broken = 0;
   stream_quads<T, form>(stream, [&](int64_t, int, const T(&preds)[kQuad], const T(&targets)[kQuad], unsigned valid) {
+    easy_count += __popc(valid);
 #pragma unroll
     for (int v = 0; v < kQuad; ++v) {
-      const bool is_valid = (valid >> v & 1) != 0;
       BinAndLoss found = {0, 0};
-      if (is_valid) found = elements.loss(preds[v], targets[v]);
-      const bool is_easy = is_valid && found.bin == 0;
-      if (is_easy) easy_sum += found.loss;
-      easy_count += is_easy;
-      broken += found.bin == kNoBin;
-      columns.add(found.bin > 0, found.bin, found.loss);
+      if ((valid >> v & 1) != 0) found = elements.loss(preds[v], targets[v]);
+      if (found.bin == 0) {
+        easy_sum += found.loss;
+      } else {
+        --easy_count;
+        broken += found.bin == kNoBin;
+      }
+      columns.add(found.bin, found.loss);
     }
   });
 
@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(kMostBins, 1) ghm_finalize_kernel(GhmFinalizeA
 
 // Reads preds, targets and weights once, writes the gradients.
 template <class T, GhmForm form>
-__global__ void __launch_bounds__(kThreads, kResidentBlocks<T>)
+__global__ void __launch_bounds__(kThreads, kBackwardBlocks<T>)
     ghm_backward_kernel(GhmStream stream, Thresholds thresholds, int bins, double mu, const double* bin_weights,
                         const void* grad_loss, Type grad_loss_type) {
   using Evaluate = Elements<T, form>;
@@ -265,25 +265,27 @@ cudaError_t dispatch(const GhmProblem& problem, const GhmLevel& level, Body body
 int64_t edges_bytes(int bins) { return (bins + 1) * static_cast<int64_t>(sizeof(double)); }
 
 struct HistogramShape {
-  int turns;
+  int shift;       // 2^shift threads share a column
   int64_t shared;  // bytes
   int64_t grid;
 };
 
-// As many neighbours share a column as it takes for two blocks to be resident, so that enough loads are on their way.
+// As many threads share a column as it takes for two blocks to be resident, so that enough loads are on their way.
 HistogramShape histogram_shape(const GhmProblem& problem, const GhmLevel& level, const DeviceLimits& limits) {
   // A block's own bookkeeping and static shared memory.
   constexpr int64_t kReserved = 2048;
   HistogramShape shape = {};
-  for (int turns = 1; turns <= kWarp; turns *= 2) {
-    shape.turns = turns;
-    shape.shared = edges_bytes(problem.bins) + (problem.bins - 1) * BinColumns::kBytes * (kThreads / turns);
-    if (2 * (shape.shared + kReserved) <= limits.shared_per_processor && shape.shared + kReserved <= limits.shared_per_block) {
-      break;
-    }
+  for (;; ++shape.shift) {
+    shape.shared = edges_bytes(problem.bins) + (problem.bins - 1) * BinColumns::kBytes * (kThreads >> shape.shift);
+    const int64_t taken = shape.shared + kReserved;
+    if ((2 * taken <= limits.shared_per_processor && taken <= limits.shared_per_block) || kWarp >> shape.shift == 1) break;
   }
   const int64_t fitting = std::max<int64_t>(1, limits.shared_per_processor / (shape.shared + kReserved));
-  const int64_t most = is_double(problem, level) ? kResidentBlocks<double> : kResidentBlocks<float>;
+  int64_t most = 0;
+  dispatch(problem, level, [&](auto type, auto form) {
+    most = kHistogramBlocks<decltype(type), decltype(form)::value>;
+    return cudaSuccess;
+  });
   shape.grid = std::min(ceil_div(level.elements, kThreads * kQuad), limits.processors * std::min(fitting, most));
   return shape;
 }
@@ -313,7 +315,7 @@ cudaError_t launch_ghm_histogram(const GhmProblem& problem, double* histogram, v
     const HistogramShape shape = histogram_shape(problem, level, limits);
     RSL_RETURN_IF_ERROR(dispatch(problem, level, [&](auto type, auto form) {
       return launch(ghm_histogram_kernel<decltype(type), decltype(form)::value>, shape.grid, kThreads, shape.shared, stream,
-                    stream_of(problem, level, shape.grid), thresholds, problem.bins, problem.mu, shape.turns, partials,
+                    stream_of(problem, level, shape.grid), thresholds, problem.bins, problem.mu, shape.shift, partials,
                     first_block, blocks);
     }));
     first_block += shape.grid;

@@ -189,13 +189,14 @@ template <class T, GhmForm form, class Use>
 __device__ __forceinline__ void stream_quads(const GhmStream& stream, Use use) {
   constexpr int kWords = sizeof(T);
   const int64_t stride = grid_threads() * kQuad;
-  int64_t first = grid_thread() * kQuad;
-  const int64_t first_of_warp = first - threadIdx.x % kWarp * kQuad;
+  const int in_warp = static_cast<int>(threadIdx.x % kWarp) * kQuad;
+  int64_t first_of_warp = grid_thread() * kQuad - in_warp;
   const bool by_row = form == GhmForm::kLabels || stream.weights_by_row;
   const bool by_element = stream.weights.data != nullptr && !stream.weights_by_row;
   const bool has_wide_weights = stream.weights.type == Type::kDouble;
-  RowWalk walk(stream, by_row ? first : 0);
-  for (int64_t warp = first_of_warp; warp < stream.elements; warp += stride, first += stride) {
+  RowWalk walk(stream, by_row ? first_of_warp + in_warp : 0);
+  for (; first_of_warp < stream.elements; first_of_warp += stride) {
+    const int64_t first = first_of_warp + in_warp;
     const int64_t left = stream.elements - first;
     const int count = left >= kQuad ? kQuad : left > 0 ? static_cast<int>(left) : 0;
     const RawQuad<kWords> raw_preds = load_raw<kWords>(stream.preds, first, count);

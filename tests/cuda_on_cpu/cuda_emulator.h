@@ -348,6 +348,7 @@ T atomicAdd(T* at, T value) {
   *at = before + value;
   return before;
 }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __popcll(uint64_t x) { return __builtin_popcountll(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __ffsll(long long x) { return __builtin_ffsll(x); }
