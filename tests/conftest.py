@@ -3,12 +3,14 @@
 Every run draws a new seed and prints it. `RSLOSS_TEST_SEED=<seed>` repeats a run.
 """
 import os
+import pathlib
 import random
 
 import harness
 import hypothesis
 import pytest
 import torch
+import torch.multiprocessing
 from samples import LOSSES, Loss
 
 SEED = int(os.environ.get("RSLOSS_TEST_SEED") or random.SystemRandom().randrange(2**31))
@@ -84,3 +86,21 @@ def generator(request) -> torch.Generator:
 @pytest.fixture(scope="session")
 def seed() -> int:
     return SEED
+
+
+@pytest.fixture(scope="session")
+def process_results(tmp_path_factory, seed) -> list[dict]:
+    """What every process of distributed_worker.py got."""
+    import distributed_worker as worker
+
+    folder = tmp_path_factory.mktemp("processes")
+    context = torch.multiprocessing.spawn(
+        worker.work, args=(max(worker.WORLDS), str(folder), seed), nprocs=max(worker.WORLDS), join=False
+    )
+    try:
+        while not context.join(timeout=5):
+            pass
+    except Exception:
+        found = [path.read_text() for path in sorted(pathlib.Path(folder).glob("*.failed"))]
+        pytest.fail("\n".join(found) or "a process died", pytrace=False)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(max(worker.WORLDS))]

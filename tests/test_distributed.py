@@ -4,14 +4,12 @@ Four processes are started once and go through all cases (distributed_worker.py)
 """
 
 import math
-import pathlib
 import re
 
 import distributed_worker as worker
 import harness
 import pytest
 import torch
-import torch.multiprocessing
 
 from rsloss_kernels import SelfBalancing, distributed, score_weighted_mean
 
@@ -20,19 +18,8 @@ SEVERAL = pytest.mark.parametrize("world", [world for world in worker.WORLDS if 
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory, seed) -> list[dict]:
-    """What every process got."""
-    folder = tmp_path_factory.mktemp("processes")
-    context = torch.multiprocessing.spawn(
-        worker.work, args=(max(worker.WORLDS), str(folder), seed), nprocs=max(worker.WORLDS), join=False
-    )
-    try:
-        while not context.join(timeout=5):
-            pass
-    except Exception:
-        found = [path.read_text() for path in sorted(pathlib.Path(folder).glob("*.failed"))]
-        pytest.fail("\n".join(found) or "a process died", pytrace=False)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(max(worker.WORLDS))]
+def results(process_results) -> list[dict]:
+    return process_results
 
 
 def of_world(results: list[dict], world: int, name) -> list:
