@@ -14,20 +14,14 @@ static void gradient_word(const In* logits, int64_t count, uint64_t negatives, c
 #if RSL_ISA != 0
 
 constexpr int kBlock = kMixedElements;
+constexpr float kFew = 0.25f;  // share of the elements up to which gathering them pays
 
-// cells: inside the grid; addresses: with the part, in the table.
-static inline Floats gradient_lanes(const GradientPass<float>& pass, Floats x, const int32_t* cells, const int32_t* addresses,
-                                    uint32_t relevant) {
-  const Entries entries = gather_pairs(pass.cells, addresses);
-  const Floats value = as_floats(entries.first), slope = as_floats(entries.second);
-  const Floats t =
-      multiply_subtract(at_most(broadcast(pass.grid.top), x), broadcast(pass.grid.scale), starts_of(pass.grid, cells));
-  const Floats result = multiply_add(slope, t, value);
-  uint32_t searched = relevant & is_nan(value);
-  if (!searched) return result;
+// The lanes that are `searched` in place of their results.
+__attribute__((noinline)) static Floats gradient_searched(const GradientPass<float>& pass, Floats x, const int32_t* addresses,
+                                                          uint32_t searched, Floats results_so_far) {
   alignas(64) float values[kLanes], results[kLanes];
   store(values, x);
-  store(results, result);
+  store(results, results_so_far);
   for (; searched; searched &= searched - 1) {
     const int lane = __builtin_ctz(searched);
     if (values[lane] == values[lane]) results[lane] = crowded_gradient(pass, addresses[lane], values[lane]);
@@ -35,31 +29,96 @@ static inline Floats gradient_lanes(const GradientPass<float>& pass, Floats x, c
   return load(results);
 }
 
-// A block of words: the cells of all its logits first, then the lines.
+// cells: inside the grid; addresses: with the part, in the table.
+RSL_INLINE Floats gradient_lanes(const GradientPass<float>& pass, Floats x, const int32_t* cells, const int32_t* addresses,
+                                 uint32_t relevant) {
+  const Entries entries = gather_pairs(pass.cells, addresses);
+  const Floats value = as_floats(entries.first), slope = as_floats(entries.second);
+  const Floats t =
+      multiply_subtract(at_most(broadcast(pass.grid.top), x), broadcast(pass.grid.scale), starts_of(pass.grid, cells));
+  const Floats result = multiply_add(slope, t, value);
+  const uint32_t searched = relevant & is_nan(value);
+  return __builtin_expect(searched != 0, 0) ? gradient_searched(pass, x, addresses, searched, result) : result;
+}
+
+// A block of words: the cells of all its logits first, then the lines. Returns how many elements got one.
+template <bool kMixed, class In>
+static int gradient_of_many(const In* logits, const uint64_t* negatives, int count, const Lanes& lanes,
+                            const GradientPass<float>& pass, In* gradient) {
+  alignas(64) int32_t cells[kBlock], mixed_addresses[kMixed ? kBlock : 1];
+  const int32_t* addresses = kMixed ? mixed_addresses : cells;
+  Floats lowest = broadcast(pass.lowest);
+  int written = 0;
+  for (int i = 0; i < count; i += kLanes) store_cells(pass.grid, load(logits + i), cells + i);
+  if constexpr (kMixed)
+    for (int i = 0; i < count; ++i) mixed_addresses[i] = cells[i] + lanes.first_cell[i];
+  for (int i = 0; i < count; i += kLanes) {
+    const Floats x = load(logits + i);
+    if constexpr (kMixed) lowest = load(lanes.lowest + i);
+    const uint32_t relevant = static_cast<uint32_t>(negatives[i / 64] >> i % 64) & kAllLanes & not_below(x, lowest);
+    store(gradient + i,
+          relevant ? select(relevant, gradient_lanes(pass, x, cells + i, addresses + i, relevant)) : broadcast(0));
+    written += __builtin_popcount(relevant);
+  }
+  return written;
+}
+
+// The same for a block in which few elements get one: these are gathered before, and spread out afterwards.
+template <bool kMixed, class In>
+static int gradient_of_few(const In* logits, const uint64_t* negatives, int count, const Lanes& lanes,
+                           const GradientPass<float>& pass, In* gradient) {
+  alignas(64) float values[kBlock + kLanes], results[kBlock + kLanes];
+  alignas(64) int32_t cells[kBlock + kLanes], addresses[kBlock + kLanes];
+  alignas(64) uint64_t masks[kMixedWords];
+  Floats lowest = broadcast(pass.lowest);
+  int written = 0;
+  for (int word = 0; word * 64 < count; ++word) {
+    uint64_t mask = 0;
+    for (int i = 0; i < 64; i += kLanes) {
+      const Floats x = load(logits + word * 64 + i);
+      if constexpr (kMixed) lowest = load(lanes.lowest + word * 64 + i);
+      const uint32_t relevant = static_cast<uint32_t>(negatives[word] >> i) & kAllLanes & not_below(x, lowest);
+      compress(values + written, x, relevant);
+      if constexpr (kMixed) compress(addresses + written, lanes.first_cell + word * 64 + i, relevant);
+      mask |= static_cast<uint64_t>(relevant) << i;
+      written += __builtin_popcount(relevant);
+    }
+    masks[word] = mask;
+  }
+  // What is left of the last vector is looked up too.
+  store(values + written, broadcast(0));
+  if constexpr (kMixed) store(addresses + written, broadcast(0));
+  for (int i = 0; i < written; i += kLanes) store_cells(pass.grid, load(values + i), cells + i);
+  if constexpr (kMixed)
+    for (int i = 0; i < written; ++i) addresses[i] += cells[i];
+  for (int i = 0; i < written; i += kLanes)
+    store(results + i, gradient_lanes(pass, load(values + i), cells + i, (kMixed ? addresses : cells) + i, kAllLanes));
+  const float* next = results;
+  for (int word = 0; word * 64 < count; ++word) {
+    for (int i = 0; i < 64; i += kLanes) {
+      const uint32_t relevant = static_cast<uint32_t>(masks[word] >> i) & kAllLanes;
+      store(gradient + word * 64 + i, expand(next, relevant));
+      next += __builtin_popcount(relevant);
+    }
+  }
+  return written;
+}
+
 template <bool kMixed, class In>
 static void gradient_full_words(const In* logits, const uint64_t* negatives, int64_t words, const MixedSpan* span,
                                 const GradientPass<float>& pass, In* gradient) {
-  alignas(64) int32_t cells[kBlock], mixed_addresses[kMixed ? kBlock : 1];
-  const int32_t* addresses = kMixed ? mixed_addresses : cells;
   LaneRoom room;
   Lanes lanes{};
-  Floats lowest = broadcast(pass.lowest);
-  for (int64_t first = 0; first < words; first += kBlock / 64) {
-    const int64_t last = first + kBlock / 64 < words ? first + kBlock / 64 : words;
-    for (int64_t i = first * 64; i < last * 64; i += kLanes) store_cells(pass.grid, load(logits + i), cells + i - first * 64);
-    if constexpr (kMixed) {
-      const int64_t count = (last - first) * 64;
-      lanes = lanes_of(*span, first * 64, count, room);
-      for (int64_t i = 0; i < count; ++i) mixed_addresses[i] = cells[i] + lanes.first_cell[i];
-    }
-    for (int64_t i = first * 64; i < last * 64; i += kLanes) {
-      const Floats x = load(logits + i);
-      const int64_t at = i - first * 64;
-      if constexpr (kMixed) lowest = load(lanes.lowest + at);
-      const uint32_t relevant = static_cast<uint32_t>(negatives[i / 64] >> i % 64) & kAllLanes & not_below(x, lowest);
-      store(gradient + i,
-            relevant ? select(relevant, gradient_lanes(pass, x, cells + at, addresses + at, relevant)) : broadcast(0));
-    }
+  bool are_few = true;
+  for (int64_t word = 0; word < words; word += kBlock / 64) {
+    const int64_t first = word * 64, left = words * 64 - first;
+    const int count = left < kBlock ? static_cast<int>(left) : kBlock;
+    if constexpr (kMixed) lanes = lanes_of(*span, first, count, room);
+    const int written = are_few
+                            ? gradient_of_few<kMixed>(logits + first, negatives + word, count, lanes, pass, gradient + first)
+                            : gradient_of_many<kMixed>(logits + first, negatives + word, count, lanes, pass, gradient + first);
+    // Neighbouring blocks are alike, and both ways compute the same.
+    are_few = written < count * kFew;
   }
 }
 

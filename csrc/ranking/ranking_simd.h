@@ -1,6 +1,9 @@
 // Vectors of 32-bit floats, and the grid in vector form: what the streaming passes are written in. Part of their bodies,
 // compiled once per instruction set (common/for_each_isa.h).
 
+// Inlined whatever the compiler thinks of the size: a call, and constants loaded anew, cost as much as the work.
+#define RSL_INLINE static inline __attribute__((always_inline))
+
 #if RSL_ISA == 512
 
 constexpr int kLanes = 16;
@@ -35,6 +38,10 @@ static inline Floats select(uint32_t mask, Floats x) { return _mm512_maskz_mov_p
 static inline void compress(float* p, Floats x, uint32_t mask) {
   _mm512_storeu_ps(p, _mm512_maskz_compress_ps(static_cast<__mmask16>(mask), x));
 }
+// The other way round; 0 in lanes that are not set.
+static inline Floats expand(const float* p, uint32_t mask) {
+  return _mm512_maskz_expand_ps(static_cast<__mmask16>(mask), _mm512_loadu_ps(p));
+}
 
 struct Entries {
   __m512i first;   // low 32 bits of 16 gathered pairs, as floats
@@ -43,7 +50,7 @@ struct Entries {
 
 // 16 pairs of 32-bit values, two to a register: faster than the gather instructions, which take a load a lane anyway. The
 // indices come from memory, and must have been written well before: a vector store does not forward to narrower loads at once.
-static inline Entries gather_pairs(const void* base, const int32_t* at) {
+RSL_INLINE Entries gather_pairs(const void* base, const int32_t* at) {
   const double* pairs = static_cast<const double*>(base);
   const auto two = [&](int i) { return _mm_castpd_ps(_mm_loadh_pd(_mm_load_sd(pairs + at[i]), pairs + at[i + 1])); };
   __m128 first[4], second[4];
@@ -60,19 +67,19 @@ static inline Entries gather_pairs(const void* base, const int32_t* at) {
   return {join(first), join(second)};
 }
 
-static inline Floats positions(const CellGrid& grid, Floats x) {
+RSL_INLINE Floats positions(const CellGrid& grid, Floats x) {
   const Floats position = _mm512_fmsub_ps(x, broadcast(grid.scale), broadcast(grid.origin));
   // The order of the operands sends NaN to cell 0.
   return _mm512_min_ps(_mm512_max_ps(position, _mm512_setzero_ps()), broadcast(grid.last_cell));
 }
 
-static inline void store_cells(const CellGrid& grid, Floats x, int32_t* cells) {
+RSL_INLINE void store_cells(const CellGrid& grid, Floats x, int32_t* cells) {
   _mm512_storeu_si512(cells, _mm512_cvttps_epi32(positions(grid, x)));
 }
 
 // Both terms of the fused subtraction are exact, so this is what the scalar code computes. Offsets of crowded cells may be
 // garbage.
-static inline void store_offsets(const BinPass<float>& pass, Floats x, int64_t* offsets) {
+RSL_INLINE void store_offsets(const BinPass<float>& pass, Floats x, int64_t* offsets) {
   for (int half = 0; half < 2; ++half) {
     const __m256 value = half ? _mm512_extractf32x8_ps(x, 1) : _mm512_castps512_ps256(x);
     const __m512d offset =
@@ -82,7 +89,7 @@ static inline void store_offsets(const BinPass<float>& pass, Floats x, int64_t* 
 }
 
 // Stores the bins of 16 values, those of crowded cells wrong; returns which these are.
-static inline uint32_t store_bins(const Entries& entries, Floats x, int32_t* bins) {
+RSL_INLINE uint32_t store_bins(const Entries& entries, Floats x, int32_t* bins) {
   const __mmask16 right = _mm512_cmp_ps_mask(x, _mm512_castsi512_ps(entries.first), _CMP_GE_OQ);
   _mm512_storeu_si512(bins, _mm512_mask_add_epi32(entries.second, right, entries.second, _mm512_set1_epi32(1)));
   return _mm512_movepi32_mask(entries.second);
@@ -140,6 +147,13 @@ static inline void compress(float* p, Floats x, uint32_t mask) {
   const __m256i order = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(lanes)));
   _mm256_storeu_ps(p, _mm256_permutevar8x32_ps(x, order));
 }
+// The other way round; 0 in lanes that are not set.
+static inline Floats expand(const float* p, uint32_t mask) {
+  const uint64_t bytes = _pdep_u64(mask, 0x0101010101010101u) * 0xFF;
+  const uint64_t lanes = _pdep_u64(0x0706050403020100u, bytes);
+  const __m256i order = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(lanes)));
+  return select(mask, _mm256_permutevar8x32_ps(_mm256_loadu_ps(p), order));
+}
 
 struct Entries {
   __m256i first;
@@ -147,7 +161,7 @@ struct Entries {
 };
 
 // 8 pairs of 32-bit values, two to a register: faster than the gather instructions, which take a load a lane anyway.
-static inline Entries gather_pairs(const void* base, const int32_t* at) {
+RSL_INLINE Entries gather_pairs(const void* base, const int32_t* at) {
   const double* pairs = static_cast<const double*>(base);
   const auto two = [&](int i) { return _mm_castpd_ps(_mm_loadh_pd(_mm_load_sd(pairs + at[i]), pairs + at[i + 1])); };
   __m128 first[2], second[2];
@@ -162,13 +176,13 @@ static inline Entries gather_pairs(const void* base, const int32_t* at) {
   return {join(first), join(second)};
 }
 
-static inline Floats positions(const CellGrid& grid, Floats x) {
+RSL_INLINE Floats positions(const CellGrid& grid, Floats x) {
   const Floats position = _mm256_fmsub_ps(x, broadcast(grid.scale), broadcast(grid.origin));
   // The order of the operands sends NaN to cell 0.
   return _mm256_min_ps(_mm256_max_ps(position, _mm256_setzero_ps()), broadcast(grid.last_cell));
 }
 
-static inline void store_cells(const CellGrid& grid, Floats x, int32_t* cells) {
+RSL_INLINE void store_cells(const CellGrid& grid, Floats x, int32_t* cells) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(cells), _mm256_cvttps_epi32(positions(grid, x)));
 }
 
@@ -180,7 +194,7 @@ static inline __m256i to_int64(__m256d x) {
   return _mm256_add_epi64(_mm256_slli_epi64(high_bits, 22), _mm256_cvtepi32_epi64(_mm256_cvttpd_epi32(low)));
 }
 
-static inline void store_offsets(const BinPass<float>& pass, Floats x, int64_t* offsets) {
+RSL_INLINE void store_offsets(const BinPass<float>& pass, Floats x, int64_t* offsets) {
   for (int half = 0; half < 2; ++half) {
     const __m128 value = half ? _mm256_extractf128_ps(x, 1) : _mm256_castps256_ps128(x);
     const __m256d offset =
@@ -191,7 +205,7 @@ static inline void store_offsets(const BinPass<float>& pass, Floats x, int64_t* 
 }
 
 // Stores the bins of 8 values, those of crowded cells wrong; returns which these are.
-static inline uint32_t store_bins(const Entries& entries, Floats x, int32_t* bins) {
+RSL_INLINE uint32_t store_bins(const Entries& entries, Floats x, int32_t* bins) {
   const __m256i right = _mm256_castps_si256(_mm256_cmp_ps(x, _mm256_castsi256_ps(entries.first), _CMP_GE_OQ));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(bins), _mm256_sub_epi32(entries.second, right));
   return bits_of(_mm256_castsi256_ps(entries.second));
