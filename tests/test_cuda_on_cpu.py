@@ -56,7 +56,7 @@ def call(function, *arguments) -> str | None:
     return text.value.decode() if function(*converted, text) else None
 
 
-@pytest.mark.parametrize("fault", ["divergent_barrier", "divergent_warp", "too_many_threads"])
+@pytest.mark.parametrize("fault", ["divergent_barrier", "divergent_warp", "divergent_syncwarp", "too_many_threads"])
 def test_emulator_reports_what_would_hang(faults, fault):
     out = torch.zeros(64, dtype=torch.int32)
     assert call(getattr(faults, fault), out)
@@ -335,6 +335,7 @@ def test_sanitizers_find_nothing():
     assert "runtime error" not in done.stderr and "AddressSanitizer:" not in done.stderr, done.stderr
 
 
-def test_sanitizers_find_a_planted_write_behind_the_end():
-    done = sanitized("plant")
+@pytest.mark.parametrize("fault", ["past_the_end", "past_the_table"])
+def test_sanitizers_find_a_planted_write_behind_the_end(fault):
+    done = sanitized(fault)
     assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr and "faults.cu" in done.stderr, done.stderr

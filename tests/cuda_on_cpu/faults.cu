@@ -26,6 +26,20 @@ __global__ void divergent_warp_kernel(int* out) {
   if (threadIdx.x % 2 == 0) out[threadIdx.x] = warp_sum(1);
 }
 
+__global__ void divergent_syncwarp_kernel(int* out) {
+  if (threadIdx.x % 32 < 31) __syncwarp();
+  out[threadIdx.x] = 1;
+}
+
+// A table of one bin too few.
+__global__ void past_the_table_kernel(int* out, int count) {
+  RSL_DYNAMIC_SHARED(shared);
+  int* const table = reinterpret_cast<int*>(shared);
+  table[threadIdx.x % (count + 1)] = 1;
+  __syncthreads();
+  if (static_cast<int>(threadIdx.x) < count) out[threadIdx.x] = table[threadIdx.x];
+}
+
 __global__ void past_the_end_kernel(int* out, int count) {
   if (static_cast<int>(threadIdx.x) <= count) out[threadIdx.x] = 1;
 }
@@ -53,6 +67,12 @@ int divergent_barrier(int* out, char* text) {
 }
 int divergent_warp(int* out, char* text) {
   return report([=] { return launch(divergent_warp_kernel, 1, 64, 0, nullptr, out); }, text);
+}
+int divergent_syncwarp(int* out, char* text) {
+  return report([=] { return launch(divergent_syncwarp_kernel, 1, 64, 0, nullptr, out); }, text);
+}
+int past_the_table(int* out, int count, char* text) {
+  return report([=] { return launch(past_the_table_kernel, 1, 64, count * sizeof(int), nullptr, out, count); }, text);
 }
 int past_the_end(int* out, int count, char* text) {
   return report([=] { return launch(past_the_end_kernel, 1, 64, 0, nullptr, out, count); }, text);

@@ -1,6 +1,7 @@
 """Runs the emulated CUDA backend under address and undefined-behaviour sanitizers; a program, as they must be loaded first.
 
-`python sanitized.py plant`: instead a kernel that writes behind the end of a buffer, which must be reported.
+`python sanitized.py past_the_end`, or `past_the_table`: instead a kernel that writes behind the end of a buffer, or of its shared
+memory, which must be reported.
 """
 import ctypes
 import pathlib
@@ -14,10 +15,10 @@ sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
 from cuda_on_cpu.build import compile_library, load_emulated_cuda  # noqa: E402
 
 
-def plant() -> None:
+def plant(fault: str) -> None:
     library = ctypes.CDLL(str(compile_library("faults", [HERE / "faults.cu"], sanitize=True)))
     out = torch.zeros(40, dtype=torch.int32)
-    library.past_the_end(ctypes.c_void_p(out.data_ptr()), out.numel(), ctypes.create_string_buffer(256))
+    getattr(library, fault)(ctypes.c_void_p(out.data_ptr()), out.numel(), ctypes.create_string_buffer(256))
 
 
 def pipeline(logits, targets, quality, capacity, background_first, delta, segments=None, num_segments=1) -> None:
@@ -48,9 +49,49 @@ def pipeline(logits, targets, quality, capacity, background_first, delta, segmen
     ops.ranking_backward.cuda(logits, negatives, *noise[1:], counts, segments, num_segments, ranking, sorting)
 
 
+def harmonizing(preds, targets, weights, bins, mu, background_first=False) -> None:
+    ops = torch.ops.rsloss_kernels
+    histogram = ops.ghm_histogram.cuda(preds, targets, weights, bins, mu, background_first)
+    state = torch.rand(bins), torch.zeros(bins, dtype=torch.int64)
+    shared = (bins, mu, background_first)
+    ops.ghm_finalize.cuda(preds, targets, weights, histogram, None, None, *shared, 0.0, True, 1.0)
+    loss, *_, bin_weights = ops.ghm_finalize.cuda(preds, targets, weights, histogram, *state, *shared, 0.75, False, 2.0)
+    results = ops.ghm_backward.cuda(preds, targets, weights, bin_weights, loss, mu, background_first)
+    assert all(result.shape == pred.shape for result, pred in zip(results, preds, strict=True))
+
+
+def harmonize_all(generator: torch.Generator) -> None:
+    """Every type of predictions, targets and weights, rows shorter and longer than a thread's elements, ends inside of them."""
+    half, single, double = torch.float16, torch.float32, torch.float64
+    types = [(half, single, double), (torch.bfloat16, torch.bfloat16, half), (single, half, torch.bfloat16)]
+    types += [(single, single, single), (single, double, double), (double, double, single)]
+    shapes = [(0, 3), (1, 1), (70, 3), (257, 1), (40, 81)]
+    for bins, offset in ((1, 0), (10, 1), (256, 3)):
+        for pred_type, target_type, weight_type in types:
+
+            def numbers(shape, type_, scale=1.0, offset=offset):
+                flat = torch.randn(torch.Size(shape).numel() + offset, generator=generator, dtype=torch.float64)[offset:] * scale
+                # `clone` ends the buffer where the data ends.
+                return (flat.to(type_) if offset else flat.to(type_).clone()).view(shape)
+
+            preds = [numbers(shape, pred_type, 4) for shape in shapes]
+            preds[2][0] = torch.tensor([torch.inf, -torch.inf, torch.nan])
+            soft = [numbers(shape, target_type).clamp(0, 1) for shape in shapes]
+            soft[4][0, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+            by_element, by_row = [numbers(shape, weight_type) for shape in shapes], [numbers(shape[:1], weight_type) for shape in shapes]
+            labels = [torch.randint(-2, shape[1] + 3, shape[:1], generator=generator) for shape in shapes]
+            labels[2], labels[4][:2] = labels[2].int(), torch.tensor([2**63 - 1, -(2**63)])
+            for weights in ([], by_element, by_row):
+                harmonizing(preds, soft, weights, bins, None)
+                harmonizing(preds, labels, weights, bins, None, background_first=offset == 1)
+            harmonizing(preds, soft, by_element, bins, 0.02)
+            harmonizing(preds, soft, [], bins, 1e30)
+
+
 def main() -> None:
     load_emulated_cuda(sanitize=True)
     generator = torch.Generator().manual_seed(0)
+    harmonize_all(generator)
     half, single, double = torch.float16, torch.float32, torch.float64
     runs = [(single, [0], 0.5, 4), (single, [1], 0.0, 0), (half, [63, 64, 65], 0.5, 5), (single, [63, 64, 65], 0.0, 64)]
     runs += [(torch.bfloat16, [3001], 0.5, 5), (single, [3001], 0.5, 64), (double, [3001], 0.5, 64)]
@@ -78,4 +119,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    plant() if sys.argv[1:] == ["plant"] else main()
+    plant(sys.argv[1]) if sys.argv[1:] else main()
