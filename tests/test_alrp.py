@@ -191,6 +191,26 @@ def test_gate_leaves_small_sums_without_gradient(backend):
     assert got.gradient[2] > 0.3, "the gradient is not proportional to the error: that is the gate's reason"
 
 
+@pytest.mark.parametrize("where", ["all", "lowest", "one"])
+@pytest.mark.parametrize("delta", [0.0, 0.5])
+def test_large_regression_losses_take_no_digits_from_small_ones(backend, generator, delta, where):
+    """Those below a positive are no part of its error: every entry of the gradient to its own size."""
+    sample = RankingSample("large", 250, 1500, delta=delta, dtype=torch.float64)
+    logits, targets, regression = ALRP.draw(sample, generator).arguments
+    regression = torch.rand(regression.shape, generator=generator, dtype=torch.float64)
+    if where == "all":
+        regression *= 1e9
+    elif where == "lowest":
+        regression[logits[targets > 0].argmin()] = 1e8
+    else:
+        regression[0] = 1e6
+    got = ALRP.evaluate(backend, logits, targets, regression, delta=delta)
+    truth = ALRP.truth(logits, targets, regression, delta=delta)
+    assert_gates(backend, got, truth.losses, truth.gradient())
+    is_positive = targets > 0
+    assert_relative(got.gradient[is_positive], truth.gradient()[is_positive], backend.gradient_gate(torch.float64), "positives")
+
+
 def test_rank_and_order_have_no_gradient(backend, generator):
     logits, targets, regression = (value.to(backend.device) for value in ALRP.draw(RankingSample("graph"), generator).arguments)
     logits.requires_grad_(), regression.requires_grad_()

@@ -94,7 +94,7 @@ def test_double_backward_is_refused_clearly(backend, loss, generator):
         gradient.square().sum().backward()
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 @pytest.mark.parametrize("transform", [torch.func.grad, torch.func.vmap, lambda f: lambda x: torch.func.jvp(f, (x,), (x,))])
 def test_functional_transforms_are_refused(backend, loss, generator, transform):
     logits, *others = drawn(backend, loss, generator)

@@ -187,26 +187,26 @@ inline std::vector<double> false_positives(const Windows& windows, const int64_t
 }
 
 // The sum over all positives j of a segment, i itself included, of weight(j) H(s_j - s_i), for every positive i. Returns [V].
+// From the top down: what stands below, and may be large, takes no digits from a sum.
 template <class Weight>
 std::vector<double> sum_over_positives(const Windows& windows, const Weight& weight) {
-  struct Prefix {
+  struct Sums {
     double plain;
     double moment;
   };
-  std::vector<Prefix> prefixes(largest_range(windows.ranges) + 1);
+  std::vector<Sums> of_range(largest_range(windows.ranges) + 1);
   std::vector<double> result(windows.count);
   for (const SegmentRange& range : windows.ranges) {
-    Prefix* prefix = prefixes.data() - range.begin;
-    prefix[range.begin] = {0, 0};
-    for (int64_t j = range.begin; j < range.end; ++j) {
+    Sums* from = of_range.data() - range.begin;
+    from[range.end] = {0, 0};
+    for (int64_t j = range.end; j-- > range.begin;) {
       const double value = weight(j);
-      prefix[j + 1] = {prefix[j].plain + value, prefix[j].moment + value * windows.offset[j]};
+      from[j] = {from[j + 1].plain + value, from[j + 1].moment + value * windows.offset[j]};
     }
     for (int64_t i = range.begin; i < range.end; ++i) {
-      const Prefix low = prefix[windows.lower[i]], high = prefix[windows.upper[i]];
-      const double inside = high.plain - low.plain;
-      result[i] = prefix[range.end].plain - high.plain + 0.5 * inside +
-                  (high.moment - low.moment - inside * windows.offset[i]) * windows.slope;
+      const Sums low = from[windows.lower[i]], high = from[windows.upper[i]];
+      const double inside = low.plain - high.plain;
+      result[i] = high.plain + 0.5 * inside + (low.moment - high.moment - inside * windows.offset[i]) * windows.slope;
     }
   }
   return result;

@@ -1,6 +1,6 @@
 """What the last operators of all ranking losses share, in plain PyTorch: from ranked positives and bins to sums and tables.
 
-The sums over negatives and the lines restart where a segment begins: one is as exact as by itself. No loop over segments.
+The sums above a positive and the lines restart in every segment: one is as exact as by itself. No loop over segments.
 """
 from collections.abc import Callable
 
@@ -43,7 +43,8 @@ class Sweep:
     def _count_segments(self, gradient_scale: float) -> None:
         size = self.centre.numel()
         # First and past-the-last rank of the segment of every positive, and its share in the mean over segments.
-        self.first, self.end, self.share = None, size, 1 / max(size, 1)
+        self.first, self.share = None, 1 / max(size, 1)
+        self.end = torch.full((size,), size, device=self.centre.device)
         if self.segment is not None:
             _, number, sizes = self.segment.unique_consecutive(return_inverse=True, return_counts=True)
             self.end = sizes.cumsum(0)[number]
@@ -94,9 +95,17 @@ class Sweep:
 
     def sums_above(self, values: Tensor) -> Tensor:
         """Sums of `values_j H(s_j - s_i)` over the positives j in the segment of i, for every positive i. [rows, V]"""
-        prefix, moment = _prefix(values), _prefix(values * self.offset)
-        full = prefix[:, self.end].view(-1, 1) if self.segment is None else prefix[:, self.end]
-        return self._sums(+1, prefix, moment, full - prefix[:, self.upper], self.lower, self.upper, self.offset)
+        size = self.centre.numel()
+        upper = torch.where(self.upper < self.end, self.upper, size)
+
+        def from_top(rows: Tensor, first: Tensor) -> Tensor:
+            return torch.stack([pad(running(row.flip(0), first).flip(0), (0, 1)) for row in rows])
+
+        # From the top down: what stands below, and may be large, takes no digits from a sum.
+        first = (size - self.end).flip(0)
+        plain, moment = from_top(values, first), from_top(values * self.offset, first)
+        full = plain[:, upper]
+        return self._sums(+1, full, plain[:, self.lower] - full, moment[:, self.lower] - moment[:, upper], self.offset)
 
     def sums_in_nodes(self, sign: int, values: Tensor, member: Tensor, of: Tensor, node: Tensor) -> Tensor:
         """Sums of `values_j H(sign (s_j - s_i))` over the members j in the node of i, for every positive i in `of`.
@@ -115,14 +124,13 @@ class Sweep:
         else:
             full_end = torch.searchsorted(keys, first_key + self.full_end[of])
             full = prefix[:, full_end] - prefix[:, torch.searchsorted(keys, first_key)]
-        return self._sums(sign, prefix, moment, full, lower, upper, self.offset[of])
+        return self._sums(sign, full, prefix[:, upper] - prefix[:, lower], moment[:, upper] - moment[:, lower], self.offset[of])
 
-    def _sums(self, sign, prefix, moment, full, lower, upper, offset) -> Tensor:
+    def _sums(self, sign: int, full: Tensor, inside: Tensor, moment: Tensor, offset: Tensor) -> Tensor:
+        """Of those that count in full, and those inside the window with their moment about the origin that `offset` has too."""
         if self.delta == 0:
             return full
-        inside = prefix[:, upper] - prefix[:, lower]
-        distance = moment[:, upper] - moment[:, lower] - inside * offset
-        return full + 0.5 * inside + sign * distance / (2 * self.delta)
+        return full + 0.5 * inside + sign * (moment - inside * offset) / (2 * self.delta)
 
     def among_positives(self) -> Tensor:
         """N_i plus one half: the place of every positive among the positives, itself counted as one. [V]"""
