@@ -29,11 +29,12 @@ enum class Type : int { kHalf, kBFloat16, kFloat, kDouble, kInt32, kInt64 };
 
 inline bool is_16_bit(Type type) { return type == Type::kHalf || type == Type::kBFloat16; }
 
-// Enqueues `kernel` on `stream`; arguments convert to the kernel's parameters. Dynamic shared memory above 48 KiB is an opt-in.
+// Enqueues `kernel` on `stream`; arguments convert to the kernel's parameters. Shared memory above 48 KiB is an opt-in, and the
+// static part of a kernel, below 1 KiB in each, counts too.
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), int64_t grid, int block, size_t shared_bytes, cudaStream_t stream,
                    Arguments... arguments) {
-  if (shared_bytes > 48 * 1024) {
+  if (shared_bytes > 47 * 1024) {
     RSL_RETURN_IF_ERROR(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                              static_cast<int>(shared_bytes)));
   }
