@@ -2,6 +2,7 @@
 
 Every run draws a new seed and prints it. `RSLOSS_TEST_SEED=<seed>` repeats a run.
 """
+import importlib
 import os
 import pathlib
 import random
@@ -12,6 +13,9 @@ import pytest
 import torch
 import torch.multiprocessing
 from samples import LOSSES, Loss
+
+if harness.Backend("triton", "cpu") in harness.backends_under_test():
+    importlib.import_module("quick_interpreter").quicken()
 
 SEED = int(os.environ.get("RSLOSS_TEST_SEED") or random.SystemRandom().randrange(2**31))
 os.environ["RSLOSS_TEST_SEED"] = str(SEED)  # for the workers of pytest-xdist, which must collect the same tests
