@@ -157,6 +157,7 @@ def test_module_equals_function(backend, loss, generator):
 def test_module_says_what_it_is_and_survives_pickle():
     module = GHMC(bins=30, momentum=0.75, loss_weight=0.5, background="first", bias_correction=True)
     assert repr(module).startswith("GHMC(bins=30, momentum=0.75, loss_weight=0.5, ") and "background='first'" in repr(module)
+    assert "process_group='default'" in repr(GHMR(process_group="default"))
     assert repr(GHMR(mu=0.1)).startswith("GHMR(mu=0.1, bins=10, momentum=0.0")
     for twin in (pickle.loads(pickle.dumps(module)), copy.deepcopy(module)):
         assert repr(twin) == repr(module)

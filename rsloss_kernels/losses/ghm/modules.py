@@ -119,8 +119,11 @@ class _GradientHarmonizing(distributed.HoldsGroup, StatefulLoss):
         return histogram[0].sum()
 
     def extra_repr(self) -> str:
-        names = ["bins", "momentum", "loss_weight", "reduction", "empty_bins", "bias_correction"]
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+        names = ["bins", "momentum", "loss_weight", "reduction", "empty_bins", "bias_correction", "average_gradients"]
+        options = {name: repr(getattr(self, name)) for name in names}
+        if self.process_group is not None:
+            options["process_group"] = distributed.describe_group(self.process_group)
+        return ", ".join(f"{name}={value}" for name, value in options.items())
 
 
 class GHMC(_GradientHarmonizing):
