@@ -60,14 +60,40 @@ static inline IntVec choose(uint32_t mask, IntVec yes, IntVec no) {
   return reinterpret_cast<IntVec>(
       _mm512_mask_mov_epi32(reinterpret_cast<__m512i>(no), static_cast<__mmask16>(mask), reinterpret_cast<__m512i>(yes)));
 }
+static inline IntVec add_one_where(uint32_t mask, IntVec x) {
+  const __m512i bits = reinterpret_cast<__m512i>(x);
+  return reinterpret_cast<IntVec>(_mm512_mask_add_epi32(bits, static_cast<__mmask16>(mask), bits, _mm512_set1_epi32(1)));
+}
 static inline FloatVec reciprocal_estimate(FloatVec x) { return _mm512_rcp14_ps(x); }
 static inline IntVec truncate(FloatVec x) { return reinterpret_cast<IntVec>(_mm512_cvttps_epi32(x)); }
 static inline DoubleVec low_doubles(FloatVec x) { return _mm512_cvtps_pd(_mm512_castps512_ps256(x)); }
 static inline DoubleVec high_doubles(FloatVec x) { return _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1)); }
+
+// A table of kVectors times 16 floats in registers, or of any size in memory for 0.
+template <int kVectors>
 static inline FloatVec look_up(const float* table, IntVec at) {
-  return _mm512_i32gather_ps(reinterpret_cast<__m512i>(at), table, 4);
+  const __m512i index = reinterpret_cast<__m512i>(at);
+  const auto part = [table](int i) { return _mm512_loadu_ps(table + 16 * i); };
+  if constexpr (kVectors == 1) return _mm512_permutexvar_ps(index, part(0));
+  if constexpr (kVectors == 2) return _mm512_permutex2var_ps(part(0), index, part(1));
+  if constexpr (kVectors == 4) {
+    const __mmask16 is_upper = _mm512_test_epi32_mask(index, _mm512_set1_epi32(32));
+    return _mm512_mask_mov_ps(_mm512_permutex2var_ps(part(0), index, part(1)), is_upper,
+                              _mm512_permutex2var_ps(part(2), index, part(3)));
+  }
+  return _mm512_i32gather_ps(index, table, 4);
 }
 static inline DoubleVec square_root(DoubleVec x) { return _mm512_sqrt_pd(x); }
+
+// To 27 bits at least: a step of Newton's from 14.
+static inline DoubleVec reciprocal_root(DoubleVec x) {
+  const DoubleVec estimate = _mm512_rsqrt14_pd(x);
+  return estimate * (1.5 - 0.5 * x * estimate * estimate);
+}
+static inline DoubleVec reciprocal(DoubleVec x) {
+  const DoubleVec estimate = _mm512_rcp14_pd(x);
+  return estimate * (2 - x * estimate);
+}
 
 #elif RSL_ISA == 256
 
@@ -95,8 +121,20 @@ static inline FloatVec reciprocal_estimate(FloatVec x) { return _mm256_rcp_ps(x)
 static inline IntVec truncate(FloatVec x) { return reinterpret_cast<IntVec>(_mm256_cvttps_epi32(x)); }
 static inline DoubleVec low_doubles(FloatVec x) { return _mm256_cvtps_pd(_mm256_castps256_ps128(x)); }
 static inline DoubleVec high_doubles(FloatVec x) { return _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1)); }
+
+// A table of kVectors times 8 floats in registers, or of any size in memory for 0.
+template <int kVectors>
 static inline FloatVec look_up(const float* table, IntVec at) {
-  return _mm256_i32gather_ps(table, reinterpret_cast<__m256i>(at), 4);
+  const __m256i index = reinterpret_cast<__m256i>(at);
+  const auto part = [&](int i) { return _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8 * i), index); };
+  // The bit of the index above those that permute, moved to the sign.
+  const auto pair = [&](int i) {
+    return _mm256_blendv_ps(part(i), part(i + 1), _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+  };
+  if constexpr (kVectors == 1) return part(0);
+  if constexpr (kVectors == 2) return pair(0);
+  if constexpr (kVectors == 4) return _mm256_blendv_ps(pair(0), pair(2), _mm256_castsi256_ps(_mm256_slli_epi32(index, 27)));
+  return _mm256_i32gather_ps(table, index, 4);
 }
 static inline DoubleVec square_root(DoubleVec x) { return _mm256_sqrt_pd(x); }
 
@@ -122,6 +160,7 @@ static inline FloatVec reciprocal_estimate(FloatVec x) { return 1 / x; }
 static inline IntVec truncate(FloatVec x) { return __builtin_convertvector(x, IntVec); }
 static inline DoubleVec low_doubles(FloatVec x) { return DoubleVec{x[0], x[1]}; }
 static inline DoubleVec high_doubles(FloatVec x) { return DoubleVec{x[2], x[3]}; }
+template <int kVectors>
 static inline FloatVec look_up(const float* table, IntVec at) {
   return FloatVec{table[at[0]], table[at[1]], table[at[2]], table[at[3]]};
 }
@@ -131,9 +170,12 @@ static inline DoubleVec square_root(DoubleVec x) { return DoubleVec{__builtin_sq
 
 #if RSL_ISA != 512
 
+static inline DoubleVec reciprocal_root(DoubleVec x) { return 1 / square_root(x); }
+static inline DoubleVec reciprocal(DoubleVec x) { return 1 / x; }
 static inline FloatVec choose(uint32_t mask, FloatVec yes, FloatVec no) { return lanes_of(mask) ? yes : no; }
 static inline IntVec choose(uint32_t mask, IntVec yes, IntVec no) { return lanes_of(mask) ? yes : no; }
 static inline FloatVec negate_where(uint32_t mask, FloatVec x) { return choose(mask, -x, x); }
+static inline IntVec add_one_where(uint32_t mask, IntVec x) { return x - lanes_of(mask); }
 
 #endif
 
@@ -155,23 +197,38 @@ static inline void store_floats(Out* p, FloatVec x) {
   for (int i = 0; i < kFloats; ++i) p[i] = Out(x[i]);
 }
 
+// Calls body with the number of vectors for look_up into a table of `size` floats, as a type. Tables have room for whole
+// vectors.
+template <int kVectors>
+struct TableVectors {
+  static constexpr int value = kVectors;
+};
+template <class Body>
+static inline void with_table_vectors(int size, const Body& body) {
+  if (RSL_ISA == 0 || size > 4 * kFloats) body(TableVectors<0>{});
+  else if (size <= kFloats) body(TableVectors<1>{});
+  else if (size <= 2 * kFloats) body(TableVectors<2>{});
+  else body(TableVectors<4>{});
+}
+
+// 1 / x to about the precision of a division.
+static inline FloatVec reciprocal(FloatVec x) {
+  const FloatVec estimate = reciprocal_estimate(x);
+  return estimate * (2 - x * estimate);
+}
+
 static inline FloatVec absolute(FloatVec x) { return reinterpret_cast<FloatVec>(reinterpret_cast<IntVec>(x) & 0x7fffffff); }
 static inline DoubleVec absolute(DoubleVec x) {
   return reinterpret_cast<DoubleVec>(reinterpret_cast<LongVec>(x) & 0x7fffffffffffffff);
 }
 
-// The first `count` lanes, the others 0; only they are read or written.
-template <class In>
-static inline FloatVec load_some(const In* p, int64_t count) {
-  if (count >= kFloats) return load_floats(p);
+// Calls body(i, the elements from i on) for `count` elements in steps of a vector; behind the last one are zeros.
+template <class In, class Body>
+static inline void for_vectors(const In* data, int64_t count, const Body& body) {
+  int64_t i = 0;
+  for (; i + kFloats <= count; i += kFloats) body(i, load_floats(data + i));
+  if (i == count) return;
   In lanes[kFloats] = {};
-  for (int64_t i = 0; i < count; ++i) lanes[i] = p[i];
-  return load_floats(lanes);
-}
-template <class Out>
-static inline void store_some(Out* p, FloatVec x, int64_t count) {
-  if (count >= kFloats) return store_floats(p, x);
-  Out lanes[kFloats];
-  store_floats(lanes, x);
-  for (int64_t i = 0; i < count; ++i) p[i] = lanes[i];
+  for (int64_t lane = i; lane < count; ++lane) lanes[lane - i] = data[lane];
+  body(i, load_floats(lanes));
 }

@@ -44,10 +44,14 @@ struct GhmEdges {
   alignas(64) float hard_above[kMostBins];
 };
 
-// Sums of a chunk by bin; what is not valid goes to the entry behind the last bin.
+// Loss and count of one bin, added in one go.
+typedef double BinSum __attribute__((vector_size(16)));
+
+// Of a chunk. Elements take turns among copies of each bin, so that an addition need not wait for the one before; what is not
+// valid goes to the entry behind the last bin.
+constexpr int kCopies = 4;
 struct GhmSums {
-  double loss[kMostBins + 1];
-  int64_t count[kMostBins + 1];
+  alignas(64) BinSum bins[kCopies * (kMostBins + 1)];
   int64_t nan_count;
 };
 

@@ -114,13 +114,15 @@ Tensor ghm_histogram(Tensors preds, Tensors targets, Tensors weights, int64_t bi
       const Chunk& chunk = chunks[i];
       const GhmLevel& level = levels[chunk.level];
       const In* data = static_cast<const In*>(level.preds);
-      GhmSums sums;
-      if (mu) RSL_ISA_CALL(sum_chunk<true>, level, data, chunk.begin, chunk.end, edges, sums);
-      else RSL_ISA_CALL(sum_chunk<false>, level, data, chunk.begin, chunk.end, edges, sums);
+      BinSum sums[kMostBins];
+      const int64_t nan_count = mu ? RSL_ISA_CALL(sum_chunk<true>, level, data, chunk.begin, chunk.end, edges, sums)
+                                   : RSL_ISA_CALL(sum_chunk<false>, level, data, chunk.begin, chunk.end, edges, sums);
       double* part = parts.data() + i * 2 * columns;
-      for (int64_t bin = 0; bin < bins; ++bin) part[bin] = static_cast<double>(sums.count[bin]);
-      part[bins] = static_cast<double>(sums.nan_count);
-      std::copy(sums.loss, sums.loss + bins, part + columns);
+      for (int64_t bin = 0; bin < bins; ++bin) {
+        part[bin] = sums[bin][1];
+        part[columns + bin] = sums[bin][0];
+      }
+      part[bins] = static_cast<double>(nan_count);
     });
   });
   Tensor histogram = new_cpu_tensor({kHistogramRows, bins + 1}, ScalarType::Double);

@@ -33,20 +33,30 @@ static void fill_from_labels(const GhmLevel& level, const Label* labels, GhmBloc
 }
 
 template <class In>
+static void fill_target_values(const In* targets, GhmBlock& block) {
+  for_vectors(targets, block.size, [&](int64_t i, FloatVec target) {
+    store_vec(block.target + i, low_doubles(target));
+    store_vec(block.target + i + kDoubles, high_doubles(target));
+  });
+}
+
+static void fill_target_values(const double* targets, GhmBlock& block) {
+  for (int i = 0; i < block.size; ++i) block.target[i] = targets[i];
+}
+
+template <class In>
 static void fill_from_dense(const In* targets, GhmBlock& block) {
   clear_words(block.one);
   clear_words(block.soft);
   uint64_t any_soft = 0;
-  for (int i = 0; i < block.size; i += kFloats) {
-    const FloatVec target = load_some(targets + i, block.size - i);
+  for_vectors(targets, block.size, [&](int64_t i, FloatVec target) {
     const uint32_t one = equal_mask(target, all_floats(1)), zero = equal_mask(target, all_floats(0));
     const uint64_t soft = ~(one | zero) & kAllFloats;
     block.one[i / 64] |= static_cast<uint64_t>(one) << i % 64;
     block.soft[i / 64] |= soft << i % 64;
     any_soft |= soft;
-  }
-  if (any_soft == 0) return;
-  for (int i = 0; i < block.size; ++i) block.target[i] = static_cast<double>(widen(targets[i]));
+  });
+  if (any_soft != 0) fill_target_values(targets, block);
 }
 
 static void fill_from_dense(const double* targets, GhmBlock& block) {
@@ -61,17 +71,16 @@ static void fill_from_dense(const double* targets, GhmBlock& block) {
 
 template <class In>
 static void fill_regression(const In* targets, GhmBlock& block) {
-  for (int i = 0; i < block.size; ++i) block.target[i] = static_cast<double>(widen(targets[i]));
+  fill_target_values(targets, block);
   clear_words(block.soft);
   set_bits(block.soft, 0, block.size);
 }
 
 template <class In>
 static void fill_valid_elements(const In* weights, GhmBlock& block) {
-  for (int i = 0; i < block.size; i += kFloats) {
-    const uint32_t valid = greater_mask(load_some(weights + i, block.size - i), all_floats(0));
-    block.valid[i / 64] |= static_cast<uint64_t>(valid) << i % 64;
-  }
+  for_vectors(weights, block.size, [&](int64_t i, FloatVec weight) {
+    block.valid[i / 64] |= static_cast<uint64_t>(greater_mask(weight, all_floats(0))) << i % 64;
+  });
 }
 
 static void fill_valid_elements(const double* weights, GhmBlock& block) {

@@ -6,9 +6,9 @@
 #include "ghm/ghm_wide_simd.h"
 
 // Beyond it e^-|u| may leave the normal range of float.
-constexpr float kLargestFloatLogit = 87;
+constexpr float kLargestFloatLogit = 86;
 
-// e^-x for x in [0, 87], as a sum that is right to 4e-9 before it is rounded; `low` is below a tenth of it.
+// e^-x for x in [0, 86], as a sum that is right to 4e-9 before it is rounded; `low` is below a tenth of it.
 struct FloatPair {
   FloatVec high;
   FloatVec low;
@@ -27,15 +27,17 @@ static inline FloatPair exp_minus_pair(FloatVec x) {
   return {one_plus_r * scale, (lost + (rest + argument * argument * sum)) * scale};
 }
 
-// log(1 + e) = kLinear e + low: most of it is exact in float64, and the rounding of `low` does not matter.
-constexpr float kLinear = 0.845703125f;
+// log(1 + e) = kLinear e.high + rest: the first term is exact in float64, and the rounding of `rest`, a fifth of the sum at
+// most, hardly matters. The polynomial is around 1/2, where its terms are small.
+constexpr float kLinear = 0.890625f;
 
 static inline FloatVec log_rest(FloatPair e, FloatVec value) {
-  const float coefficients[] = {0.020278441733308f,  -0.057760400456998f, 0.106846635989217f,
-                                -0.153533515386677f, 0.196924797381253f,  -0.249573517087315f,
-                                0.3333027605286f,    -0.499999141902262f, 0.154296871012888f};
-  FloatVec sum = all_floats(-3.338880238758717e-3f);
-  for (const float coefficient : coefficients) sum = sum * value + coefficient;
+  const float coefficients[] = {5.253480661441e-3f,   -6.696555668202e-3f, 1.1576084014607e-2f,
+                                -2.0580299566167e-2f, 3.663548351807e-2f,  -6.7687004098161e-2f,
+                                0.13260900336731f,    -0.28852712350893f,  -7.9694779990197e-2f};
+  const FloatVec x = (e.high - 0.5f) + e.low;
+  FloatVec sum = all_floats(-3.338880246387e-3f);
+  for (const float coefficient : coefficients) sum = sum * x + coefficient;
   return value * sum + kLinear * e.low;
 }
 
@@ -44,9 +46,14 @@ static inline FloatVec sigmoid_from_exp(uint32_t positive, FloatVec e, FloatVec 
 }
 
 // sigma may be wrong by 4e-4 of itself, which is less than a bin: one comparison decides.
-static inline IntVec bins_of(const GhmEdges& edges, FloatVec u, FloatVec sigma) {
-  const IntVec lowest = truncate(sigma * (static_cast<float>(edges.bins) * (1 - 0x1p-10f)));
-  return lowest - (u >= look_up(edges.hard_above, lowest));
+template <int kTable>
+static inline IntVec bins_of(const GhmEdges& edges, FloatVec scale, FloatVec u, FloatVec sigma) {
+  const IntVec lowest = truncate(sigma * scale);
+  return add_one_where(at_most_mask(look_up<kTable>(edges.hard_above, lowest), u), lowest);
+}
+
+static inline FloatVec scale_of_lowest(const GhmEdges& edges) {
+  return all_floats(static_cast<float>(edges.bins) * (1 - 0x1p-10f));
 }
 
 // Logits as they are compared, and which elements of a vector of the block the float path takes.
@@ -63,18 +70,18 @@ static inline HardLogits load_hard(const In* preds, const GhmBlock& block, int i
   const uint32_t valid = static_cast<uint32_t>(block.valid[word] >> shift) & kAllFloats;
   const uint32_t one = static_cast<uint32_t>(block.one[word] >> shift) & kAllFloats;
   const uint32_t soft = static_cast<uint32_t>(block.soft[word] >> shift) & kAllFloats;
-  const FloatVec z = load_some(preds + i, block.size - i), limit = all_floats(kLargestFloatLogit);
-  const FloatVec distance = absolute(z);
-  const uint32_t mask = valid & ~soft & at_most_mask(distance, limit);
+  const FloatVec z = load_floats(preds + i), distance = absolute(z), limit = all_floats(kLargestFloatLogit);
+  const uint32_t is_small = at_most_mask(distance, limit), mask = valid & ~soft & is_small;
   left_over |= static_cast<uint64_t>(valid & ~mask) << shift;
-  return {negate_where(one, z), distance < limit ? distance : limit, one, mask};
+  return {negate_where(one, z), choose(is_small, distance, limit), one, mask};
 }
 
-template <class In>
-static void add_float(const In* preds, const GhmBlock& block, const GhmEdges& edges, uint64_t* left_over, GhmSums* sums) {
+template <int kTable, class In>
+static void add_float(const In* preds, const GhmBlock& block, const GhmEdges& edges, uint64_t* left_over, BinSum* sums) {
   alignas(64) double losses[kBlock];
   alignas(64) int32_t bins[kBlock];
   const DoubleVec linear = all_doubles(kLinear);
+  const FloatVec scale = scale_of_lowest(edges);
   for (int i = 0; i < block.size; i += kFloats) {
     const HardLogits hard = load_hard(preds, block, i, left_over[i / 64]);
     const uint32_t positive = greater_mask(hard.u, all_floats(0));
@@ -83,35 +90,46 @@ static void add_float(const In* preds, const GhmBlock& block, const GhmEdges& ed
     store_vec(losses + i, low_doubles(above) + (linear * low_doubles(e.high) + low_doubles(rest)));
     store_vec(losses + i + kDoubles, high_doubles(above) + (linear * high_doubles(e.high) + high_doubles(rest)));
     const FloatVec sigma = sigmoid_from_exp(positive, value, reciprocal_estimate(1 + value));
-    const IntVec bin = bins_of(edges, hard.u, sigma);
+    const IntVec bin = bins_of<kTable>(edges, scale, hard.u, sigma);
     store_vec(bins + i, choose(hard.mask, bin, IntVec{} + edges.bins));
   }
-  for (int i = 0; i < block.size; ++i) {
-    GhmSums& own = sums[i % 4];
-    own.loss[bins[i]] += losses[i];
-    ++own.count[bins[i]];
-  }
+#pragma GCC unroll 8
+  for (int i = 0; i < block.size; ++i) sums[kCopies * bins[i] + i % kCopies] += BinSum{losses[i], 1};
 }
 
-template <class In>
+// e^-x for x in [0, 86], right to 4e-7: enough for a gradient.
+static inline FloatVec exp_minus(FloatVec x) {
+  const FloatVec shifted = x * -1.44269504f + 0x1.8p23f, n = shifted - 0x1.8p23f, r = -x - n * 0.693147181f;
+  const float coefficients[] = {8.368887645837e-3f, 4.1666205857511e-2f, 0.16666518853765f, 0.5000000095168f, 1, 1};
+  FloatVec sum = all_floats(1.39504874814332e-3f);
+  for (const float coefficient : coefficients) sum = sum * r + coefficient;
+  return reinterpret_cast<FloatVec>(reinterpret_cast<IntVec>(sum) + (reinterpret_cast<IntVec>(shifted) << 23));
+}
+
+// gradient has room for whole vectors.
+template <int kTable, class In>
 static void write_float(const In* preds, const GhmBlock& block, const GhmEdges& edges, const GhmFactors& factors,
                         uint64_t* left_over, In* gradient) {
+  const FloatVec scale = scale_of_lowest(edges);
   for (int i = 0; i < block.size; i += kFloats) {
     const HardLogits hard = load_hard(preds, block, i, left_over[i / 64]);
     const uint32_t positive = greater_mask(hard.u, all_floats(0));
-    const FloatPair pair = exp_minus_pair(hard.distance);
-    const FloatVec e = pair.high + pair.low, sigma = sigmoid_from_exp(positive, e, 1 / (1 + e));
-    const FloatVec factor = look_up(factors.rounded, bins_of(edges, hard.u, sigma));
-    store_some(gradient + i, choose(hard.mask, negate_where(hard.one, sigma * factor), FloatVec{}), block.size - i);
+    const FloatVec e = exp_minus(hard.distance), sigma = sigmoid_from_exp(positive, e, reciprocal(1 + e));
+    const FloatVec factor = look_up<kTable>(factors.rounded, bins_of<kTable>(edges, scale, hard.u, sigma));
+    store_floats(gradient + i, choose(hard.mask, negate_where(hard.one, sigma * factor), FloatVec{}));
   }
 }
 
-static void start_sums(const GhmEdges& edges, GhmSums* sums, int copies) {
-  for (int copy = 0; copy < copies; ++copy) {
-    sums[copy].nan_count = 0;
-    for (int bin = 0; bin <= edges.bins; ++bin) sums[copy].loss[bin] = 0;
-    for (int bin = 0; bin <= edges.bins; ++bin) sums[copy].count[bin] = 0;
-  }
+template <bool kRegression, class In>
+constexpr bool has_float_path() {
+  return !kRegression && sizeof(In) <= 4;
+}
+
+// A last block, continued with zeros, for loops over whole vectors.
+template <class In>
+static const In* pad_block(const In* preds, int size, In* padded) {
+  for (int i = 0; i < kBlock; ++i) padded[i] = i < size ? preds[i] : In(Arithmetic<In>(0));
+  return padded;
 }
 
 static uint64_t any_bit(const uint64_t* words) {
@@ -120,49 +138,59 @@ static uint64_t any_bit(const uint64_t* words) {
   return bits;
 }
 
-// preds: of the level's dtype. Adds elements [begin, end) of the level to nothing: `sums` is set.
+// preds: of the level's dtype. result: loss and count by bin of the elements [begin, end) of the level. Returns how many of the
+// valid ones hold NaN.
 template <bool kRegression, class In>
-static void sum_chunk(const GhmLevel& level, const In* preds, int64_t begin, int64_t end, const GhmEdges& edges,
-                      GhmSums& sums) {
-  constexpr bool kHasFloatPath = !kRegression && sizeof(In) <= 4;
+static int64_t sum_chunk(const GhmLevel& level, const In* preds, int64_t begin, int64_t end, const GhmEdges& edges,
+                         BinSum* result) {
   GhmBlock block;
+  In padded[kBlock];
   WideElements wide;
-  GhmSums copies[4];
-  start_sums(edges, copies, 4);
+  GhmSums sums;
+  sums.nan_count = 0;
+  for (int i = 0; i < kCopies * (edges.bins + 1); ++i) sums.bins[i] = BinSum{};
   for (; begin < end; begin += kBlock) {
     fill_block<kRegression>(level, begin, end, block);
+    const In* data = preds + begin;
+    if (block.size < kBlock) data = pad_block(data, block.size, padded);
     const uint64_t* wanted = block.valid;
     uint64_t left_over[kBlockWords] = {};
-    if constexpr (kHasFloatPath) {
-      add_float(preds + begin, block, edges, left_over, copies);
+    if constexpr (has_float_path<kRegression, In>()) {
+      with_table_vectors(edges.bins,
+                         [&](auto table) { add_float<decltype(table)::value>(data, block, edges, left_over, sums.bins); });
       wanted = left_over;
     }
-    if (any_bit(wanted) != 0) add_wide<kRegression>(preds + begin, block, wanted, edges, wide, copies[0]);
+    if (any_bit(wanted) != 0) add_wide<kRegression>(data, block, wanted, edges, wide, sums);
   }
-  sums.nan_count = copies[0].nan_count;
   for (int bin = 0; bin < edges.bins; ++bin) {
-    sums.loss[bin] = (copies[0].loss[bin] + copies[1].loss[bin]) + (copies[2].loss[bin] + copies[3].loss[bin]);
-    sums.count[bin] = copies[0].count[bin] + copies[1].count[bin] + copies[2].count[bin] + copies[3].count[bin];
+    const BinSum* copies = sums.bins + kCopies * bin;
+    result[bin] = (copies[0] + copies[1]) + (copies[2] + copies[3]);
   }
+  return sums.nan_count;
 }
 
 // gradient: as preds.
 template <bool kRegression, class In>
 static void write_chunk(const GhmLevel& level, const In* preds, int64_t begin, int64_t end, const GhmEdges& edges,
                         const GhmFactors& factors, In* gradient) {
-  constexpr bool kHasFloatPath = !kRegression && sizeof(In) <= 4;
   GhmBlock block;
+  In padded[kBlock], padded_output[kBlock];
   WideElements wide;
   for (; begin < end; begin += kBlock) {
     fill_block<kRegression>(level, begin, end, block);
+    const In* data = preds + begin;
+    if (block.size < kBlock) data = pad_block(data, block.size, padded);
+    In* output = block.size < kBlock ? padded_output : gradient + begin;
     const uint64_t* wanted = block.valid;
     uint64_t left_over[kBlockWords] = {};
-    if constexpr (kHasFloatPath) {
-      write_float(preds + begin, block, edges, factors, left_over, gradient + begin);
+    if constexpr (has_float_path<kRegression, In>()) {
+      with_table_vectors(
+          edges.bins, [&](auto table) { write_float<decltype(table)::value>(data, block, edges, factors, left_over, output); });
       wanted = left_over;
     } else {
-      for (int i = 0; i < block.size; ++i) gradient[begin + i] = In(Arithmetic<In>(0));
+      for (int i = 0; i < block.size; ++i) output[i] = In(Arithmetic<In>(0));
     }
-    if (any_bit(wanted) != 0) write_wide<kRegression>(preds + begin, block, wanted, edges, factors, wide, gradient + begin);
+    if (any_bit(wanted) != 0) write_wide<kRegression>(data, block, wanted, edges, factors, wide, output);
+    if (block.size < kBlock) __builtin_memcpy(gradient + begin, output, static_cast<size_t>(block.size) * sizeof(In));
   }
 }

@@ -1,8 +1,8 @@
 // Elements in float64: soft targets, regression, and logits that are float64 or beyond the float path. Part of ghm_simd.h.
 
-// e^-x for x >= 0. As the square of e^(-x/2), which cannot leave the normal range before the result does.
+// e^-x for x >= 0 or NaN. As the square of e^(-x/2), which cannot leave the normal range before the result does.
 static inline DoubleVec exp_minus(DoubleVec x) {
-  const DoubleVec half = (x < 1400.0 ? x : all_doubles(1400)) * -0.5;
+  const DoubleVec half = (x > 1400.0 ? all_doubles(1400) : x) * -0.5;
   const DoubleVec magic = all_doubles(0x1.8p52);
   const DoubleVec shifted = half * 1.44269504088896340736 + magic, n = shifted - magic;
   const DoubleVec r = half - n * 0x1.62e42feep-1 - n * 0x1.a39ef35793c76p-33;
@@ -32,13 +32,31 @@ struct WideElements {
   alignas(64) double slope[kBlock + kDoubles];
   alignas(64) double position[kBlock + kDoubles];
   alignas(64) int32_t edge[kBlock + kDoubles];  // kind and lowest bin that may be the element's
-  int16_t at[kBlock + kDoubles];                // in the block
+  int16_t at[kBlock];                           // in the block
 };
+
+template <class In>
+static inline void pick_word(const In* preds, const double* targets, WideElements& wide, int word) {
+  for (int i = word * 64; i < word * 64 + 64; i += kFloats) {
+    const FloatVec z = load_floats(preds + i);
+    store_vec(wide.pred + wide.count, low_doubles(z));
+    store_vec(wide.pred + wide.count + kDoubles, high_doubles(z));
+    __builtin_memcpy(wide.target + wide.count, targets + i, kFloats * sizeof(double));
+    for (int lane = 0; lane < kFloats; ++lane) wide.at[wide.count + lane] = static_cast<int16_t>(i + lane);
+    wide.count += kFloats;
+  }
+}
 
 template <class In>
 static void pick_elements(const In* preds, const GhmBlock& block, const uint64_t* wanted, WideElements& wide) {
   wide.count = 0;
   for (int word = 0; word < kBlockWords; ++word) {
+    if constexpr (sizeof(In) <= 4) {
+      if (wanted[word] == ~uint64_t{0} && block.soft[word] == ~uint64_t{0}) {
+        pick_word(preds, block.target, wide, word);
+        continue;
+      }
+    }
     for (uint64_t bits = wanted[word]; bits != 0; bits &= bits - 1) {
       const int bit = __builtin_ctzll(bits), i = word * 64 + bit;
       wide.at[wide.count] = static_cast<int16_t>(i);
@@ -50,43 +68,50 @@ static void pick_elements(const In* preds, const GhmBlock& block, const uint64_t
   for (int i = 0; i < kDoubles; ++i) wide.pred[wide.count + i] = wide.target[wide.count + i] = 0;
 }
 
-// The bin of an element is `lowest` or the next one: g may be wrong by far less than a bin.
-static inline void store_lowest(const GhmEdges& edges, DoubleVec g, int32_t* lowest) {
-  const DoubleVec scaled = g * (edges.bins * (1 - 0x1p-20));
-  for (int lane = 0; lane < kDoubles; ++lane) {
-    const double value = scaled[lane];
-    lowest[lane] = value > 0 ? (value < edges.bins ? static_cast<int32_t>(value) : edges.bins - 1) : 0;
-  }
+typedef int32_t HalfIntVec __attribute__((vector_size(4 * kDoubles)));
+
+// The bin of an element is the lowest of these or the next one: g may be wrong by far less than a bin.
+static inline HalfIntVec lowest_bins(const GhmEdges& edges, DoubleVec g) {
+  const DoubleVec scaled = g * (edges.bins * (1 - 0x1p-20)), last = all_doubles(edges.bins - 1);
+  const DoubleVec at_most_last = scaled < last ? scaled : last;
+  return __builtin_convertvector(at_most_last > 0.0 ? at_most_last : all_doubles(0), HalfIntVec);
 }
 
+template <bool kNeedsLoss>
 static void classify_wide(const GhmEdges& edges, WideElements& wide) {
   for (int i = 0; i < wide.count; i += kDoubles) {
     const DoubleVec z = load_vec<DoubleVec>(wide.pred + i), t = load_vec<DoubleVec>(wide.target + i);
     const DoubleVec distance = absolute(z), e = exp_minus(distance);
     const DoubleVec factor = z > 0.0 ? 1 - t : t;
-    const DoubleVec slope = e / (1 + e) - factor;
-    const DoubleVec g = absolute(slope), linear = factor == 0.0 ? all_doubles(0) : factor * distance;
+    const DoubleVec slope = e / (1 + e) - factor, g = absolute(slope);
     const LongVec is_one = t == 1.0, is_hard = is_one | (t == 0.0);
-    store_vec(wide.loss + i, z == z ? linear + log_one_plus(e) : z);
-    store_vec(wide.slope + i, z > 0.0 ? -slope : slope);
+    if constexpr (kNeedsLoss) store_vec(wide.loss + i, (factor == 0.0 ? all_doubles(0) : factor * distance) + log_one_plus(e));
+    else store_vec(wide.slope + i, z > 0.0 ? -slope : slope);
     store_vec(wide.position + i, is_hard ? (is_one ? -z : z) : g);
-    store_lowest(edges, g, wide.edge + i);
-    for (int lane = 0; lane < kDoubles; ++lane) wide.edge[i + lane] += is_hard[lane] != 0 ? kMostBins : 0;
+    store_vec(wide.edge + i, lowest_bins(edges, g) + __builtin_convertvector(is_hard & kMostBins, HalfIntVec));
   }
 }
 
+// kIsExact: float64 predictions. Others need no more than 28 bits of the root, and their squares cannot overflow.
+template <bool kIsExact, bool kNeedsLoss>
 static void regress_wide(const GhmEdges& edges, WideElements& wide) {
   const double mu = edges.mu;
   for (int i = 0; i < wide.count; i += kDoubles) {
     const DoubleVec d = load_vec<DoubleVec>(wide.pred + i) - load_vec<DoubleVec>(wide.target + i);
     const DoubleVec distance = absolute(d), sign = d > 0.0 ? all_doubles(1) : all_doubles(-1);
-    const DoubleVec root = square_root(d * d + mu * mu);
+    const DoubleVec square = d * d + mu * mu;
+    const DoubleVec inverse = kIsExact ? DoubleVec{} : reciprocal_root(square);
+    const DoubleVec root = kIsExact ? square_root(square) : square * inverse;
     const LongVec is_far = distance > 1e9 * mu;
-    const DoubleVec slope = is_far ? sign : d / root;
-    store_vec(wide.loss + i, is_far ? distance - mu : distance * (distance / (root + mu)));
-    store_vec(wide.slope + i, slope);
+    const DoubleVec slope = is_far ? sign : (kIsExact ? d / root : d * inverse);
+    if constexpr (kNeedsLoss) {
+      const DoubleVec share = kIsExact ? distance / (root + mu) : distance * reciprocal(root + mu);
+      store_vec(wide.loss + i, is_far ? distance - mu : distance * share);
+    } else {
+      store_vec(wide.slope + i, slope);
+    }
     store_vec(wide.position + i, distance);
-    store_lowest(edges, absolute(slope), wide.edge + i);
+    store_vec(wide.edge + i, lowest_bins(edges, absolute(slope)));
   }
 }
 
@@ -95,36 +120,33 @@ static inline int bin_of_wide(const GhmEdges& edges, const WideElements& wide, i
   return lowest + (wide.position[i] >= edges.above[wide.edge[i]] ? 1 : 0);
 }
 
-template <bool kRegression, class In>
+template <bool kRegression, bool kNeedsLoss, class In>
 static void compute_wide(const In* preds, const GhmBlock& block, const uint64_t* wanted, const GhmEdges& edges,
                          WideElements& wide) {
   pick_elements(preds, block, wanted, wide);
-  if constexpr (kRegression) regress_wide(edges, wide);
-  else classify_wide(edges, wide);
+  if constexpr (kRegression) regress_wide<sizeof(In) == 8, kNeedsLoss>(edges, wide);
+  else classify_wide<kNeedsLoss>(edges, wide);
 }
 
 template <bool kRegression, class In>
 static void add_wide(const In* preds, const GhmBlock& block, const uint64_t* wanted, const GhmEdges& edges, WideElements& wide,
                      GhmSums& sums) {
-  compute_wide<kRegression>(preds, block, wanted, edges, wide);
+  compute_wide<kRegression, true>(preds, block, wanted, edges, wide);
   for (int i = 0; i < wide.count; ++i) {
-    if (wide.loss[i] != wide.loss[i]) {
-      ++sums.nan_count;
-      continue;
-    }
-    const int bin = bin_of_wide(edges, wide, i);
-    sums.loss[bin] += wide.loss[i];
-    ++sums.count[bin];
+    const double loss = wide.loss[i];
+    if (__builtin_expect(loss != loss, 0)) ++sums.nan_count;
+    else sums.bins[kCopies * bin_of_wide(edges, wide, i) + i % kCopies] += BinSum{loss, 1};
   }
 }
 
 template <bool kRegression, class In>
 static void write_wide(const In* preds, const GhmBlock& block, const uint64_t* wanted, const GhmEdges& edges,
                        const GhmFactors& factors, WideElements& wide, In* gradient) {
-  compute_wide<kRegression>(preds, block, wanted, edges, wide);
+  compute_wide<kRegression, false>(preds, block, wanted, edges, wide);
   for (int i = 0; i < wide.count; ++i) {
-    const bool is_nan = wide.loss[i] != wide.loss[i];
-    const double value = is_nan ? wide.loss[i] : factors.exact[bin_of_wide(edges, wide, i)] * wide.slope[i];
+    const double slope = wide.slope[i];
+    // NaN is the element's alone, whatever the factor of its bin.
+    const double value = slope != slope ? slope : factors.exact[bin_of_wide(edges, wide, i)] * slope;
     gradient[wide.at[i]] = In(static_cast<Arithmetic<In>>(value));
   }
 }
