@@ -29,7 +29,7 @@ class WithDefaults(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescripti
     """Tells the defaults, but not those of switches nor of options that explain their own."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

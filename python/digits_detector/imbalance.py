@@ -10,6 +10,8 @@ import dataclasses
 import itertools
 import statistics
 
+import torch
+
 from digits_detector import report
 from digits_detector.ablation import cached_run
 from digits_detector.class_and_box_loss import BOX_WEIGHTS, CLASS_LOSSES, LOSS_NAMES, PAIRS
@@ -40,8 +42,14 @@ def run(options: argparse.Namespace, pool: Canvases, held_out: Canvases) -> dict
     if options.time_steps:
         for row, times in zip(results["table"], _times(base, options, pool), strict=True):
             row.update(times)
-    print(_table(results["table"]))
-    (options.out / "imbalance.md").write_text(_table(results["table"], markdown=True) + "\n")
+    legend = (
+        f"AP, AP50, AP75: COCO average precision on {len(held_out)} held-out canvases, percent, after {options.steps} steps of "
+        f"{batch_size} canvases, {options.seeds} seed{'s' * (options.seeds > 1)}."
+    )
+    if options.time_steps:
+        legend += f" Times: medians of {options.time_steps} steps that all losses took in turns, {torch.get_num_threads()} threads."
+    print(f"{_table(results['table'])}\n{legend}")
+    (options.out / "imbalance.md").write_text(f"{_table(results['table'], markdown=True)}\n\n{legend}\n")
     report.write_json(options.out / "imbalance.json", results)
     print(f"imbalance.json and imbalance.md are in {options.out}")
     return results
