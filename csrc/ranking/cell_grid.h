@@ -87,11 +87,12 @@ struct PartedEdges {
   bool has_nobody;               // the last part is that of no segment
 };
 
-// How many of all edges lie before or at a value of the part whose edges end at `end`, knowing that `from` do: doubling steps,
-// then halving.
+// How many of all edges lie before or at a value of the part whose edges end at `end`, knowing that `from` do. Mostly at most
+// one more does: no branch depends on that one. Else doubling steps, then halving.
 template <class T>
 inline int32_t count_edges(const T* edges, int32_t end, int32_t from, T value) {
-  int32_t low = from, reach = 1;
+  int32_t low = from == end ? end : from + static_cast<int32_t>(edges[from] <= value), reach = 1;
+  if (low == end || !(edges[low] <= value)) return low;
   while (low + reach <= end && edges[low + reach - 1] <= value) {
     low += reach;
     reach *= 2;
