@@ -64,6 +64,8 @@ static inline IntVec add_one_where(uint32_t mask, IntVec x) {
   const __m512i bits = reinterpret_cast<__m512i>(x);
   return reinterpret_cast<IntVec>(_mm512_mask_add_epi32(bits, static_cast<__mmask16>(mask), bits, _mm512_set1_epi32(1)));
 }
+// The lanes of the mask, which may have bits beyond; 0 elsewhere.
+static inline DoubleVec keep(uint32_t mask, DoubleVec x) { return _mm512_maskz_mov_pd(static_cast<__mmask8>(mask), x); }
 static inline FloatVec reciprocal_estimate(FloatVec x) { return _mm512_rcp14_ps(x); }
 static inline IntVec truncate(FloatVec x) { return reinterpret_cast<IntVec>(_mm512_cvttps_epi32(x)); }
 static inline DoubleVec low_doubles(FloatVec x) { return _mm512_cvtps_pd(_mm512_castps512_ps256(x)); }
@@ -176,6 +178,11 @@ static inline FloatVec choose(uint32_t mask, FloatVec yes, FloatVec no) { return
 static inline IntVec choose(uint32_t mask, IntVec yes, IntVec no) { return lanes_of(mask) ? yes : no; }
 static inline FloatVec negate_where(uint32_t mask, FloatVec x) { return choose(mask, -x, x); }
 static inline IntVec add_one_where(uint32_t mask, IntVec x) { return x - lanes_of(mask); }
+static inline DoubleVec keep(uint32_t mask, DoubleVec x) {
+  LongVec bit;
+  for (int lane = 0; lane < kDoubles; ++lane) bit[lane] = 1 << lane;
+  return (static_cast<int64_t>(mask) & bit) == bit ? x : DoubleVec{};
+}
 
 #endif
 

@@ -49,7 +49,7 @@ typedef double BinSum __attribute__((vector_size(16)));
 
 // Of a chunk. Elements take turns among copies of each bin, so that an addition need not wait for the one before; what is not
 // valid goes to the entry behind the last bin.
-constexpr int kCopies = 4;
+constexpr int kCopies = 8;
 struct GhmSums {
   alignas(64) BinSum bins[kCopies * (kMostBins + 1)];
   int64_t nan_count;

@@ -76,25 +76,48 @@ static inline HardLogits load_hard(const In* preds, const GhmBlock& block, int i
   return {negate_where(one, z), choose(is_small, distance, limit), one, mask};
 }
 
+static inline double sum_lanes(DoubleVec x) {
+  double sum = 0;
+  for (int lane = 0; lane < kDoubles; ++lane) sum += x[lane];
+  return sum;
+}
+
+// The first bin, which holds most elements of a detector, is summed in registers; of the others each element adds to its entry.
 template <int kTable, class In>
 static void add_float(const In* preds, const GhmBlock& block, const GhmEdges& edges, uint64_t* left_over, BinSum* sums) {
   alignas(64) double losses[kBlock];
   alignas(64) int32_t bins[kBlock];
   const DoubleVec linear = all_doubles(kLinear);
-  const FloatVec scale = scale_of_lowest(edges);
+  const FloatVec scale = scale_of_lowest(edges), second_bin = all_floats(edges.hard_above[0]);
+  DoubleVec easy_low{}, easy_high{};
+  int easy_count = 0, filled = 0;
   for (int i = 0; i < block.size; i += kFloats) {
     const HardLogits hard = load_hard(preds, block, i, left_over[i / 64]);
-    const uint32_t positive = greater_mask(hard.u, all_floats(0));
     const FloatPair e = exp_minus_pair(hard.distance);
-    const FloatVec above = hard.u > 0.0f ? hard.u : all_floats(0), value = e.high + e.low, rest = log_rest(e, value);
-    store_vec(losses + i, low_doubles(above) + (linear * low_doubles(e.high) + low_doubles(rest)));
-    store_vec(losses + i + kDoubles, high_doubles(above) + (linear * high_doubles(e.high) + high_doubles(rest)));
+    const FloatVec value = e.high + e.low, rest = log_rest(e, value);
+    DoubleVec low = linear * low_doubles(e.high) + low_doubles(rest);
+    DoubleVec high = linear * high_doubles(e.high) + high_doubles(rest);
+    const uint32_t others = hard.mask & at_most_mask(second_bin, hard.u), positive = greater_mask(hard.u, all_floats(0));
+    const uint32_t positive_easy = edges.bins == 1 ? positive : 0;
+    if (others != 0 || positive_easy != 0) {
+      const FloatVec above = choose(positive, hard.u, FloatVec{});
+      low += low_doubles(above);
+      high += high_doubles(above);
+    }
+    const uint32_t easy = hard.mask & ~others;
+    easy_low += keep(easy, low);
+    easy_high += keep(easy >> kDoubles, high);
+    easy_count += __builtin_popcount(easy);
+    if (others == 0) continue;
+    store_vec(losses + filled, low);
+    store_vec(losses + filled + kDoubles, high);
     const FloatVec sigma = sigmoid_from_exp(positive, value, reciprocal_estimate(1 + value));
-    const IntVec bin = bins_of<kTable>(edges, scale, hard.u, sigma);
-    store_vec(bins + i, choose(hard.mask, bin, IntVec{} + edges.bins));
+    store_vec(bins + filled, choose(others, bins_of<kTable>(edges, scale, hard.u, sigma), IntVec{} + edges.bins));
+    filled += kFloats;
   }
+  sums[0] += BinSum{sum_lanes(easy_low + easy_high), static_cast<double>(easy_count)};
 #pragma GCC unroll 8
-  for (int i = 0; i < block.size; ++i) sums[kCopies * bins[i] + i % kCopies] += BinSum{losses[i], 1};
+  for (int i = 0; i < filled; ++i) sums[kCopies * bins[i] + i % kCopies] += BinSum{losses[i], 1};
 }
 
 // e^-x for x in [0, 86], right to 4e-7: enough for a gradient.
@@ -164,7 +187,7 @@ static int64_t sum_chunk(const GhmLevel& level, const In* preds, int64_t begin, 
   }
   for (int bin = 0; bin < edges.bins; ++bin) {
     const BinSum* copies = sums.bins + kCopies * bin;
-    result[bin] = (copies[0] + copies[1]) + (copies[2] + copies[3]);
+    result[bin] = (copies[0] + copies[1]) + (copies[2] + copies[3]) + ((copies[4] + copies[5]) + (copies[6] + copies[7]));
   }
   return sums.nan_count;
 }
