@@ -161,7 +161,7 @@ def test_gradient_scaler(backend, loss, generator, dtype):
 @pytest.mark.slow_interpreter
 def test_memory_held_for_backward(backend, loss, generator, form):
     """The caller's own tensors and a number per bin."""
-    arguments = drawn(backend, loss, generator, form=form, rows=20_000, bins=256)
+    arguments = drawn(backend, loss, generator, form=form, rows=5000, bins=256)
     storages = {}
 
     def pack(value):

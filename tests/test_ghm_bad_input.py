@@ -304,7 +304,6 @@ OPERATOR_FAULTS = operator_faults()
 def test_operator_refuses_bad_argument(backend, fault):
     operator, argument, change = OPERATOR_FAULTS[fault]
     arguments = operator_arguments(backend)
-    call_operator(backend, operator, arguments)
     arguments[argument] = change(arguments[argument])
     with pytest.raises((RuntimeError, ValueError, TypeError, IndexError, NotImplementedError)) as raised:
         call_operator(backend, operator, arguments)
@@ -313,6 +312,14 @@ def test_operator_refuses_bad_argument(backend, fault):
     either |= {"bins": "bins|histogram|acc_sum", "bin_weights": "bin_weights|bins"}
     named = either.get(argument, argument)
     assert re.search(rf"\b{operator}: ({named}) (must|has the wrong)", str(raised.value)), raised.value
+
+
+@pytest.mark.parametrize("operator", ALL)
+def test_operator_accepts_good_arguments(backend, operator):
+    """Those from which each fault above departs."""
+    arguments = operator_arguments(backend)
+    for changed in ({}, {"mu": 0.02}, {"weights": []}, {"acc_sum": None, "num_updates": None, "momentum": 0.0}):
+        call_operator(backend, operator, arguments | changed)
 
 
 @pytest.mark.parametrize("operator", ALL)
