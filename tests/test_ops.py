@@ -25,10 +25,13 @@ EVERY_LOSS = LOSSES | GHM_LOSSES
 
 
 def every_pair(is_kept=lambda loss, sample: True):
-    pairs = [(loss, sample) for loss in EVERY_LOSS.values() for sample in loss.operator_samples if is_kept(loss, sample)]
-    return pytest.mark.parametrize(
-        "loss, sample", [pytest.param(loss, sample, id=f"{loss.name}-{sample.name}") for loss, sample in pairs]
-    )
+    """Every loss with its samples; under Triton's interpreter with the first of them, which reaches all its operators."""
+    pairs = []
+    for loss in EVERY_LOSS.values():
+        for number, sample in enumerate(filter(lambda sample: is_kept(loss, sample), loss.operator_samples)):
+            marks = [pytest.mark.slow_interpreter] if number > 0 else []
+            pairs.append(pytest.param(loss, sample, id=f"{loss.name}-{sample.name}", marks=marks))
+    return pytest.mark.parametrize("loss, sample", pairs)
 
 
 SAMPLES = every_pair()
@@ -89,7 +92,6 @@ def test_every_operator_has_all_backends_with_one_schema(operator):
     assert all(result.alias_info is None for result in schema.returns)
 
 
-@pytest.mark.slow_interpreter
 @SAMPLES
 def test_opcheck(backend, loss, generator, sample):
     for function, args in record(backend, loss, sample, generator):
@@ -115,7 +117,6 @@ def assert_true(backend, loss, got, inputs):
     assert_gates(backend, got, truth.losses, truth.gradient(), narrow=loss.narrow)
 
 
-@pytest.mark.slow_interpreter
 @COMPILED_SAMPLES
 def test_compile_once_for_all_shapes(backend, loss, generator, sample):
     """One graph, whatever the number of rows and of positives, forward and backward."""
@@ -177,7 +178,6 @@ def test_compile_a_model_with_its_loss(backend, loss, generator):
             assert gradients[0][1].any()
 
 
-@pytest.mark.slow_interpreter
 @COMPILED_SAMPLES
 def test_export(backend, loss, generator, sample):
     inputs = loss.draw(sample, generator)
