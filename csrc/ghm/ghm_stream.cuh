@@ -83,7 +83,9 @@ template <class T>
 __device__ __forceinline__ unsigned above_zero(const T (&numbers)[kQuad]) {
   unsigned mask = 0;
 #pragma unroll
-  for (int v = 0; v < kQuad; ++v) mask |= static_cast<unsigned>(numbers[v] > 0) << v;
+  for (int v = 0; v < kQuad; ++v) {
+    if (numbers[v] > 0) mask |= 1u << v;
+  }
   return mask;
 }
 
