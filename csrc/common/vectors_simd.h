@@ -67,6 +67,11 @@ static inline IntVec add_one_where(uint32_t mask, IntVec x) {
 // The lanes of the mask, which may have bits beyond; 0 elsewhere.
 static inline DoubleVec keep(uint32_t mask, DoubleVec x) { return _mm512_maskz_mov_pd(static_cast<__mmask8>(mask), x); }
 static inline FloatVec reciprocal_estimate(FloatVec x) { return _mm512_rcp14_ps(x); }
+static inline FloatVec reciprocal_root_estimate(FloatVec x) { return _mm512_rsqrt14_ps(x); }
+static inline uint32_t zero_mask(IntVec x) {
+  return _mm512_testn_epi32_mask(reinterpret_cast<__m512i>(x), reinterpret_cast<__m512i>(x));
+}
+static inline uint32_t negative_mask(IntVec x) { return _mm512_movepi32_mask(reinterpret_cast<__m512i>(x)); }
 static inline IntVec truncate(FloatVec x) { return reinterpret_cast<IntVec>(_mm512_cvttps_epi32(x)); }
 static inline DoubleVec low_doubles(FloatVec x) { return _mm512_cvtps_pd(_mm512_castps512_ps256(x)); }
 static inline DoubleVec high_doubles(FloatVec x) { return _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1)); }
@@ -86,16 +91,6 @@ static inline FloatVec look_up(const float* table, IntVec at) {
   return _mm512_i32gather_ps(index, table, 4);
 }
 static inline DoubleVec square_root(DoubleVec x) { return _mm512_sqrt_pd(x); }
-
-// To 27 bits at least: a step of Newton's from 14.
-static inline DoubleVec reciprocal_root(DoubleVec x) {
-  const DoubleVec estimate = _mm512_rsqrt14_pd(x);
-  return estimate * (1.5 - 0.5 * x * estimate * estimate);
-}
-static inline DoubleVec reciprocal(DoubleVec x) {
-  const DoubleVec estimate = _mm512_rcp14_pd(x);
-  return estimate * (2 - x * estimate);
-}
 
 #elif RSL_ISA == 256
 
@@ -120,6 +115,10 @@ static inline IntVec lanes_of(uint32_t mask) {
   return (static_cast<int32_t>(mask) & bit) == bit;
 }
 static inline FloatVec reciprocal_estimate(FloatVec x) { return _mm256_rcp_ps(x); }
+static inline FloatVec reciprocal_root_estimate(FloatVec x) {
+  const FloatVec estimate = _mm256_rsqrt_ps(x);
+  return estimate * (1.5f - 0.5f * x * estimate * estimate);
+}
 static inline IntVec truncate(FloatVec x) { return reinterpret_cast<IntVec>(_mm256_cvttps_epi32(x)); }
 static inline DoubleVec low_doubles(FloatVec x) { return _mm256_cvtps_pd(_mm256_castps256_ps128(x)); }
 static inline DoubleVec high_doubles(FloatVec x) { return _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1)); }
@@ -159,6 +158,11 @@ static inline IntVec lanes_of(uint32_t mask) {
   return (static_cast<int32_t>(mask) & bit) == bit;
 }
 static inline FloatVec reciprocal_estimate(FloatVec x) { return 1 / x; }
+static inline FloatVec reciprocal_root_estimate(FloatVec x) {
+  FloatVec root;
+  for (int i = 0; i < kFloats; ++i) root[i] = __builtin_sqrtf(x[i]);
+  return 1 / root;
+}
 static inline IntVec truncate(FloatVec x) { return __builtin_convertvector(x, IntVec); }
 static inline DoubleVec low_doubles(FloatVec x) { return DoubleVec{x[0], x[1]}; }
 static inline DoubleVec high_doubles(FloatVec x) { return DoubleVec{x[2], x[3]}; }
@@ -172,8 +176,8 @@ static inline DoubleVec square_root(DoubleVec x) { return DoubleVec{__builtin_sq
 
 #if RSL_ISA != 512
 
-static inline DoubleVec reciprocal_root(DoubleVec x) { return 1 / square_root(x); }
-static inline DoubleVec reciprocal(DoubleVec x) { return 1 / x; }
+static inline uint32_t zero_mask(IntVec x) { return mask_of(x == 0); }
+static inline uint32_t negative_mask(IntVec x) { return mask_of(x >> 31); }
 static inline FloatVec choose(uint32_t mask, FloatVec yes, FloatVec no) { return lanes_of(mask) ? yes : no; }
 static inline IntVec choose(uint32_t mask, IntVec yes, IntVec no) { return lanes_of(mask) ? yes : no; }
 static inline FloatVec negate_where(uint32_t mask, FloatVec x) { return choose(mask, -x, x); }
@@ -223,6 +227,9 @@ static inline FloatVec reciprocal(FloatVec x) {
   const FloatVec estimate = reciprocal_estimate(x);
   return estimate * (2 - x * estimate);
 }
+
+// 1 / x to 14 bits at least.
+static inline FloatVec rough_reciprocal(FloatVec x) { return RSL_ISA == 512 ? reciprocal_estimate(x) : reciprocal(x); }
 
 static inline FloatVec absolute(FloatVec x) { return reinterpret_cast<FloatVec>(reinterpret_cast<IntVec>(x) & 0x7fffffff); }
 static inline DoubleVec absolute(DoubleVec x) {

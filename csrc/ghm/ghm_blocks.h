@@ -40,8 +40,8 @@ struct GhmEdges {
   double mu;
   // [kind, bin]: the threshold between `bin` and the next; hard targets are kind 1, all others kind 0.
   double above[2 * kMostBins];
-  // The same for hard targets, in float.
-  alignas(64) float hard_above[kMostBins];
+  // The smallest floats at or above the thresholds, of hard targets or of regression.
+  alignas(64) float float_above[kMostBins];
 };
 
 // Loss and count of one bin, added in one go.

@@ -81,9 +81,10 @@ GhmEdges make_edges(int64_t bins, const std::optional<double>& mu) {
     const bool is_inside = k < edges.bins;
     const double hard = is_inside ? hard_threshold(k, edges.bins) : kNaN;
     // Nothing is above the last bin: NaN compares as false.
-    edges.above[bin] = !is_inside ? kNaN : mu ? regression_threshold(k, edges.bins, *mu) : soft_threshold(k, edges.bins);
+    const double other = !is_inside ? kNaN : mu ? regression_threshold(k, edges.bins, *mu) : soft_threshold(k, edges.bins);
+    edges.above[bin] = other;
     edges.above[kMostBins + bin] = hard;
-    edges.hard_above[bin] = is_inside ? float_at_or_above(hard) : static_cast<float>(kNaN);
+    edges.float_above[bin] = is_inside ? float_at_or_above(mu ? other : hard) : static_cast<float>(kNaN);
   }
   return edges;
 }

@@ -112,7 +112,7 @@ template <bool kRegression>
 static void fill_block(const GhmLevel& level, int64_t begin, int64_t end, GhmBlock& block) {
   block.begin = begin;
   block.size = static_cast<int>(end - begin < kBlock ? end - begin : kBlock);
-  fill_targets<kRegression>(level, block);
+  if constexpr (!kRegression) fill_targets<false>(level, block);
   clear_words(block.valid);
   if (level.weights == nullptr) return set_bits(block.valid, 0, block.size);
   dispatch_floating(level.weight_type,

@@ -1,6 +1,6 @@
 // Chunks of a level -> counts and losses by bin, or gradients. Compiled once per instruction set (common/for_each_isa.h).
 // A block of elements at a time: targets and weights become bit masks (ghm_masks_simd.h); float logits with targets 0 or 1 take
-// the float path here, everything else the float64 one (ghm_wide_simd.h).
+// the float path here, regression in float that of ghm_regression_simd.h, everything else the float64 one (ghm_wide_simd.h).
 #include "common/vectors_simd.h"
 #include "ghm/ghm_masks_simd.h"
 #include "ghm/ghm_wide_simd.h"
@@ -49,7 +49,7 @@ static inline FloatVec sigmoid_from_exp(uint32_t positive, FloatVec e, FloatVec 
 template <int kTable>
 static inline IntVec bins_of(const GhmEdges& edges, FloatVec scale, FloatVec u, FloatVec sigma) {
   const IntVec lowest = truncate(sigma * scale);
-  return add_one_where(at_most_mask(look_up<kTable>(edges.hard_above, lowest), u), lowest);
+  return add_one_where(at_most_mask(look_up<kTable>(edges.float_above, lowest), u), lowest);
 }
 
 static inline FloatVec scale_of_lowest(const GhmEdges& edges) {
@@ -88,7 +88,7 @@ static void add_float(const In* preds, const GhmBlock& block, const GhmEdges& ed
   alignas(64) double losses[kBlock];
   alignas(64) int32_t bins[kBlock];
   const DoubleVec linear = all_doubles(kLinear);
-  const FloatVec scale = scale_of_lowest(edges), second_bin = all_floats(edges.hard_above[0]);
+  const FloatVec scale = scale_of_lowest(edges), second_bin = all_floats(edges.float_above[0]);
   DoubleVec easy_low{}, easy_high{};
   int easy_count = 0, filled = 0;
   for (int i = 0; i < block.size; i += kFloats) {
@@ -143,6 +143,8 @@ static void write_float(const In* preds, const GhmBlock& block, const GhmEdges& 
   }
 }
 
+#include "ghm/ghm_regression_simd.h"
+
 template <bool kRegression, class In>
 constexpr bool has_float_path() {
   return !kRegression && sizeof(In) <= 4;
@@ -150,8 +152,8 @@ constexpr bool has_float_path() {
 
 // A last block, continued with zeros, for loops over whole vectors.
 template <class In>
-static const In* pad_block(const In* preds, int size, In* padded) {
-  for (int i = 0; i < kBlock; ++i) padded[i] = i < size ? preds[i] : In(Arithmetic<In>(0));
+static const In* pad_block(const In* values, int size, In* padded) {
+  for (int i = 0; i < kBlock; ++i) padded[i] = i < size ? values[i] : In(Arithmetic<In>(0));
   return padded;
 }
 
@@ -159,6 +161,32 @@ static uint64_t any_bit(const uint64_t* words) {
   uint64_t bits = 0;
   for (int word = 0; word < kBlockWords; ++word) bits |= words[word];
   return bits;
+}
+
+// Calls body(number of vectors for look_up, regression targets of the block) for the float path of the block, the targets
+// nullptr for GHM-C. False: there is none, as something is float64.
+template <bool kRegression, class In, class Body>
+static bool with_float_path(const GhmLevel& level, const GhmBlock& block, int bins, const Body& body) {
+  bool is_done = false;
+  if constexpr (sizeof(In) <= 4) {
+    with_table_vectors(bins, [&](auto table) {
+      if constexpr (!kRegression) {
+        body(table, nullptr);
+        is_done = true;
+      } else {
+        dispatch_floating(level.target_type, [&](auto tag) {
+          using Target = decltype(tag);
+          if constexpr (sizeof(Target) <= 4) {
+            Target padded[kBlock];
+            const Target* targets = static_cast<const Target*>(level.targets) + block.begin;
+            body(table, block.size < kBlock ? pad_block(targets, block.size, padded) : targets);
+            is_done = true;
+          }
+        });
+      }
+    });
+  }
+  return is_done;
 }
 
 // preds: of the level's dtype. result: loss and count by bin of the elements [begin, end) of the level. Returns how many of the
@@ -176,14 +204,15 @@ static int64_t sum_chunk(const GhmLevel& level, const In* preds, int64_t begin, 
     fill_block<kRegression>(level, begin, end, block);
     const In* data = preds + begin;
     if (block.size < kBlock) data = pad_block(data, block.size, padded);
-    const uint64_t* wanted = block.valid;
     uint64_t left_over[kBlockWords] = {};
-    if constexpr (has_float_path<kRegression, In>()) {
-      with_table_vectors(edges.bins,
-                         [&](auto table) { add_float<decltype(table)::value>(data, block, edges, left_over, sums.bins); });
-      wanted = left_over;
-    }
-    if (any_bit(wanted) != 0) add_wide<kRegression>(data, block, wanted, edges, wide, sums);
+    const bool has_floats = with_float_path<kRegression, In>(level, block, edges.bins, [&](auto table, auto targets) {
+      if constexpr (kRegression) add_regression<decltype(table)::value>(data, targets, block, edges, left_over, sums.bins);
+      else add_float<decltype(table)::value>(data, block, edges, left_over, sums.bins);
+    });
+    const uint64_t* wanted = has_floats ? left_over : block.valid;
+    if (any_bit(wanted) == 0) continue;
+    if constexpr (kRegression) fill_targets<true>(level, block);
+    add_wide<kRegression>(data, block, wanted, edges, wide, sums);
   }
   for (int bin = 0; bin < edges.bins; ++bin) {
     const BinSum* copies = sums.bins + kCopies * bin;
@@ -204,16 +233,19 @@ static void write_chunk(const GhmLevel& level, const In* preds, int64_t begin, i
     const In* data = preds + begin;
     if (block.size < kBlock) data = pad_block(data, block.size, padded);
     In* output = block.size < kBlock ? padded_output : gradient + begin;
-    const uint64_t* wanted = block.valid;
     uint64_t left_over[kBlockWords] = {};
-    if constexpr (has_float_path<kRegression, In>()) {
-      with_table_vectors(
-          edges.bins, [&](auto table) { write_float<decltype(table)::value>(data, block, edges, factors, left_over, output); });
-      wanted = left_over;
-    } else {
+    const bool has_floats = with_float_path<kRegression, In>(level, block, edges.bins, [&](auto table, auto targets) {
+      constexpr int kTable = decltype(table)::value;
+      if constexpr (kRegression) write_regression<kTable>(data, targets, block, edges, factors, left_over, output);
+      else write_float<kTable>(data, block, edges, factors, left_over, output);
+    });
+    if (!has_floats)
       for (int i = 0; i < block.size; ++i) output[i] = In(Arithmetic<In>(0));
+    const uint64_t* wanted = has_floats ? left_over : block.valid;
+    if (any_bit(wanted) != 0) {
+      if constexpr (kRegression) fill_targets<true>(level, block);
+      write_wide<kRegression>(data, block, wanted, edges, factors, wide, output);
     }
-    if (any_bit(wanted) != 0) write_wide<kRegression>(data, block, wanted, edges, factors, wide, output);
     if (block.size < kBlock) __builtin_memcpy(gradient + begin, output, static_cast<size_t>(block.size) * sizeof(In));
   }
 }

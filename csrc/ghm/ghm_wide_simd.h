@@ -1,4 +1,4 @@
-// Elements in float64: soft targets, regression, and logits that are float64 or beyond the float path. Part of ghm_simd.h.
+// Elements in float64: soft targets, and what is float64 or beyond the float paths. Part of ghm_simd.h.
 
 // e^-x for x >= 0 or NaN. As the square of e^(-x/2), which cannot leave the normal range before the result does.
 static inline DoubleVec exp_minus(DoubleVec x) {
@@ -92,24 +92,17 @@ static void classify_wide(const GhmEdges& edges, WideElements& wide) {
   }
 }
 
-// kIsExact: float64 predictions. Others need no more than 28 bits of the root, and their squares cannot overflow.
-template <bool kIsExact, bool kNeedsLoss>
+template <bool kNeedsLoss>
 static void regress_wide(const GhmEdges& edges, WideElements& wide) {
   const double mu = edges.mu;
   for (int i = 0; i < wide.count; i += kDoubles) {
     const DoubleVec d = load_vec<DoubleVec>(wide.pred + i) - load_vec<DoubleVec>(wide.target + i);
     const DoubleVec distance = absolute(d), sign = d > 0.0 ? all_doubles(1) : all_doubles(-1);
-    const DoubleVec square = d * d + mu * mu;
-    const DoubleVec inverse = kIsExact ? DoubleVec{} : reciprocal_root(square);
-    const DoubleVec root = kIsExact ? square_root(square) : square * inverse;
+    const DoubleVec root = square_root(d * d + mu * mu);
     const LongVec is_far = distance > 1e9 * mu;
-    const DoubleVec slope = is_far ? sign : (kIsExact ? d / root : d * inverse);
-    if constexpr (kNeedsLoss) {
-      const DoubleVec share = kIsExact ? distance / (root + mu) : distance * reciprocal(root + mu);
-      store_vec(wide.loss + i, is_far ? distance - mu : distance * share);
-    } else {
-      store_vec(wide.slope + i, slope);
-    }
+    const DoubleVec slope = is_far ? sign : d / root;
+    if constexpr (kNeedsLoss) store_vec(wide.loss + i, is_far ? distance - mu : distance * (distance / (root + mu)));
+    else store_vec(wide.slope + i, slope);
     store_vec(wide.position + i, distance);
     store_vec(wide.edge + i, lowest_bins(edges, absolute(slope)));
   }
@@ -124,7 +117,7 @@ template <bool kRegression, bool kNeedsLoss, class In>
 static void compute_wide(const In* preds, const GhmBlock& block, const uint64_t* wanted, const GhmEdges& edges,
                          WideElements& wide) {
   pick_elements(preds, block, wanted, wide);
-  if constexpr (kRegression) regress_wide<sizeof(In) == 8, kNeedsLoss>(edges, wide);
+  if constexpr (kRegression) regress_wide<kNeedsLoss>(edges, wide);
   else classify_wide<kNeedsLoss>(edges, wide);
 }
 
