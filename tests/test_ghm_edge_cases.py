@@ -65,6 +65,15 @@ def test_any_shape(backend, generator, shape):
 
 
 @LOSSES
+def test_a_broken_state_does_no_harm_without_momentum(backend, loss, generator):
+    arguments = loss.draw(GHMSample("broken_state"), generator).arguments
+    expected = loss.evaluate(backend, *arguments)
+    for value in (NAN, INF):
+        got = loss.evaluate(backend, *arguments, acc_sum=torch.full((10,), value))
+        assert got.losses == expected.losses and torch.equal(got.gradient, expected.gradient) and got.statistics[0].isfinite().all()
+
+
+@LOSSES
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("where", ["pred", "target", "both"])
 def test_nan_in_a_valid_element(backend, loss, generator, where, dtype):

@@ -175,6 +175,16 @@ def test_module_says_what_it_is_and_survives_pickle():
 
 
 @LOSSES
+@pytest.mark.parametrize("target", [0.0, 1.0, 0.3])
+def test_elementwise_gradients_of_special_values(backend, loss, target):
+    """The same as those of the mean, also where a part of the formula has no derivative."""
+    pred = torch.tensor([0.0, -0.0, 0.3, 1.0, 1e4, -1e4, torch.inf, -torch.inf], dtype=torch.float64, device=backend.device)
+    _, wanted = run(backend, loss.module(), pred, torch.full_like(pred, target))
+    _, got = run(backend, loss.module(reduction="none"), pred, torch.full_like(pred, target))
+    torch.testing.assert_close(got / len(pred), wanted, rtol=1e-9, atol=1e-15)
+
+
+@LOSSES
 def test_elementwise_loss_where_elements_are_not_valid(backend, loss, generator):
     pred, target, weight = drawn(backend, loss, generator)
     pred[weight == 0] = torch.nan

@@ -218,6 +218,17 @@ def test_bins_of_distances_on_and_beside_the_edges(backend, bins, mu, dtype):
         assert density.counts.tolist() == wanted
 
 
+@pytest.mark.parametrize("mu", [0.02, 3.7, 1e-30, 1e30])
+@pytest.mark.parametrize("bins", [2, 10, 256])
+def test_distances_of_exactly_an_edge_belong_to_the_upper_bin(backend, bins, mu):
+    """The edge is what the README's operations give, each rounded to the nearest: not so a fast square root."""
+    edges = [mu * k / math.sqrt((bins - k) * (bins + k)) for k in range(1, bins)]
+    pred = torch.tensor(edges + [math.nextafter(edge, 0.0) for edge in edges], dtype=torch.float64, device=backend.device)
+    with rsloss_kernels.use_backend(backend.name):
+        counts = rsloss_kernels.gradient_density(pred, torch.zeros_like(pred), mu=mu, bins=bins).counts
+    assert counts.tolist() == [1] + [2] * (bins - 2) + [1]
+
+
 def test_gradient_norms_of_exactly_one_half_belong_to_the_upper_bin(backend):
     with rsloss_kernels.use_backend(backend.name):
         for target in (0.0, 1.0):
@@ -240,6 +251,15 @@ def test_equal_elements_have_no_errors_that_average_out(backend, loss, dtype):
             pred = torch.full((37,), sign * value, dtype=dtype)
             for target in (0.0,) if loss.is_regression else (0.0, 1.0, 0.3, 1e-4):
                 loss.assert_agrees(backend, pred, torch.full_like(pred, target), label=f"{sign * value} {target}", bins=30)
+
+
+@pytest.mark.parametrize("distance", [2.0**-24, 1e-7, 1e-12])
+def test_soft_targets_near_0_and_1(backend, distance):
+    """The logits are sure and right, so that the derivative is a small difference: not of two numbers near 1."""
+    for logit in (5.0, 20.0, 40.0):
+        logits = torch.full((9,), logit, dtype=torch.float64)
+        CLASSIFICATION.assert_agrees(backend, logits, torch.full_like(logits, 1 - distance), label=f"{logit}")
+        CLASSIFICATION.assert_agrees(backend, -logits, torch.full_like(logits, distance), label=f"{-logit}")
 
 
 @pytest.mark.parametrize("logit", [88.5, 100.0, 1e4, 3e38])
@@ -283,6 +303,15 @@ def test_many_equal_elements(backend, loss):
     pred = torch.full((100_000,), -4.6)
     got = loss.assert_agrees(backend, pred, torch.zeros_like(pred), momentum=0.5, acc_sum=torch.zeros(10, dtype=torch.float64))
     assert got.statistics[0].sum() == 50_000
+
+
+@LOSSES
+def test_sums_of_many_equal_losses(backend, loss):
+    """One long sum would lose a digit for every ten times as many elements."""
+    number = 2**16 if backend.is_slow else 2**20
+    pred = torch.full((number,), 0.3, dtype=torch.float64)
+    histogram, *_ = loss.run_operators(backend, [pred], [torch.zeros_like(pred)], [])
+    assert_within(histogram[1].sum(), number * loss.truth(pred[:1], torch.zeros(1)).losses[0], 1e-12 * number, "sum")
 
 
 # --- the density ---
