@@ -175,6 +175,15 @@ def test_memory_held_for_backward(backend, loss, generator, form):
     assert value.requires_grad and sum(storages.values()) <= 256 * 8
 
 
+def test_expanded_weights_of_rows_are_not_copied(backend, generator):
+    logits, target, rows = drawn(backend, CLASSIFICATION, generator, weight="row")
+    addresses = set()
+    with torch.autograd.graph.saved_tensors_hooks(lambda value: addresses.add(value.data_ptr()), lambda value: value):
+        value = loss_of(backend, CLASSIFICATION, logits, target, rows[:, None].expand(logits.shape))
+    assert rows.data_ptr() in addresses
+    assert value == loss_of(backend, CLASSIFICATION, logits, target, rows[:, None].repeat(1, logits.shape[1]))
+
+
 @LOSSES
 def test_backward_runs_on_the_backend_of_forward(backend, loss, generator):
     """Backward may run on another thread and after `use_backend` has ended."""

@@ -267,6 +267,9 @@ def _read_weight(function: str, pred_name: str, pred: Tensor, weight: Tensor, mu
     if not is_per_row:
         less = " (or that less its last dimension)" if mu is None else ""
         _checks.check_shape(function, "weight", weight, pred.shape, f"the shape of {pred_name}{less}")
+        if mu is None and weight.dim() > 0 and weight.shape[-1] > 1 and weight.stride(-1) == 0:
+            # Expanded weights of rows: a copy would have one number per element.
+            weight = weight[..., 0]
     return weight.detach().contiguous()
 
 
