@@ -72,6 +72,12 @@ static inline uint32_t zero_mask(IntVec x) {
   return _mm512_testn_epi32_mask(reinterpret_cast<__m512i>(x), reinterpret_cast<__m512i>(x));
 }
 static inline uint32_t negative_mask(IntVec x) { return _mm512_movepi32_mask(reinterpret_cast<__m512i>(x)); }
+// Writes the lanes of the mask, which come first, and a whole vector. Returns how many they are. In a register: a compressing
+// store is slow on some processors.
+static inline int store_picked(uint32_t mask, FloatVec x, float* p) {
+  store_vec(p, FloatVec(_mm512_maskz_compress_ps(static_cast<__mmask16>(mask), x)));
+  return __builtin_popcount(mask);
+}
 static inline IntVec truncate(FloatVec x) { return reinterpret_cast<IntVec>(_mm512_cvttps_epi32(x)); }
 static inline DoubleVec low_doubles(FloatVec x) { return _mm512_cvtps_pd(_mm512_castps512_ps256(x)); }
 static inline DoubleVec high_doubles(FloatVec x) { return _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1)); }
@@ -178,6 +184,11 @@ static inline DoubleVec square_root(DoubleVec x) { return DoubleVec{__builtin_sq
 
 static inline uint32_t zero_mask(IntVec x) { return mask_of(x == 0); }
 static inline uint32_t negative_mask(IntVec x) { return mask_of(x >> 31); }
+static inline int store_picked(uint32_t mask, FloatVec x, float* p) {
+  int count = 0;
+  for (; mask != 0; mask &= mask - 1) p[count++] = x[__builtin_ctz(mask)];
+  return count;
+}
 static inline FloatVec choose(uint32_t mask, FloatVec yes, FloatVec no) { return lanes_of(mask) ? yes : no; }
 static inline IntVec choose(uint32_t mask, IntVec yes, IntVec no) { return lanes_of(mask) ? yes : no; }
 static inline FloatVec negate_where(uint32_t mask, FloatVec x) { return choose(mask, -x, x); }

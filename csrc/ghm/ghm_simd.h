@@ -8,37 +8,48 @@
 // Beyond it e^-|u| may leave the normal range of float.
 constexpr float kLargestFloatLogit = 86;
 
-// e^-x for x in [0, 86], as a sum that is right to 4e-9 before it is rounded; `low` is below a tenth of it.
+// A sum that is right to 4e-9 before it is rounded; `low` is below 3 % of it.
 struct FloatPair {
   FloatVec high;
   FloatVec low;
 };
 
-static inline FloatPair exp_minus_pair(FloatVec x) {
-  const FloatVec shifted = x * -1.44269504f + 0x1.8p23f, n = shifted - 0x1.8p23f;
-  // The first product and difference are exact, so that only terms of second order are rounded.
-  const FloatVec r = -x - n * 0x1.62ep-1f, rest = n * -0x1.0bfbe8p-15f, argument = r + rest;
-  FloatVec sum = all_floats(1.39504874814332e-3f);
-  const float coefficients[] = {8.368887645837e-3f, 4.1666205857511e-2f, 0.16666518853765f, 0.5000000095168f};
-  for (const float coefficient : coefficients) sum = sum * argument + coefficient;
-  const FloatVec one_plus_r = 1 + r, lost = r - (one_plus_r - 1);
-  const IntVec power = (reinterpret_cast<IntVec>(shifted) << 23) + reinterpret_cast<IntVec>(all_floats(1));
-  const FloatVec scale = reinterpret_cast<FloatVec>(power);
-  return {one_plus_r * scale, (lost + (rest + argument * argument * sum)) * scale};
+// 2^(j/16), in the bits less j of the sixteenths of an octave that the exponent of e^u adds; and what is lost in rounding it.
+alignas(64) constexpr float kSixteenths[16] = {0x1p+0f,        0x1.fb5586p-1f, 0x1.f72b84p-1f, 0x1.f387a6p-1f,
+                                               0x1.f06fep-1f,  0x1.edea64p-1f, 0x1.ebfdaep-1f, 0x1.eab07ep-1f,
+                                               0x1.ea09e6p-1f, 0x1.ea1148p-1f, 0x1.eace54p-1f, 0x1.ec4918p-1f,
+                                               0x1.ee89fap-1f, 0x1.f199bep-1f, 0x1.f5818ep-1f, 0x1.fa4afap-1f};
+alignas(64) constexpr float kLostOfSixteenths[16] = {0,          4.629e-8f,  -1.199e-8f, 4.73e-8f,   3.193e-8f, 3.621e-8f,
+                                                     -3.099e-8f, -7.475e-9f, 1.711e-8f,  -3.048e-8f, 5.233e-9f, 6.108e-9f,
+                                                     -1.472e-8f, -5.259e-9f, -6.128e-9f, 5.141e-9f};
+constexpr int kSixteenthsVectors = RSL_ISA == 0 ? 0 : 16 / kFloats;
+
+// e^u for u in [-86, 0] as 2^(n/16) e^r.
+static inline FloatPair exp_pair(FloatVec u) {
+  const FloatVec shifted = u * 23.0831207f + 0x1.8p23f, n = shifted - 0x1.8p23f;
+  // The first product and difference are exact.
+  const FloatVec r = (u - n * 0x1.62ep-5f) - n * 1.99663656e-6f;
+  const IntVec bits = reinterpret_cast<IntVec>(shifted), at = RSL_ISA == 0 ? bits & 15 : bits;
+  const FloatVec lost = look_up<kSixteenthsVectors>(kLostOfSixteenths, at);
+  const IntVec power = reinterpret_cast<IntVec>(look_up<kSixteenthsVectors>(kSixteenths, at)) + (bits << 19);
+  const FloatVec high = reinterpret_cast<FloatVec>(power);
+  return {high, high * (r * r * (0.166670248f * r + 0.500016212f) + (r + lost))};
 }
 
-// log(1 + e) = kLinear e.high + rest: the first term is exact in float64, and the rounding of `rest`, a fifth of the sum at
-// most, hardly matters. The polynomial is around 1/2, where its terms are small.
-constexpr float kLinear = 0.890625f;
+// log(1 + e) = parabola_of(e.high) + rest: the first in float64, and the rounding of `rest`, 3 % of the sum at most, hardly
+// matters. The polynomial is around 1/2, where its terms are small.
+constexpr float kLinear = 0.96875f, kSquare = -0.28125f;
+
+static inline DoubleVec parabola_of(DoubleVec e) { return e * (e * kSquare + kLinear); }
 
 static inline FloatVec log_rest(FloatPair e, FloatVec value) {
   const float coefficients[] = {5.253480661441e-3f,   -6.696555668202e-3f, 1.1576084014607e-2f,
                                 -2.0580299566167e-2f, 3.663548351807e-2f,  -6.7687004098161e-2f,
-                                0.13260900336731f,    -0.28852712350893f,  -7.9694779990197e-2f};
+                                0.13260900336731f,    -7.27712350893e-3f,  -1.7194779990197e-2f};
   const FloatVec x = (e.high - 0.5f) + e.low;
   FloatVec sum = all_floats(-3.338880246387e-3f);
   for (const float coefficient : coefficients) sum = sum * x + coefficient;
-  return value * sum + kLinear * e.low;
+  return value * sum + ((e.high + value) * kSquare + kLinear) * e.low;
 }
 
 static inline FloatVec sigmoid_from_exp(uint32_t positive, FloatVec e, FloatVec reciprocal) {
@@ -82,42 +93,72 @@ static inline double sum_lanes(DoubleVec x) {
   return sum;
 }
 
-// The first bin, which holds most elements of a detector, is summed in registers; of the others each element adds to its entry.
+// Below it, which is u < -log 9, or where the first bin ends before: log(1 + e) = e + e^2 p(e) of degree 3, right to 6e-9.
+static inline float largest_easy_logit(const GhmEdges& edges) {
+  constexpr float kLimit = -2.1972246f;
+  return edges.float_above[0] < kLimit ? edges.float_above[0] : kLimit;
+}
+
+// Sums the easy elements of the first bin, most of a detector's, in registers, and gathers the u of the others that are within
+// float. Returns how many those are.
+template <class In>
+static int add_easy(const In* preds, const GhmBlock& block, const GhmEdges& edges, uint64_t* left_over, float* others,
+                    BinSum& sum) {
+  const FloatVec limit = all_floats(largest_easy_logit(edges)), smallest = all_floats(kLargestFloatLogit);
+  DoubleVec low_sum{}, high_sum{}, rest_sum{};
+  int count = 0, filled = 0;
+  for (int word = 0; word * 64 < block.size; ++word) {
+    const uint64_t hard = block.valid[word] & ~block.soft[word];
+    uint64_t within = 0;
+    FloatVec rest{};
+    for (int shift = 0; shift < 64; shift += kFloats) {
+      const uint32_t one = static_cast<uint32_t>(block.one[word] >> shift) & kAllFloats;
+      const FloatVec z = load_floats(preds + word * 64 + shift), u = negate_where(one, z);
+      const uint32_t fits = static_cast<uint32_t>(hard >> shift) & at_most_mask(absolute(z), smallest);
+      const uint32_t easy = fits & greater_mask(limit, u);
+      const FloatPair e = exp_pair(u);
+      const FloatVec value = e.high + e.low, high = choose(easy, e.high, FloatVec{});
+      const FloatVec terms = ((0.161001831f * value - 0.246539742f) * value + 0.333209336f) * value - 0.499998599f;
+      rest += choose(easy, value * value * terms + e.low, FloatVec{});
+      low_sum += low_doubles(high);
+      high_sum += high_doubles(high);
+      count += __builtin_popcount(easy);
+      filled += store_picked(fits & ~easy, u, others + filled);
+      within |= static_cast<uint64_t>(fits) << shift;
+    }
+    rest_sum += low_doubles(rest) + high_doubles(rest);
+    left_over[word] = block.valid[word] & ~within;
+  }
+  sum += BinSum{sum_lanes(low_sum + high_sum) + sum_lanes(rest_sum), static_cast<double>(count)};
+  return filled;
+}
+
+// Adds each element to the entry of its bin. u has room for whole vectors.
+template <int kTable>
+static void add_others(float* u, int count, const GhmEdges& edges, BinSum* sums) {
+  alignas(64) double losses[kFloats];
+  alignas(64) int32_t bins[kFloats];
+  store_floats(u + count, FloatVec{});
+  const FloatVec scale = scale_of_lowest(edges);
+  for (int i = 0; i < count; i += kFloats) {
+    const FloatVec logit = load_floats(u + i);
+    const uint32_t positive = greater_mask(logit, all_floats(0));
+    const FloatPair e = exp_pair(-absolute(logit));
+    const FloatVec value = e.high + e.low, rest = log_rest(e, value), above = choose(positive, logit, FloatVec{});
+    store_vec(losses, (parabola_of(low_doubles(e.high)) + low_doubles(rest)) + low_doubles(above));
+    store_vec(losses + kDoubles, (parabola_of(high_doubles(e.high)) + high_doubles(rest)) + high_doubles(above));
+    const FloatVec sigma = sigmoid_from_exp(positive, value, reciprocal_estimate(1 + value));
+    store_vec(bins, bins_of<kTable>(edges, scale, logit, sigma));
+    const int lanes = count - i < kFloats ? count - i : kFloats;
+    for (int lane = 0; lane < lanes; ++lane) sums[kCopies * bins[lane] + lane % kCopies] += BinSum{losses[lane], 1};
+  }
+}
+
 template <int kTable, class In>
 static void add_float(const In* preds, const GhmBlock& block, const GhmEdges& edges, uint64_t* left_over, BinSum* sums) {
-  alignas(64) double losses[kBlock];
-  alignas(64) int32_t bins[kBlock];
-  const DoubleVec linear = all_doubles(kLinear);
-  const FloatVec scale = scale_of_lowest(edges), second_bin = all_floats(edges.float_above[0]);
-  DoubleVec easy_low{}, easy_high{};
-  int easy_count = 0, filled = 0;
-  for (int i = 0; i < block.size; i += kFloats) {
-    const HardLogits hard = load_hard(preds, block, i, left_over[i / 64]);
-    const FloatPair e = exp_minus_pair(hard.distance);
-    const FloatVec value = e.high + e.low, rest = log_rest(e, value);
-    DoubleVec low = linear * low_doubles(e.high) + low_doubles(rest);
-    DoubleVec high = linear * high_doubles(e.high) + high_doubles(rest);
-    const uint32_t others = hard.mask & at_most_mask(second_bin, hard.u), positive = greater_mask(hard.u, all_floats(0));
-    const uint32_t positive_easy = edges.bins == 1 ? positive : 0;
-    if (others != 0 || positive_easy != 0) {
-      const FloatVec above = choose(positive, hard.u, FloatVec{});
-      low += low_doubles(above);
-      high += high_doubles(above);
-    }
-    const uint32_t easy = hard.mask & ~others;
-    easy_low += keep(easy, low);
-    easy_high += keep(easy >> kDoubles, high);
-    easy_count += __builtin_popcount(easy);
-    if (others == 0) continue;
-    store_vec(losses + filled, low);
-    store_vec(losses + filled + kDoubles, high);
-    const FloatVec sigma = sigmoid_from_exp(positive, value, reciprocal_estimate(1 + value));
-    store_vec(bins + filled, choose(others, bins_of<kTable>(edges, scale, hard.u, sigma), IntVec{} + edges.bins));
-    filled += kFloats;
-  }
-  sums[0] += BinSum{sum_lanes(easy_low + easy_high), static_cast<double>(easy_count)};
-#pragma GCC unroll 8
-  for (int i = 0; i < filled; ++i) sums[kCopies * bins[i] + i % kCopies] += BinSum{losses[i], 1};
+  alignas(64) float others[kBlock + kFloats];
+  const int count = add_easy(preds, block, edges, left_over, others, sums[0]);
+  add_others<kTable>(others, count, edges, sums);
 }
 
 // e^-x for x in [0, 86], right to 4e-7: enough for a gradient.
