@@ -1,6 +1,6 @@
-// Regression in vectors of floats: predictions and targets that are float32 or narrower. Part of ghm_simd.h. With x = |d| / mu
-// and y = x^2: g = x / sqrt(1 + y), and l = mu f where f^2 + 2 f = y. What lies beyond the range in which floats of these are
-// good, NaN included, is left over for the float64 path.
+// Regression in vectors of floats: predictions and targets that are float32 or narrower. Part of ghm_simd.h.
+// With x = |d| / mu and y = x^2: g = x / sqrt(1 + y), and l = mu f where f^2 + 2 f = y. What lies beyond the range in which
+// floats of these are good, NaN included, is left over for the float64 path.
 
 // Where float64 changes over to the other formulas. y is far from the end of the range of float.
 constexpr float kLargestFloatRatio = 1e9f;
@@ -53,21 +53,19 @@ static inline DoubleVec regression_loss(DoubleVec d, DoubleVec guess, DoubleVec 
 template <int kTable, class In, class Target>
 static void add_regression(const In* preds, const Target* targets, const GhmBlock& block, const GhmEdges& edges,
                            uint64_t* left_over, BinSum* sums) {
+  alignas(64) double losses[kBlock];
+  alignas(64) int32_t entries[kBlock];
   const double mu = edges.mu, inverse_mu = 1 / mu;
   for (int i = 0; i < block.size; i += kFloats) {
     const RegressionVec x = load_regression<kTable>(preds, targets, block, edges, i, left_over[i / 64]);
     const FloatVec pred = load_floats(preds + i), target = load_floats(targets + i), slope = -0.5f * x.inverse_root;
     const FloatVec guess = x.square * rough_reciprocal(1 + (1 + x.square) * x.inverse_root);
-    alignas(64) double losses[kFloats];
-    alignas(64) int32_t bins[kFloats];
-    store_vec(losses,
-              regression_loss(low_doubles(pred) - low_doubles(target), low_doubles(guess), low_doubles(slope), mu, inverse_mu));
-    store_vec(losses + kDoubles, regression_loss(high_doubles(pred) - high_doubles(target), high_doubles(guess),
-                                                 high_doubles(slope), mu, inverse_mu));
-    store_vec(bins, choose(x.mask, x.bin, IntVec{} + edges.bins));
-#pragma GCC unroll 16
-    for (int lane = 0; lane < kFloats; ++lane) sums[kCopies * bins[lane] + lane % kCopies] += BinSum{losses[lane], 1};
+    const DoubleVec low = low_doubles(pred) - low_doubles(target), high = high_doubles(pred) - high_doubles(target);
+    store_vec(losses + i, regression_loss(low, low_doubles(guess), low_doubles(slope), mu, inverse_mu));
+    store_vec(losses + i + kDoubles, regression_loss(high, high_doubles(guess), high_doubles(slope), mu, inverse_mu));
+    store_vec(entries + i, entries_of(choose(x.mask, x.bin, IntVec{} + edges.bins)));
   }
+  add_to_entries(losses, entries, block.size, sums);
 }
 
 template <int kTable, class In, class Target>

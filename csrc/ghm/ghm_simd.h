@@ -133,11 +133,24 @@ static int add_easy(const In* preds, const GhmBlock& block, const GhmEdges& edge
   return filled;
 }
 
-// Adds each element to the entry of its bin. u has room for whole vectors.
+// The entries of the sums that elements in turn add to.
+static inline IntVec entries_of(IntVec bins) {
+  IntVec turn;
+  for (int lane = 0; lane < kFloats; ++lane) turn[lane] = lane % kCopies;
+  return bins * kCopies + turn;
+}
+
+// Apart from the loops that compute both: what was stored in vectors just before is slow to load element by element.
+static void add_to_entries(const double* losses, const int32_t* entries, int count, BinSum* sums) {
+#pragma GCC unroll 8
+  for (int i = 0; i < count; ++i) sums[entries[i]] += BinSum{losses[i], 1};
+}
+
+// u has room for whole vectors.
 template <int kTable>
 static void add_others(float* u, int count, const GhmEdges& edges, BinSum* sums) {
-  alignas(64) double losses[kFloats];
-  alignas(64) int32_t bins[kFloats];
+  alignas(64) double losses[kBlock];
+  alignas(64) int32_t entries[kBlock];
   store_floats(u + count, FloatVec{});
   const FloatVec scale = scale_of_lowest(edges);
   for (int i = 0; i < count; i += kFloats) {
@@ -145,13 +158,12 @@ static void add_others(float* u, int count, const GhmEdges& edges, BinSum* sums)
     const uint32_t positive = greater_mask(logit, all_floats(0));
     const FloatPair e = exp_pair(-absolute(logit));
     const FloatVec value = e.high + e.low, rest = log_rest(e, value), above = choose(positive, logit, FloatVec{});
-    store_vec(losses, (parabola_of(low_doubles(e.high)) + low_doubles(rest)) + low_doubles(above));
-    store_vec(losses + kDoubles, (parabola_of(high_doubles(e.high)) + high_doubles(rest)) + high_doubles(above));
+    store_vec(losses + i, (parabola_of(low_doubles(e.high)) + low_doubles(rest)) + low_doubles(above));
+    store_vec(losses + i + kDoubles, (parabola_of(high_doubles(e.high)) + high_doubles(rest)) + high_doubles(above));
     const FloatVec sigma = sigmoid_from_exp(positive, value, reciprocal_estimate(1 + value));
-    store_vec(bins, bins_of<kTable>(edges, scale, logit, sigma));
-    const int lanes = count - i < kFloats ? count - i : kFloats;
-    for (int lane = 0; lane < lanes; ++lane) sums[kCopies * bins[lane] + lane % kCopies] += BinSum{losses[lane], 1};
+    store_vec(entries + i, entries_of(bins_of<kTable>(edges, scale, logit, sigma)));
   }
+  add_to_entries(losses, entries, count, sums);
 }
 
 template <int kTable, class In>
