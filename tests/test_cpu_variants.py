@@ -1,6 +1,6 @@
 """The C++ backend in the forms that a run on this machine does not take by itself: for lesser processors, and under sanitizers.
 
-Each form takes the tests of the loss again, in a process of its own.
+Each form takes tests of the losses again, in a process of its own.
 """
 import os
 import pathlib
@@ -13,6 +13,7 @@ from cuda_on_cpu import build
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "rsloss_kernels"
+TESTS = ("test_rank_sort.py", "test_ranking_edge_cases.py", "test_ghm_values.py", "test_ghm_edge_cases.py")
 
 
 def run_tests(*selection: str, cwd: pathlib.Path = ROOT, **environment: str) -> None:
@@ -26,7 +27,7 @@ def run_tests(*selection: str, cwd: pathlib.Path = ROOT, **environment: str) -> 
 
 @pytest.mark.parametrize("capability", ["avx2", "plain"])
 def test_lesser_processors(capability):
-    tests = [ROOT / "tests" / name for name in ("test_rank_sort.py", "test_ranking_edge_cases.py")]
+    tests = [ROOT / "tests" / name for name in TESTS]
     run_tests(*map(str, tests), "-k", "cpp", RSLOSS_CPU_CAPABILITY=capability)
 
 
@@ -42,7 +43,7 @@ def test_sanitizers_find_nothing(tmp_path, capability):
     environment = {**build.sanitizer_environment(), "RSLOSS_CPU_CAPABILITY": capability}
     loaded = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     assert pathlib.Path(loaded.stdout.strip()).parent == tmp_path / "rsloss_kernels"
-    tests = [ROOT / "tests" / name for name in ("test_rank_sort.py", "test_ranking_edge_cases.py")]
+    tests = [ROOT / "tests" / name for name in TESTS]
     selection = "cpp and (apart or finite or nothing or dense or labels or capacity)"
     run_tests(
         *map(str, tests), "-k", selection, cwd=tmp_path, RSLOSS_CPU_CAPABILITY=capability, **build.sanitizer_environment()

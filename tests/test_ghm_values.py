@@ -120,9 +120,10 @@ def test_labels_of_any_integral_dtype(backend, generator, label_dtype):
 
 def test_labels_that_int32_cannot_hold_are_background(backend, generator):
     logits = torch.randn((4, 3), generator=generator)
-    expected = CLASSIFICATION.evaluate(backend, logits, torch.tensor([0, 3, 2, 3]))
-    for labels in (torch.tensor([0, 2**32 - 1, 2, 3], dtype=torch.uint32), torch.tensor([0, 2**63 - 1, 2, -(2**62)])):
-        assert CLASSIFICATION.evaluate(backend, logits, labels) == expected
+    for background, none in (("last", 3), ("first", 0)):
+        expected = CLASSIFICATION.evaluate(backend, logits, torch.tensor([1, none, 2, none]), background=background)
+        for labels in (torch.tensor([1, 2**32 - 1, 2, none], dtype=torch.uint32), torch.tensor([1, 2**63 - 1, 2, -(2**63)])):
+            assert CLASSIFICATION.evaluate(backend, logits, labels, background=background) == expected
 
 
 def test_integral_and_bool_dense_targets(backend, generator):

@@ -27,8 +27,11 @@ static void fill_from_labels(const GhmLevel& level, const Label* labels, GhmBloc
   clear_words(block.soft);
   int64_t row = block.begin / level.classes, begin = row * level.classes - block.begin;
   for (; begin < block.size; ++row, begin += level.classes) {
-    const int64_t column = static_cast<int64_t>(labels[row]) - level.first_label, at = begin + column;
-    if (column >= 0 && column < level.classes && at >= 0 && at < block.size) block.one[at / 64] |= uint64_t{1} << at % 64;
+    const int64_t label = labels[row];
+    // In this order nothing overflows, whatever the label.
+    if (label < level.first_label || label - level.first_label >= level.classes) continue;
+    const int64_t at = begin + (label - level.first_label);
+    if (at >= 0 && at < block.size) block.one[at / 64] |= uint64_t{1} << at % 64;
   }
 }
 
