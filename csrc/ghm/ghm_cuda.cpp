@@ -12,10 +12,10 @@ namespace rsloss {
 namespace {
 
 // The levels of checked arguments.
-std::vector<GhmLevel> levels_of(const Tensors& preds, const Tensors& targets, const Tensors& weights) {
-  std::vector<GhmLevel> levels;
+std::vector<GhmDeviceLevel> levels_of(const Tensors& preds, const Tensors& targets, const Tensors& weights) {
+  std::vector<GhmDeviceLevel> levels;
   for (size_t i = 0; i < preds.size(); ++i) {
-    GhmLevel level = {};
+    GhmDeviceLevel level = {};
     level.preds = preds[i].const_data_ptr();
     level.targets = targets[i].const_data_ptr();
     level.targets_type = type_of(targets[i]);
@@ -29,7 +29,7 @@ std::vector<GhmLevel> levels_of(const Tensors& preds, const Tensors& targets, co
   return levels;
 }
 
-GhmProblem problem_of(const Tensors& preds, const std::vector<GhmLevel>& levels, int64_t bins, std::optional<double> mu,
+GhmProblem problem_of(const Tensors& preds, const std::vector<GhmDeviceLevel>& levels, int64_t bins, std::optional<double> mu,
                       bool background_first) {
   return {levels.data(),   static_cast<int>(levels.size()), type_of(preds[0]), static_cast<int>(bins), mu.value_or(0),
           background_first};
@@ -41,7 +41,7 @@ Tensor ghm_histogram(Tensors preds, Tensors targets, Tensors weights, int64_t bi
   check_ghm_levels(op, preds, targets, weights, mu);
   check_ghm_bins(op, bins);
   const CurrentStream stream(preds[0]);
-  const std::vector<GhmLevel> levels = levels_of(preds, targets, weights);
+  const std::vector<GhmDeviceLevel> levels = levels_of(preds, targets, weights);
   const GhmProblem problem = problem_of(preds, levels, bins, mu, background_first);
   int64_t bytes = 0;
   check_cuda(op, ghm_histogram_workspace_bytes(problem, &bytes));
@@ -90,7 +90,7 @@ Tensors ghm_backward(Tensors preds, Tensors targets, Tensors weights, Tensor bin
   check_ghm_levels(op, preds, targets, weights, mu);
   const int64_t bins = check_ghm_backward(op, bin_weights, grad_loss, preds[0]);
   const CurrentStream stream(preds[0]);
-  std::vector<GhmLevel> levels = levels_of(preds, targets, weights);
+  std::vector<GhmDeviceLevel> levels = levels_of(preds, targets, weights);
   Tensors gradients;
   for (size_t i = 0; i < preds.size(); ++i) {
     gradients.push_back(torch::stable::empty_like(preds[i]));

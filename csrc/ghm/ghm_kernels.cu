@@ -219,7 +219,7 @@ Column column_of(const void* data, Type type) {
   return {data, type, reinterpret_cast<uintptr_t>(data) % alignment == 0};
 }
 
-GhmStream stream_of(const GhmProblem& problem, const GhmLevel& level, int64_t grid) {
+GhmStream stream_of(const GhmProblem& problem, const GhmDeviceLevel& level, int64_t grid) {
   GhmStream stream = {};
   stream.preds = column_of(level.preds, problem.preds_type);
   stream.targets = column_of(level.targets, level.targets_type);
@@ -246,13 +246,13 @@ Thresholds thresholds_of(const GhmProblem& problem) {
 }
 
 // In float32 where neither preds nor dense targets are wider.
-bool is_double(const GhmProblem& problem, const GhmLevel& level) {
+bool is_double(const GhmProblem& problem, const GhmDeviceLevel& level) {
   return problem.preds_type == Type::kDouble || level.targets_type == Type::kDouble;
 }
 
 // Calls body(T, form) with a value of the type and a constant of the form of a level.
 template <class Body>
-cudaError_t dispatch(const GhmProblem& problem, const GhmLevel& level, Body body) {
+cudaError_t dispatch(const GhmProblem& problem, const GhmDeviceLevel& level, Body body) {
   const auto with_type = [&](auto type) {
     using T = decltype(type);
     if (problem.mu > 0) return body(T{}, std::integral_constant<GhmForm, GhmForm::kRegression>{});
@@ -271,7 +271,7 @@ struct HistogramShape {
 };
 
 // As many threads share a column as it takes for two blocks to be resident, so that enough loads are on their way.
-HistogramShape histogram_shape(const GhmProblem& problem, const GhmLevel& level, const DeviceLimits& limits) {
+HistogramShape histogram_shape(const GhmProblem& problem, const GhmDeviceLevel& level, const DeviceLimits& limits) {
   // A block's own bookkeeping and static shared memory.
   constexpr int64_t kReserved = 2048;
   HistogramShape shape = {};
@@ -310,7 +310,7 @@ cudaError_t launch_ghm_histogram(const GhmProblem& problem, double* histogram, v
   for (int i = 0; i < problem.num_levels; ++i) blocks += histogram_shape(problem, problem.levels[i], limits).grid;
   int64_t first_block = 0;
   for (int i = 0; i < problem.num_levels; ++i) {
-    const GhmLevel& level = problem.levels[i];
+    const GhmDeviceLevel& level = problem.levels[i];
     if (level.elements == 0) continue;
     const HistogramShape shape = histogram_shape(problem, level, limits);
     RSL_RETURN_IF_ERROR(dispatch(problem, level, [&](auto type, auto form) {
@@ -335,7 +335,7 @@ cudaError_t launch_ghm_backward(const GhmProblem& problem, const double* bin_wei
   RSL_RETURN_IF_ERROR(device_limits(&limits));
   const Thresholds thresholds = thresholds_of(problem);
   for (int i = 0; i < problem.num_levels; ++i) {
-    const GhmLevel& level = problem.levels[i];
+    const GhmDeviceLevel& level = problem.levels[i];
     if (level.elements == 0) continue;
     const int64_t grid = resident_grid(ceil_div(level.elements, kThreads * kQuad), limits);
     const int64_t shared = edges_bytes(problem.bins) + problem.bins * static_cast<int64_t>(sizeof(double));

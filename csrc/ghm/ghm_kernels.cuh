@@ -12,7 +12,7 @@
 namespace rsloss {
 
 // One tensor of the preds list with what belongs to it.
-struct GhmLevel {
+struct GhmDeviceLevel {
   const void* preds;    // [elements]
   const void* targets;  // dense: floating [elements]; class indices: int32/int64 [elements / row]
   Type targets_type;
@@ -25,7 +25,7 @@ struct GhmLevel {
 };
 
 struct GhmProblem {
-  const GhmLevel* levels;
+  const GhmDeviceLevel* levels;
   int num_levels;
   Type preds_type;
   int bins;
