@@ -1,6 +1,7 @@
 """GHM-C and GHM-R refuse bad input by name and change nothing, and their operators cannot be made to read or write out of bounds."""
 import re
 
+import numpy
 import pytest
 import rsloss_kernels
 import torch
@@ -32,12 +33,12 @@ FAULTS = {
     "target_none": ("target", lambda v: None, TypeError, "a Tensor", "NoneType"),
     "target_shape": ("target", lambda v: v[:, :3], ValueError, r"\[6, 4\]", r"\[6, 3\]"),
     "target_flat": ("target", lambda v: v.flatten(), ValueError, r"\[6, 4\]", r"\[24\]"),
-    "target_float_rows": ("target", lambda v: v[:, 0], ValueError, r"\[6, 4\]", r"\[6\]"),
     "target_complex": ("target", lambda v: v.to(torch.complex64), TypeError, "real", "torch.complex64"),
     "target_meta": ("target", lambda v: v.to("meta"), ValueError, "device", "meta"),
     "target_sparse": ("target", lambda v: v.to_sparse(), TypeError, "strided", "torch.sparse_coo"),
     "weight_number": ("weight", lambda v: 1.0, TypeError, "a Tensor", "float"),
-    "weight_int64": ("weight", lambda v: v.long(), TypeError, "floating dtype or be bool", "torch.int64"),
+    "weight_complex": ("weight", lambda v: v.to(torch.complex64), TypeError, "float64, integers or bool", "torch.complex64"),
+    "weight_float8": ("weight", lambda v: v.to(torch.float8_e5m2), TypeError, "float64, integers or bool", "torch.float8_e5m2"),
     "weight_shape": ("weight", lambda v: v[:5], ValueError, r"\[6, 4\]", r"\[5, 4\]"),
     "weight_columns": ("weight", lambda v: v[0], ValueError, r"\[6, 4\]", r"\[4\]"),
     "weight_meta": ("weight", lambda v: v.to("meta"), ValueError, "device", "meta"),
@@ -49,7 +50,7 @@ FAULTS = {
     "momentum_negative": ("momentum", lambda v: -0.1, ValueError, r"within \[0, 1\)", "-0.1"),
     "momentum_nan": ("momentum", lambda v: float("nan"), ValueError, r"within \[0, 1\)", "nan"),
     "momentum_string": ("momentum", lambda v: "0.5", TypeError, "a float", "str"),
-    "acc_sum_missing": ("acc_sum", lambda v: None, ValueError, "given", "None"),
+    "acc_sum_missing": ("acc_sum", lambda v: None, ValueError, r"given, momentum 0.5 needs it, at first torch.zeros\(10\)", "None"),
     "acc_sum_list": ("acc_sum", lambda v: v.tolist(), TypeError, "a Tensor", "list"),
     "acc_sum_size": ("acc_sum", lambda v: v[:9], ValueError, r"per bin, \[10\]", r"\[9\]"),
     "acc_sum_2d": ("acc_sum", lambda v: v[None], ValueError, r"per bin, \[10\]", r"\[1, 10\]"),
@@ -116,10 +117,29 @@ def test_good_arguments_are_not_changed(backend, loss):
     assert_unchanged(arguments, before)
 
 
+@LOSSES
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.uint64], ids=str)
+def test_integral_weights_count_where_they_are_above_0(backend, loss, generator, dtype):
+    """MMDetection casts them."""
+    pred, target, weight = loss.draw(GHMSample("weights", weight="element"), generator).arguments
+    weight = weight > 0
+    expected = loss.evaluate(backend, pred, target, weight.float())
+    largest = 1 if dtype == torch.bool else min(torch.iinfo(dtype).max, 2**62)
+    for value in (1, largest):
+        assert loss.evaluate(backend, pred, target, (weight.long() * value).to(dtype)) == expected
+
+
+@pytest.mark.parametrize("avg_factor", [None, 7, 2.5, numpy.float32(2.5), torch.tensor(3)], ids=repr)
+def test_avg_factor_has_no_effect(avg_factor):
+    assert torch.equal(GHMC()(X, X.abs(), None, avg_factor), GHMC()(X, X.abs()))
+
+
 CLASS_INDEX_FAULTS = {
     "length": (lambda v: v[:5], ValueError, r"target must .*class indices.*, \[6, 4\], got \[5\]"),
     "uint64": (lambda v: v.to(torch.uint64), TypeError, "target must be class indices that int64 can hold, got torch.uint64"),
     "meta": (lambda v: v.to("meta"), ValueError, "target must be on the device of logits"),
+    "float": (lambda v: v.float(), TypeError, r"target must be integers .*\(class indices\), got torch.float32"),
+    "bool": (lambda v: v > 0, TypeError, r"target must be integers .*\(class indices\), got torch.bool"),
 }
 
 
@@ -136,7 +156,7 @@ def test_bad_class_indices_are_refused(backend, fault):
 @LOSSES
 def test_state_arguments_need_each_other(loss):
     arguments = {name: value for name, value in good(loss).items() if name not in ("momentum", "acc_sum", "num_updates")}
-    with pytest.raises(ValueError, match="acc_sum must be given with a momentum above 0, 0.5, got None"):
+    with pytest.raises(ValueError, match=r"acc_sum must be given, momentum 0.5 needs it, at first torch.zeros\(10\), got None"):
         loss.function(**arguments, momentum=0.5)
     with pytest.raises(ValueError, match="acc_sum must be given with num_updates, got None"):
         loss.function(**arguments, num_updates=torch.zeros(10, dtype=torch.int64))
@@ -155,6 +175,9 @@ CALLS = {
     "ghmr_sum": (lambda: GHMR()(X, X, reduction_override="sum"), ValueError, "^GHMR: reduction_override must be one of .* got 'sum'"),
     "ghmr_shape": (lambda: GHMR()(X, X[:2]), ValueError, r"^GHMR: target must have the shape of pred, \[4, 3\], got \[2, 3\]"),
     "ghmc_weight": (lambda: GHMC()(X, X, X[0]), ValueError, r"^GHMC: weight must have .* got \[3\]"),
+    "ghmc_override": (lambda: GHMC()(X, X, X, "none"), TypeError, r"^GHMC: avg_factor must .* reduction_override by keyword\), got 'none'"),
+    "ghmr_avg_factor": (lambda: GHMR()(X, X, None, X), TypeError, r"^GHMR: avg_factor must .* got a Tensor of shape \[4, 3\]"),
+    "ghmc_keyword": (lambda: GHMC()(X, X, ignore_index=-1), TypeError, "ignore_index"),
     "density_bins": (lambda: gradient_density(X, X, bins=300), ValueError, r"^gradient_density: bins must be within 1\.\.256, got 300"),
     "density_mu": (lambda: gradient_density(X, X, mu=-1.0), ValueError, "^gradient_density: mu must be within"),
     "asl1_mu": (lambda: authentic_smooth_l1_loss(X, X, mu=0.0), ValueError, "^authentic_smooth_l1_loss: mu must be within"),

@@ -1,6 +1,7 @@
 """GHMC and GHMR as modules: the state of the momentum, checkpoints, casts, compilation, and MMDetection's own modules beside them."""
 import contextlib
 import copy
+import math
 import pickle
 import warnings
 
@@ -330,6 +331,24 @@ def test_checkpoint_of_mmdetection_loads_without_a_warning(loss, generator):
         head.load_state_dict(their_head.state_dict(), strict=True)
         loss.module().load_state_dict(getattr(mmdet_losses.ghm(), loss.module.__name__)().state_dict(), strict=True)
     assert ours.acc_sum.dtype == torch.float64 and torch.equal(ours.acc_sum, theirs.acc_sum.double()) and ours.acc_sum.any()
+
+
+@LOSSES
+@pytest.mark.parametrize("momentum", [1e-300, 0.75, 1 - 2.0**-53])
+def test_state_gathered_without_bias_correction_is_not_corrected(backend, loss, generator, momentum):
+    published = loss.module(momentum=momentum).to(backend.device)
+    corrected = loss.module(momentum=momentum, bias_correction=True).to(backend.device)
+    arguments = drawn(backend, loss, generator)
+    for unused in (3, 0):
+        published.acc_sum.fill_(50.0)[:unused] = 0
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            corrected.load_state_dict(published.state_dict(), strict=True)
+        updates = buffers(corrected)["num_updates"]
+        assert torch.equal(corrected.acc_sum, published.acc_sum) and not updates[:unused].any()
+        assert (torch.expm1(updates[unused:] * math.log(momentum)) == -1).all()
+    assert torch.equal(run(backend, corrected, *arguments)[0], run(backend, published, *arguments)[0])
+    assert corrected.num_updates.max() == updates[0] + 1
 
 
 def test_checkpoint_of_another_loss_loads_with_one_warning():

@@ -242,6 +242,9 @@ def _read_target(function: str, pred_name: str, pred: Tensor, target: Tensor, mu
         if _checks.debug_checks() and labels.numel() and int(labels.max()) > pred.shape[-1]:
             raise ValueError(f"{function}: target must be class indices up to {pred.shape[-1]}, got {int(labels.max())}")
         return labels
+    if mu is None and pred.dim() > 0 and target.shape == pred.shape[:-1]:
+        wanted = f"integers where it has the shape of {pred_name} less its last dimension (class indices)"
+        raise TypeError(f"{function}: target must be {wanted}, got {target.dtype}")
     forms = " (dense), or be integers with that shape less its last dimension (class indices)" if mu is None else ""
     _checks.check_shape(function, "target", target, pred.shape, f"the shape of {pred_name}{forms}")
     if target.is_complex():
@@ -259,10 +262,11 @@ def _read_weight(function: str, pred_name: str, pred: Tensor, weight: Tensor, mu
     _checks.check_tensor(function, "weight", weight)
     _checks.check_strided(function, "weight", weight)
     _check_device(function, "weight", weight, pred_name, pred)
-    if weight.dtype == torch.bool:
+    if not (weight.dtype.is_floating_point or weight.dtype.is_complex):
+        # Whether it is above 0 is all that matters, and an infinity tells that too.
         weight = weight.to(torch.float16)
     if weight.dtype not in _checks.LOGIT_TYPES:
-        raise TypeError(f"{function}: weight must have a floating dtype or be bool, got {weight.dtype}")
+        raise TypeError(f"{function}: weight must be float16, bfloat16, float32, float64, integers or bool, got {weight.dtype}")
     is_per_row = mu is None and pred.dim() > 0 and weight.shape == pred.shape[:-1]
     if not is_per_row:
         less = " (or that less its last dimension)" if mu is None else ""

@@ -1,4 +1,7 @@
 """GHMC and GHMR: the losses as modules with MMDetection's constructor and forward, and the state of their momentum."""
+import math
+import numbers
+
 import torch
 from torch import Tensor
 
@@ -47,7 +50,15 @@ class _GradientHarmonizing(distributed.HoldsGroup, StatefulLoss):
     def _load_from_state_dict(self, state_dict, prefix, *args):
         # MMDetection's modules keep the edges of the bins as a buffer; here they follow from the number of bins.
         known = {name: value for name, value in state_dict.items() if name != f"{prefix}edges"}
+        acc_sum, updates = known.get(f"{prefix}acc_sum"), f"{prefix}num_updates"
+        if isinstance(acc_sum, Tensor) and updates not in known and hasattr(self, "num_updates"):
+            # Trained without bias correction: what is not zero has long taken the scale of a batch, and is left as it is.
+            known[updates] = (acc_sum != 0) * self._updates_without_bias()
         super()._load_from_state_dict(known, prefix, *args)
+
+    def _updates_without_bias(self) -> int:
+        """So many that `1 - momentum**updates` is exactly 1 in float64."""
+        return math.ceil(40 / -math.log(self.momentum))
 
     def forward(
         self,
@@ -73,6 +84,7 @@ class _GradientHarmonizing(distributed.HoldsGroup, StatefulLoss):
         name = type(self).__name__
         reduction = self.reduction if reduction_override is None else reduction_override
         _checks.check_choice(name, "reduction_override", reduction, REDUCTIONS)
+        _check_avg_factor(name, avg_factor)
         request = api.read_arguments(
             name,
             "pred",
@@ -124,6 +136,16 @@ class _GradientHarmonizing(distributed.HoldsGroup, StatefulLoss):
         if self.process_group is not None:
             options["process_group"] = distributed.describe_group(self.process_group)
         return ", ".join(f"{name}={value}" for name, value in options.items())
+
+
+def _check_avg_factor(function: str, avg_factor: object) -> None:
+    """It has no effect, but MMDetection's GHMC takes `reduction_override` in its place."""
+    is_number = isinstance(avg_factor, numbers.Real) and not isinstance(avg_factor, bool)
+    if not (avg_factor is None or is_number or (isinstance(avg_factor, Tensor) and avg_factor.dim() == 0)):
+        got = f"a Tensor of shape {list(avg_factor.shape)}" if isinstance(avg_factor, Tensor) else repr(avg_factor)
+        raise TypeError(
+            f"{function}: avg_factor must be None, a number or a 0-d Tensor (pass reduction_override by keyword), got {got}"
+        )
 
 
 class GHMC(_GradientHarmonizing):

@@ -36,7 +36,7 @@ def check_state(
     function: str, acc_sum: Tensor | None, num_updates: Tensor | None, pred: Tensor, bins: int, momentum: float
 ) -> None:
     if acc_sum is None and momentum > 0:
-        raise ValueError(f"{function}: acc_sum must be given with a momentum above 0, {momentum}, got None")
+        raise ValueError(f"{function}: acc_sum must be given, momentum {momentum} needs it, at first torch.zeros({bins}), got None")
     if acc_sum is None and num_updates is not None:
         raise ValueError(f"{function}: acc_sum must be given with num_updates, got None")
     dtypes = {"acc_sum": (torch.float32, torch.float64), "num_updates": (torch.int64,)}
