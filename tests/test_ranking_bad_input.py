@@ -2,6 +2,7 @@
 import functools
 import itertools
 import re
+import warnings
 
 import harness
 import pytest
@@ -174,6 +175,27 @@ def test_debug_checks_accept_good_input(backend, loss, monkeypatch, generator, f
     expected = loss.evaluate(backend, *arguments)
     monkeypatch.setenv("RSLOSS_DEBUG_CHECKS", "1")
     assert loss.evaluate(backend, *arguments) == expected
+
+
+def test_debug_checks_warn_of_labels_beside_squeezed_logits(monkeypatch):
+    """A head of one class: its labels, 0 for an object, would be read as dense targets, 0 for a negative."""
+    logits, targets = torch.randn(6), torch.tensor([0, 0, 1, 0, 0, 1])
+    cases = {
+        "squeezed": (logits, targets),
+        "floating": (logits, targets.float()),
+        "bool": (logits, targets > 0),
+        "one class": (logits[:, None], 1 - targets),
+        "one-hot": (logits[:, None], targets[:, None]),
+    }
+    monkeypatch.setenv("RSLOSS_DEBUG_CHECKS", "1")
+    for name, arguments in cases.items():
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            rsloss_kernels.rank_sort_loss(*arguments)
+        told = [str(warning.message) for warning in caught]
+        assert len(told) == (name == "squeezed")
+        assert all(re.search(r"^rank_sort_loss: targets are integers .* 1 is a positive .* \[6, 1\]", words) for words in told)
+        assert all(warning.filename == __file__ for warning in caught)
 
 
 def test_debug_checks_look_at_the_quality_of_positives_only(backend, monkeypatch):

@@ -1,4 +1,5 @@
 """What the public functions of all ranking losses share first: they check their arguments and put them in the operators' form."""
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -128,9 +129,19 @@ def read_targets(
         raise ValueError(f"{function}: quality must be None with dense targets (they hold it already), got a Tensor")
     if targets.is_complex():
         raise TypeError(f"{function}: targets must be real, got {targets.dtype}")
+    if logits.dim() == 1 and _is_integral(targets) and _checks.debug_checks():
+        warnings.warn(
+            f"{function}: targets are integers with the shape of 1-D logits, so 1 is a positive and 0 a negative; for class indices "
+            f"give logits a last dimension of classes, [{len(logits)}, 1]",
+            stacklevel=4,
+        )
     dense = targets if targets.is_floating_point() else targets.to(torch.float32)
     _checks.check_floating(function, "targets", dense)
     return (dense.detach() if dense.requires_grad else dense).contiguous(), []
+
+
+def _is_integral(values: Tensor) -> bool:
+    return not (values.is_floating_point() or values.is_complex() or values.dtype == torch.bool)
 
 
 def check_segments(function: str, segments: Tensor | int | str | None, num_segments: int | None) -> None:
