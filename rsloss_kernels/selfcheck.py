@@ -6,6 +6,7 @@ where one of these cannot run at all. The bounds are those of the test suite.
 import argparse
 import functools
 import itertools
+import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -191,4 +192,11 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        status = main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read has seen enough (`| head`). Python flushes once more when it exits, which must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    sys.exit(status)

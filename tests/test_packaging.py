@@ -224,6 +224,14 @@ def test_programs_say_that_a_checkout_hides_the_installed_package(tmp_path, prog
     assert "hides" not in run("-m", "rsloss_kernels.collect_env", cwd=ROOT).stdout
 
 
+def test_selfcheck_ends_quietly_when_its_reader_does():
+    command = [sys.executable, "-m", "rsloss_kernels.selfcheck"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == "" and process.wait() == 1
+
+
 def test_selfcheck_fails_for_a_required_backend_that_is_missing(installed):
     done = run("-m", "rsloss_kernels.selfcheck", "--backends", "cpp", cwd=installed)
     assert done.returncode == 1
