@@ -27,9 +27,9 @@ def average_precision_loss(
     Args:
         logits: any shape, class logits; float16, bfloat16, float32 or float64. For class indices the last dimension is the C classes.
         targets: either dense, with the shape of `logits`: above 0 a positive (whatever the value; the authors' code ignores what lies
-            between 0 and 1), 0 a negative, below 0 ignored; or class indices, an integral dtype with the shape of `logits` less its
-            last dimension: 0..C-1 foreground and C background (see `background`), below 0 the whole row is ignored, above C the same
-            as background.
+            between 0 and 1), 0 a negative, below 0 ignored (integers of that shape too: class indices of a head of one class need
+            logits [A, 1]); or class indices, an integral dtype with the shape of `logits` less its last dimension: 0..C-1 foreground
+            and C background (see `background`), below 0 the whole row is ignored, above C the same as background.
         delta: half-width of the smoothed step in logit units, 0 (a hard step, ties count) or within [1e-30, 1e30].
         interpolated: every positive takes the best precision at its own or a lower score, as the authors do; False: its own.
         background: "last" (classes 0..C-1, background C) or "first" (background 0, classes 1..C).

@@ -77,10 +77,10 @@ def ghm_classification_loss(
 
     Args:
         logits: any shape, class logits; float16, bfloat16, float32 or float64. For class indices the last dimension is the C classes.
-        target: dense, with the shape of `logits`, any real dtype, values within [0, 1]; or class indices, an integral dtype with the
-            shape of `logits` less its last dimension. No label is ignored: one that is no foreground class, negative ones included,
-            is a row of zeros, as in MMDetection; give what is to be ignored the weight 0.
-        weight: floating or bool, with the shape of `logits` or that less its last dimension. Elements whose weight is above 0 count,
+        target: dense, with the shape of `logits`, any real dtype (integral one-hot too), values within [0, 1]; or class indices, an
+            integral dtype with the shape of `logits` less its last dimension. No label is ignored: one that is no foreground class,
+            negative ones included, is a row of zeros, as in MMDetection; give what is to be ignored the weight 0.
+        weight: floating, integral or bool, with the shape of `logits` or that less its last dimension. Elements whose weight is above 0 count,
             all alike; others may hold anything.
         bins: of the gradient norm, 1..256.
         momentum: of the elements in each bin, within [0, 1); above 0 it needs `acc_sum`.
@@ -139,9 +139,9 @@ def ghm_regression_loss(
     Args:
         pred: any shape, box offsets; float16, bfloat16, float32 or float64.
         target: the shape of `pred`, any real dtype.
-        weight: floating or bool, the shape of `pred`. Elements whose weight is above 0 count, all alike.
+        weight: floating, integral or bool, the shape of `pred`. Elements whose weight is above 0 count, all alike.
         mu: where the loss turns from square to linear, in the units of `pred`, within [1e-30, 1e30].
-        The others are as in `ghm_classification_loss`.
+        bins, momentum, acc_sum, num_updates, empty_bins, process_group, average_gradients: as in `ghm_classification_loss`.
 
     Returns, NaN and infinity, Raises: as `ghm_classification_loss`, of `pred` and `pred - target`.
     """
@@ -166,8 +166,15 @@ def gradient_density(
     """The distribution of the gradient norm over a batch, as GHM sees it (AAAI 2019, fig. 2-4), and the weight of each bin.
 
     Args:
-        mu: None: of GHM-C, `pred` are logits. A number: of GHM-R.
-        The others are as in `ghm_classification_loss` and `ghm_regression_loss`.
+        pred: any shape; logits for GHM-C, box offsets for GHM-R; float16, bfloat16, float32 or float64.
+        target: with the shape of `pred`, any real dtype; for GHM-C within [0, 1], or class indices with that shape less the last dimension.
+        weight: floating, integral or bool, with the shape of `pred`, for GHM-C or that less its last dimension. Elements whose weight is
+            above 0 count; None: all.
+        bins: 1..256.
+        mu: None: of GHM-C. A number, as in `ghm_regression_loss`: of GHM-R.
+        empty_bins: "skip": the weights share among the bins that are not empty; "count": among all.
+        background: of class indices: "last" (classes 0..C-1, background C) or "first" (background 0, classes 1..C).
+        process_group: None: of this process; a group or "default" (all processes): of all their elements, every process must call.
 
     Returns:
         `(edges, counts, weights)`: `counts[b]` valid elements have a gradient norm within [edges[b], edges[b + 1]), the last bin holding

@@ -71,15 +71,22 @@ class _GradientHarmonizing(distributed.HoldsGroup, StatefulLoss):
         """The loss times `loss_weight`.
 
         Args:
-            pred, target, label_weight: as `pred` (or `logits`), `target` and `weight` of the function.
-            avg_factor: has no effect, as in MMDetection: the density normalises.
-            reduction_override: "none" or "mean", in place of the module's `reduction`.
+            pred: GHMC: class logits, for class indices [..., C]; GHMR: box offsets. Any shape; float16, bfloat16, float32 or float64.
+            target: the shape of `pred`, any real dtype; for GHMC values within [0, 1] (integral one-hot too), or class indices, integers
+                with the shape of `pred` less its last dimension: any label that is no foreground class, negative ones too, is background.
+            label_weight: floating, integral or bool, the shape of `pred`, for GHMC or that less its last dimension. Elements whose weight
+                is above 0 count, all alike; None: all count.
+            avg_factor: a number or a 0-d tensor; has no effect, as in MMDetection: the density normalises.
+            reduction_override: "none" or "mean", in place of the module's `reduction`. Pass it by keyword: MMDetection's GHMC has it
+                fourth, before `avg_factor`. Other keywords, which MMDetection's GHMC swallows, are a TypeError.
 
         Returns:
             0-d for "mean"; for "none" the shape and dtype of `pred`: the loss of each element times the weight of its bin, 0 where it
             is not valid. As published these weights are those of the mean times a normaliser: the number of valid elements for GHMC,
             the sum of `label_weight` for GHMR, at least 1 (with a process group, of all processes). Here gradients are never
             multiplied by the group's size.
+
+        Raises TypeError, ValueError: wrong types, shapes, devices or ranges.
         """
         name = type(self).__name__
         reduction = self.reduction if reduction_override is None else reduction_override
@@ -154,16 +161,22 @@ class GHMC(_GradientHarmonizing):
     `forward(pred, target, label_weight=None, avg_factor=None, reduction_override=None)`.
 
     Args:
-        bins, momentum, background, empty_bins, process_group, average_gradients: as in `ghm_classification_loss`.
+        bins: of the gradient norm, 1..256.
+        momentum: of the elements in each bin, within [0, 1).
         use_sigmoid: must be True, else NotImplementedError: there is no other form.
         loss_weight: factor of the loss.
         reduction: "mean" or "none" (see `forward`); "sum" is a ValueError, as published.
+        background: "last" (classes 0..C-1, background C) or "first" (background 0, classes 1..C).
+        empty_bins: "skip": as the authors' code, empty bins do not count and keep their state; "count": as the paper, all count and decay.
         bias_correction: divide the running counts by what the momentum has gathered so far, so that the first steps weigh like later
             ones.
+        process_group: None: the density of this process. A group or "default" (all processes): that of all their elements.
+        average_gradients: with a process group, multiply gradients by its size, for DistributedDataParallel, which averages them.
 
     Buffers, with a momentum above 0: `acc_sum` (float64, whatever the module is cast to) and, with bias correction, `num_updates`
     (int64). They change only in training mode with gradients enabled, and not where the loss is not finite or nothing is valid. A
-    forward without that uses the density it would have stored. A checkpoint of MMDetection's module loads.
+    forward without that uses the density it would have stored. A checkpoint of MMDetection's module, or of this one without bias
+    correction, loads: what its `acc_sum` has gathered is then not corrected.
     """
 
     def __init__(
@@ -195,8 +208,18 @@ class GHMC(_GradientHarmonizing):
 class GHMR(_GradientHarmonizing):
     """`ghm_regression_loss` with the state of its momentum; a drop-in replacement for MMDetection's module of this name.
 
-    `forward(pred, target, label_weight=None, avg_factor=None, reduction_override=None)`. Arguments and buffers as in `GHMC`; `mu` as in
-    `ghm_regression_loss`.
+    `forward(pred, target, label_weight=None, avg_factor=None, reduction_override=None)`. Buffers and checkpoints as in `GHMC`.
+
+    Args:
+        mu: where the loss turns from square to linear, in the units of `pred`, within [1e-30, 1e30].
+        bins: of the gradient norm, 1..256.
+        momentum: of the elements in each bin, within [0, 1).
+        loss_weight: factor of the loss.
+        reduction: "mean" or "none" (see `forward`); "sum" is a ValueError, as published.
+        empty_bins: "skip": empty bins do not count and keep their state; "count": all count and decay.
+        bias_correction: divide the running counts by what the momentum has gathered so far.
+        process_group: None: the density of this process. A group or "default" (all processes): that of all their elements.
+        average_gradients: with a process group, multiply gradients by its size.
     """
 
     def __init__(

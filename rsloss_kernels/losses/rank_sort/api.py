@@ -35,7 +35,8 @@ def rank_sort_loss(
 
     Args:
         logits: any shape, class logits; float16, bfloat16, float32 or float64. For class indices the last dimension is the C classes.
-        targets: either dense, with the shape of `logits`: above 0 a positive with that quality (IoU), 0 a negative, below 0 ignored;
+        targets: either dense, with the shape of `logits`: above 0 a positive with that quality (IoU), 0 a negative, below 0 ignored
+            (integers of that shape too: class indices of a head of one class need logits [A, 1]);
             or class indices, an integral dtype with the shape of `logits` less its last dimension: 0..C-1 foreground and C
             background (see `background`), below 0 the whole row is ignored, above C the same as background.
         quality: for class indices only, floating with the shape of `targets`: IoU of every foreground row in [0, 1], default 1. A
