@@ -1,5 +1,12 @@
 // Targets and weights of a block -> bit masks. Part of ghm_simd.h.
 
+// A last block, continued with zeros, for loops over whole vectors.
+template <class In>
+static const In* pad_block(const In* values, int size, In* padded) {
+  for (int i = 0; i < kBlock; ++i) padded[i] = i < size ? values[i] : In(Arithmetic<In>(0));
+  return padded;
+}
+
 static void set_bits(uint64_t* words, int64_t begin, int64_t end) {
   for (; begin < end; begin = (begin / 64 + 1) * 64) {
     const int64_t word_end = (begin / 64 + 1) * 64, last = end < word_end ? end : word_end;
@@ -49,16 +56,20 @@ static void fill_target_values(const double* targets, GhmBlock& block) {
 
 template <class In>
 static void fill_from_dense(const In* targets, GhmBlock& block) {
-  clear_words(block.one);
-  clear_words(block.soft);
+  In padded[kBlock];
+  const In* data = block.size < kBlock ? pad_block(targets, block.size, padded) : targets;
   uint64_t any_soft = 0;
-  for_vectors(targets, block.size, [&](int64_t i, FloatVec target) {
-    const uint32_t one = equal_mask(target, all_floats(1)), zero = equal_mask(target, all_floats(0));
-    const uint64_t soft = ~(one | zero) & kAllFloats;
-    block.one[i / 64] |= static_cast<uint64_t>(one) << i % 64;
-    block.soft[i / 64] |= soft << i % 64;
-    any_soft |= soft;
-  });
+  for (int word = 0; word < kBlockWords; ++word) {
+    uint64_t one = 0, zero = 0;
+    for (int shift = 0; shift < 64; shift += kFloats) {
+      const FloatVec target = load_floats(data + word * 64 + shift);
+      one |= static_cast<uint64_t>(equal_mask(target, all_floats(1))) << shift;
+      zero |= static_cast<uint64_t>(equal_mask(target, all_floats(0))) << shift;
+    }
+    block.one[word] = one;
+    block.soft[word] = ~(one | zero);
+    any_soft |= block.soft[word];
+  }
   if (any_soft != 0) fill_target_values(targets, block);
 }
 
@@ -81,9 +92,14 @@ static void fill_regression(const In* targets, GhmBlock& block) {
 
 template <class In>
 static void fill_valid_elements(const In* weights, GhmBlock& block) {
-  for_vectors(weights, block.size, [&](int64_t i, FloatVec weight) {
-    block.valid[i / 64] |= static_cast<uint64_t>(greater_mask(weight, all_floats(0))) << i % 64;
-  });
+  In padded[kBlock];
+  const In* data = block.size < kBlock ? pad_block(weights, block.size, padded) : weights;
+  for (int word = 0; word < kBlockWords; ++word) {
+    uint64_t valid = 0;
+    for (int shift = 0; shift < 64; shift += kFloats)
+      valid |= static_cast<uint64_t>(greater_mask(load_floats(data + word * 64 + shift), all_floats(0))) << shift;
+    block.valid[word] = valid;
+  }
 }
 
 static void fill_valid_elements(const double* weights, GhmBlock& block) {

@@ -104,7 +104,7 @@ static inline float largest_easy_logit(const GhmEdges& edges) {
 template <class In>
 static int add_easy(const In* preds, const GhmBlock& block, const GhmEdges& edges, uint64_t* left_over, float* others,
                     BinSum& sum) {
-  const FloatVec limit = all_floats(largest_easy_logit(edges)), smallest = all_floats(kLargestFloatLogit);
+  const FloatVec limit = all_floats(largest_easy_logit(edges)), farthest = all_floats(kLargestFloatLogit);
   DoubleVec low_sum{}, high_sum{}, rest_sum{};
   int count = 0, filled = 0;
   for (int word = 0; word * 64 < block.size; ++word) {
@@ -114,7 +114,7 @@ static int add_easy(const In* preds, const GhmBlock& block, const GhmEdges& edge
     for (int shift = 0; shift < 64; shift += kFloats) {
       const uint32_t one = static_cast<uint32_t>(block.one[word] >> shift) & kAllFloats;
       const FloatVec z = load_floats(preds + word * 64 + shift), u = negate_where(one, z);
-      const uint32_t fits = static_cast<uint32_t>(hard >> shift) & at_most_mask(absolute(z), smallest);
+      const uint32_t fits = static_cast<uint32_t>(hard >> shift) & at_most_mask(absolute(z), farthest);
       const uint32_t easy = fits & greater_mask(limit, u);
       const FloatPair e = exp_pair(u);
       const FloatVec value = e.high + e.low, high = choose(easy, e.high, FloatVec{});
@@ -201,13 +201,6 @@ static void write_float(const In* preds, const GhmBlock& block, const GhmEdges& 
 template <bool kRegression, class In>
 constexpr bool has_float_path() {
   return !kRegression && sizeof(In) <= 4;
-}
-
-// A last block, continued with zeros, for loops over whole vectors.
-template <class In>
-static const In* pad_block(const In* values, int size, In* padded) {
-  for (int i = 0; i < kBlock; ++i) padded[i] = i < size ? values[i] : In(Arithmetic<In>(0));
-  return padded;
 }
 
 static uint64_t any_bit(const uint64_t* words) {
