@@ -14,6 +14,7 @@ constexpr uint32_t kAllFloats = (1u << kFloats) - 1;
 
 typedef float FloatVec __attribute__((vector_size(4 * kFloats)));
 typedef int32_t IntVec __attribute__((vector_size(4 * kFloats)));
+typedef uint32_t UnsignedVec __attribute__((vector_size(4 * kFloats)));
 typedef float HalfFloatVec __attribute__((vector_size(2 * kFloats)));
 typedef double DoubleVec __attribute__((vector_size(8 * kDoubles)));
 typedef int64_t LongVec __attribute__((vector_size(8 * kDoubles)));
@@ -64,8 +65,6 @@ static inline IntVec add_one_where(uint32_t mask, IntVec x) {
   const __m512i bits = reinterpret_cast<__m512i>(x);
   return reinterpret_cast<IntVec>(_mm512_mask_add_epi32(bits, static_cast<__mmask16>(mask), bits, _mm512_set1_epi32(1)));
 }
-// The lanes of the mask, which may have bits beyond; 0 elsewhere.
-static inline DoubleVec keep(uint32_t mask, DoubleVec x) { return _mm512_maskz_mov_pd(static_cast<__mmask8>(mask), x); }
 static inline FloatVec reciprocal_estimate(FloatVec x) { return _mm512_rcp14_ps(x); }
 static inline FloatVec reciprocal_root_estimate(FloatVec x) { return _mm512_rsqrt14_ps(x); }
 static inline uint32_t zero_mask(IntVec x) {
@@ -193,11 +192,6 @@ static inline FloatVec choose(uint32_t mask, FloatVec yes, FloatVec no) { return
 static inline IntVec choose(uint32_t mask, IntVec yes, IntVec no) { return lanes_of(mask) ? yes : no; }
 static inline FloatVec negate_where(uint32_t mask, FloatVec x) { return choose(mask, -x, x); }
 static inline IntVec add_one_where(uint32_t mask, IntVec x) { return x - lanes_of(mask); }
-static inline DoubleVec keep(uint32_t mask, DoubleVec x) {
-  LongVec bit;
-  for (int lane = 0; lane < kDoubles; ++lane) bit[lane] = 1 << lane;
-  return (static_cast<int64_t>(mask) & bit) == bit ? x : DoubleVec{};
-}
 
 #endif
 

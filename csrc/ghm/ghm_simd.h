@@ -31,7 +31,9 @@ static inline FloatPair exp_pair(FloatVec u) {
   const FloatVec r = (u - n * 0x1.62ep-5f) - n * 1.99663656e-6f;
   const IntVec bits = reinterpret_cast<IntVec>(shifted), at = RSL_ISA == 0 ? bits & 15 : bits;
   const FloatVec lost = look_up<kSixteenthsVectors>(kLostOfSixteenths, at);
-  const IntVec power = reinterpret_cast<IntVec>(look_up<kSixteenthsVectors>(kSixteenths, at)) + (bits << 19);
+  // Unsigned: of an element that the caller drops the sum may overflow.
+  const UnsignedVec power =
+      reinterpret_cast<UnsignedVec>(look_up<kSixteenthsVectors>(kSixteenths, at)) + (reinterpret_cast<UnsignedVec>(bits) << 19);
   const FloatVec high = reinterpret_cast<FloatVec>(power);
   return {high, high * (r * r * (0.166670248f * r + 0.500016212f) + (r + lost))};
 }
