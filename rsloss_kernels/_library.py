@@ -75,9 +75,11 @@ _functions: dict[tuple[str, str], type[torch.autograd.Function]] = {}
 _num_tables: dict[str, int] = {}
 
 
-def differentiable(name: str, backend: str, logits: list[torch.Tensor], *args) -> tuple[torch.Tensor, ...]:
-    """Calls the operator `name`, whose first argument is the list of logits, the only one with a gradient; returns its outputs
-    without the tables of its backward.
+def differentiable(
+    name: str, backend: str, logits: torch.Tensor | list[torch.Tensor], *args
+) -> tuple[torch.Tensor, ...]:
+    """Calls the operator `name`, whose first argument are the logits, one tensor or a list as in its schema, the only ones with a
+    gradient; returns its outputs without the tables of its backward.
 
     Outside of tracing this takes a plain autograd function with the operator's own formula: the wrapper that PyTorch puts around a
     formula with tensor lists costs more than a small loss.
@@ -85,7 +87,7 @@ def differentiable(name: str, backend: str, logits: list[torch.Tensor], *args) -
     if torch.compiler.is_compiling():
         outputs = operator(name, backend)(logits, *args)
         return outputs[: len(outputs) - _num_tables[name]]
-    return _functions[name, backend].apply(args, *logits)
+    return _functions[name, backend].apply(args, *([logits] if isinstance(logits, torch.Tensor) else logits))
 
 
 def operator(name: str, backend: str) -> torch._ops.OpOverload:
@@ -127,8 +129,11 @@ _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph",
 def _eager_function(
     overload: Callable, setup_context: Callable, formula: Callable, num_tables: int, num_saved_tables: int
 ) -> type[torch.autograd.Function]:
+    takes_list = isinstance(overload._schema.arguments[0].type, torch.ListType)
+
     # forward with ctx rather than a separate setup_context: torch binds the arguments of the latter by inspection on every call.
-    def forward(ctx, args, *logits):
+    def forward(ctx, args, *levels):
+        logits = levels if takes_list else levels[0]
         with torch._C._AutoDispatchBelowAutograd():
             output = overload(logits, *args)
         context = _Context()
@@ -152,7 +157,7 @@ def _eager_function(
             grad_logits = formula(context, *grads, *missing)[0]
         if not _keeps_graph():
             ctx.context.saved_tensors = ()
-        return (None, *grad_logits)
+        return (None, *(grad_logits if takes_list else [grad_logits]))
 
     # Named when it is made, after the loss and the backend: torch makes the name of `grad_fn` from it then.
     operator_name, _, backend = overload.name().removeprefix(f"{NAMESPACE}::").partition(".")
