@@ -8,6 +8,7 @@ from rsloss_kernels._backends import backend_report, use_backend  # noqa: E402
 from rsloss_kernels.losses.ranking import op as _ranking_op  # noqa: E402, F401
 from rsloss_kernels.losses.alrp import op as _alrp_op  # noqa: E402, F401
 from rsloss_kernels.losses.ap import op as _ap_op  # noqa: E402, F401
+from rsloss_kernels.losses.focal import op as _focal_op  # noqa: E402, F401
 from rsloss_kernels.losses.ghm import op as _ghm_op  # noqa: E402, F401
 from rsloss_kernels.losses.rank_sort import op as _rank_sort_op  # noqa: E402, F401
 from rsloss_kernels.losses.alrp.api import ALRPLoss, ALRPLosses, alrp_loss, alrp_regression_loss  # noqa: E402

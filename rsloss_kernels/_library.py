@@ -143,7 +143,7 @@ def _eager_function(
         context.saved_tensors = context.saved_tensors[of_caller:]
         ctx.context = context
         ctx.set_materialize_grads(False)
-        returned = output[: len(output) - num_tables]
+        returned = tuple(output[: len(output) - num_tables])
         ctx.mark_non_differentiable(*context.non_differentiable[: len(context.non_differentiable) - num_tables])
         return returned
 
