@@ -2,10 +2,14 @@
 
 Every run draws a new seed and prints it. `RSLOSS_TEST_SEED=<seed>` repeats a run.
 """
+import gc
 import importlib
 import os
 import pathlib
 import random
+
+# Before torch is imported: OpenMP threads that spin while they wait take the cores from the other tests, half of the whole time.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import harness
 import hypothesis
@@ -58,6 +62,12 @@ def pytest_collection_modifyitems(config, items):
     if dropped:
         config.hook.pytest_deselected(items=dropped)
         items[:] = [item for item in items if is_kept(item)]
+
+
+def pytest_collection_finish():
+    """Thousands of collected tests live as long as the process; no garbage collection need walk over them."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(hookwrapper=True)
