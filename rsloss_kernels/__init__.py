@@ -10,6 +10,7 @@ from rsloss_kernels.losses.alrp import op as _alrp_op  # noqa: E402, F401
 from rsloss_kernels.losses.ap import op as _ap_op  # noqa: E402, F401
 from rsloss_kernels.losses.focal import op as _focal_op  # noqa: E402, F401
 from rsloss_kernels.losses.ghm import op as _ghm_op  # noqa: E402, F401
+from rsloss_kernels.losses.group_softmax import op as _group_softmax_op  # noqa: E402, F401
 from rsloss_kernels.losses.rank_sort import op as _rank_sort_op  # noqa: E402, F401
 from rsloss_kernels.losses.alrp.api import ALRPLoss, ALRPLosses, alrp_loss, alrp_regression_loss  # noqa: E402
 from rsloss_kernels.losses.ap.api import APLoss, average_precision_loss  # noqa: E402
@@ -23,6 +24,9 @@ from rsloss_kernels.losses.ghm.api import (  # noqa: E402
 )
 from rsloss_kernels.losses.ghm.authentic_smooth_l1 import authentic_smooth_l1_loss  # noqa: E402
 from rsloss_kernels.losses.ghm.modules import GHMC, GHMR  # noqa: E402
+from rsloss_kernels.losses.group_softmax.api import group_softmax_loss, group_softmax_scores  # noqa: E402
+from rsloss_kernels.losses.group_softmax.groups import ClassGroups  # noqa: E402
+from rsloss_kernels.losses.group_softmax.modules import GroupSoftmaxLoss, convert_classifier  # noqa: E402
 from rsloss_kernels.losses.rank_sort.api import RankSortLoss, RankSortLosses, rank_sort_loss  # noqa: E402
 from rsloss_kernels.losses.self_balancing.api import SelfBalancing, score_weighted_mean, score_weights  # noqa: E402
 from rsloss_kernels.version import __version__  # noqa: E402
@@ -33,11 +37,13 @@ __all__ = [
     "ALRPLoss",
     "ALRPLosses",
     "APLoss",
+    "ClassGroups",
     "GHMC",
     "GHMCorrectedLoss",
     "GHMLoss",
     "GHMR",
     "GradientDensity",
+    "GroupSoftmaxLoss",
     "RankSortLoss",
     "RankSortLosses",
     "SelfBalancing",
@@ -47,9 +53,12 @@ __all__ = [
     "authentic_smooth_l1_loss",
     "average_precision_loss",
     "backend_report",
+    "convert_classifier",
     "ghm_classification_loss",
     "ghm_regression_loss",
     "gradient_density",
+    "group_softmax_loss",
+    "group_softmax_scores",
     "rank_sort_loss",
     "score_weighted_mean",
     "score_weights",

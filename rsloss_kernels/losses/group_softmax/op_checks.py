@@ -14,12 +14,13 @@ def check_others_ratio(function: str, ratio: object) -> None:
         raise ValueError(f"{function}: others_ratio must be at least 0, got {ratio}")
 
 
-def check_columns(function: str, logits: Tensor, num_logits: int, num_classes: int, num_groups: int) -> None:
+def check_columns(function: str, name: str, logits: Tensor, groups) -> None:
     """The most common mistake is a classifier of C or C + 1 channels."""
-    if logits.dim() != 2 or logits.shape[1] != num_logits:
+    if logits.dim() != 2 or logits.shape[1] != groups.num_logits:
         raise ValueError(
-            f"{function}: logits must have shape [N, {num_logits}] (one column per class, {num_classes}, one for the background, "
-            f"one for the others of each of the {num_groups} groups that has them; not C or C + 1), got {list(logits.shape)}"
+            f"{function}: {name} must have shape [N, {groups.num_logits}], got {list(logits.shape)}: one column for each of the "
+            f"{groups.num_classes} classes, one for the background, one for the others of each group, as ClassGroups lays them out "
+            "(ClassGroups.num_logits channels; not C, not C + 1)"
         )
 
 
