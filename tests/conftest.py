@@ -2,6 +2,7 @@
 
 Every run draws a new seed and prints it. `RSLOSS_TEST_SEED=<seed>` repeats a run.
 """
+import ctypes
 import gc
 import importlib
 import os
@@ -24,6 +25,8 @@ if harness.Backend("triton", "cpu") in harness.backends_under_test():
 SEED = int(os.environ.get("RSLOSS_TEST_SEED") or random.SystemRandom().randrange(2**31))
 os.environ["RSLOSS_TEST_SEED"] = str(SEED)  # for the workers of pytest-xdist, which must collect the same tests
 _reasons: dict[str, str | None] = {}
+# Parameters of mallopt.
+TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3
 
 # Triton's interpreter takes some 50 ms for a loss.
 EXAMPLES = os.environ.get("RSLOSS_TEST_EXAMPLES") or ("10" if os.environ.get("TRITON_INTERPRET") == "1" else "40")
@@ -31,7 +34,16 @@ hypothesis.settings.register_profile("rsloss", deadline=None, database=None, pri
 hypothesis.settings.load_profile("rsloss")
 
 
+def keep_freed_memory() -> None:
+    """glibc gives large temporaries back to the system, which takes longer to map them again than a test needs to fill them."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        for parameter, size in ((TRIM_THRESHOLD, 1 << 30), (MMAP_THRESHOLD, 1 << 30), (TOP_PAD, 64 << 20)):
+            mallopt(parameter, size)
+
+
 def pytest_configure(config):
+    keep_freed_memory()
     config.addinivalue_line("markers", "slow_interpreter: too slow under Triton's interpreter, left out there only")
     config.addinivalue_line("markers", "shared_code: what the losses share; GPU kernels on the CPU take one loss only")
 
