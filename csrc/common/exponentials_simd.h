@@ -1,0 +1,77 @@
+// Exponentials and logarithms on the vectors of vectors_simd.h, for the bodies that common/for_each_isa.h compiles: e^u as a
+// pair of floats for sums that must be right to 1e-8, as one float for gradients, and in double.
+
+// Beyond it e^-|u| may leave the normal range of float.
+constexpr float kLargestFloatExponent = 86;
+
+// A sum that is right to 4e-9 before it is rounded; `low` is below 3 % of it.
+struct FloatPair {
+  FloatVec high;
+  FloatVec low;
+};
+
+// 2^(j/16), in the bits less j of the sixteenths of an octave that the exponent of e^u adds; and what is lost in rounding it.
+alignas(64) constexpr float kSixteenths[16] = {0x1p+0f,        0x1.fb5586p-1f, 0x1.f72b84p-1f, 0x1.f387a6p-1f,
+                                               0x1.f06fep-1f,  0x1.edea64p-1f, 0x1.ebfdaep-1f, 0x1.eab07ep-1f,
+                                               0x1.ea09e6p-1f, 0x1.ea1148p-1f, 0x1.eace54p-1f, 0x1.ec4918p-1f,
+                                               0x1.ee89fap-1f, 0x1.f199bep-1f, 0x1.f5818ep-1f, 0x1.fa4afap-1f};
+alignas(64) constexpr float kLostOfSixteenths[16] = {0,          4.629e-8f,  -1.199e-8f, 4.73e-8f,   3.193e-8f, 3.621e-8f,
+                                                     -3.099e-8f, -7.475e-9f, 1.711e-8f,  -3.048e-8f, 5.233e-9f, 6.108e-9f,
+                                                     -1.472e-8f, -5.259e-9f, -6.128e-9f, 5.141e-9f};
+constexpr int kSixteenthsVectors = RSL_ISA == 0 ? 0 : 16 / kFloats;
+
+// e^u for u in [-86, 0] as 2^(n/16) e^r.
+static inline FloatPair exp_pair(FloatVec u) {
+  const FloatVec shifted = u * 23.0831207f + 0x1.8p23f, n = shifted - 0x1.8p23f;
+  // The first product and difference are exact.
+  const FloatVec r = (u - n * 0x1.62ep-5f) - n * 1.99663656e-6f;
+  const IntVec bits = reinterpret_cast<IntVec>(shifted), at = RSL_ISA == 0 ? bits & 15 : bits;
+  const FloatVec lost = look_up<kSixteenthsVectors>(kLostOfSixteenths, at);
+  // Unsigned: of an element that the caller drops the sum may overflow.
+  const UnsignedVec power =
+      reinterpret_cast<UnsignedVec>(look_up<kSixteenthsVectors>(kSixteenths, at)) + (reinterpret_cast<UnsignedVec>(bits) << 19);
+  const FloatVec high = reinterpret_cast<FloatVec>(power);
+  return {high, high * (r * r * (0.166670248f * r + 0.500016212f) + (r + lost))};
+}
+
+// e^-x for x in [0, 86], right to 4e-7: enough for a gradient.
+static inline FloatVec exp_minus(FloatVec x) {
+  const FloatVec shifted = x * -1.44269504f + 0x1.8p23f, n = shifted - 0x1.8p23f, r = -x - n * 0.693147181f;
+  const float coefficients[] = {8.368887645837e-3f, 4.1666205857511e-2f, 0.16666518853765f, 0.5000000095168f, 1, 1};
+  FloatVec sum = all_floats(1.39504874814332e-3f);
+  for (const float coefficient : coefficients) sum = sum * r + coefficient;
+  return reinterpret_cast<FloatVec>(reinterpret_cast<IntVec>(sum) + (reinterpret_cast<IntVec>(shifted) << 23));
+}
+
+// e^-x for x >= 0 or NaN. As the square of e^(-x/2), which cannot leave the normal range before the result does.
+static inline DoubleVec exp_minus(DoubleVec x) {
+  const DoubleVec half = (x > 1400.0 ? all_doubles(1400) : x) * -0.5;
+  const DoubleVec magic = all_doubles(0x1.8p52);
+  const DoubleVec shifted = half * 1.44269504088896340736 + magic, n = shifted - magic;
+  const DoubleVec r = half - n * 0x1.62e42feep-1 - n * 0x1.a39ef35793c76p-33;
+  DoubleVec sum = all_doubles(1 / 479001600.0);
+  const double coefficients[] = {1 / 39916800.0, 1 / 3628800.0, 1 / 362880.0, 1 / 40320.0, 1 / 5040.0, 1 / 720.0,
+                                 1 / 120.0,      1 / 24.0,      1 / 6.0,      0.5,         1.0,        1.0};
+  for (const double coefficient : coefficients) sum = sum * r + coefficient;
+  const LongVec power = (reinterpret_cast<LongVec>(shifted) << 52) + reinterpret_cast<LongVec>(all_doubles(1));
+  const DoubleVec root = sum * reinterpret_cast<DoubleVec>(power);
+  return root * root;
+}
+
+// log(1 + r) for r >= 0, finite or not, or NaN: log(1 + r) = n log 2 + log(f) with f within [0.7, 1.42], and the latter by the
+// series of 2 artanh((f - 1) / (f + 1)). For n = 0 f - 1 is r itself, however small.
+static inline DoubleVec log_one_plus_any(DoubleVec r) {
+  const DoubleVec sum = 1 + r;
+  // The exponent of sum / sqrt(1/2) (rounded down).
+  const LongVec bits = reinterpret_cast<LongVec>(sum), shifted = bits - 0x3fe6a09e667f3bcd;
+  const LongVec exponent = shifted >> 52;
+  const DoubleVec f = reinterpret_cast<DoubleVec>(bits - (exponent << 52));
+  const DoubleVec x = exponent == 0 ? r : f - 1, s = x / (2 + x), square = s * s;
+  DoubleVec series = all_doubles(1 / 23.0);
+  for (int k = 21; k >= 3; k -= 2) series = series * square + 1.0 / k;
+  // Exact for exponents: the integer in the low bits of a large double.
+  const DoubleVec magic = all_doubles(0x1.8p52);
+  const DoubleVec n = reinterpret_cast<DoubleVec>(exponent + reinterpret_cast<LongVec>(magic)) - magic;
+  const DoubleVec value = n * 0x1.62e42fefa39efp-1 + 2 * (s + s * (square * series));
+  return r < 0x1p1000 ? value : r;
+}

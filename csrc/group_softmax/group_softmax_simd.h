@@ -1,0 +1,378 @@
+// Chunks of rows -> losses and tables of their pairs, gradients, scores. Compiled once per instruction set
+// (common/for_each_isa.h). A row's groups one after the other while it is in the cache: the largest logit, then the sum of
+// exponentials in floats that are right to 1e-8; what follows from the sums (logarithms, quotients) for all rows of a chunk at
+// once, in double. Pairs of float64 logits, and those whose numbers are below the range of float, are computed in double
+// throughout.
+#include "common/vectors_simd.h"
+
+#include "common/exponentials_simd.h"
+
+constexpr float kFloatInfinity = __builtin_inff();
+constexpr double kDoubleInfinity = __builtin_inf();
+
+// The first `count` elements; lanes behind them are -inf.
+template <class In>
+static inline FloatVec load_some(const In* p, int count) {
+#if RSL_ISA == 512
+  const __mmask16 mask = static_cast<__mmask16>(kAllFloats >> (kFloats - count));
+  const FloatVec fill = all_floats(-kFloatInfinity);
+  if constexpr (sizeof(In) == 4) {
+    return _mm512_mask_loadu_ps(fill, mask, p);
+  } else {
+    In lanes[kFloats];
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes), _mm256_maskz_loadu_epi16(mask, p));
+    return choose(mask, load_floats(lanes), fill);
+  }
+#else
+  In lanes[kFloats];
+  for (int i = 0; i < kFloats; ++i) lanes[i] = In(-kFloatInfinity);
+  __builtin_memcpy(lanes, p, static_cast<size_t>(count) * sizeof(In));
+  return load_floats(lanes);
+#endif
+}
+
+template <class Out>
+static inline void store_some(Out* p, FloatVec x, int count) {
+#if RSL_ISA == 512
+  const __mmask16 mask = static_cast<__mmask16>(kAllFloats >> (kFloats - count));
+  if constexpr (sizeof(Out) == 4) {
+    _mm512_mask_storeu_ps(p, mask, x);
+  } else {
+    Out lanes[kFloats];
+    store_floats(lanes, x);
+    _mm256_mask_storeu_epi16(p, mask, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lanes)));
+  }
+#else
+  Out lanes[kFloats];
+  store_floats(lanes, x);
+  __builtin_memcpy(p, lanes, static_cast<size_t>(count) * sizeof(Out));
+#endif
+}
+
+template <class In>
+static inline DoubleVec load_some_doubles(const In* p, int count) {
+  DoubleVec x = all_doubles(-kDoubleInfinity);
+  for (int lane = 0; lane < kDoubles; ++lane)
+    if (lane < count) x[lane] = static_cast<double>(widen(p[lane]));
+  return x;
+}
+
+static inline double sum_lanes(DoubleVec x) {
+  double sum = 0;
+  for (int lane = 0; lane < kDoubles; ++lane) sum += x[lane];
+  return sum;
+}
+
+static inline float largest_lane(FloatVec x) {
+#if RSL_ISA == 512
+  return _mm512_reduce_max_ps(x);
+#else
+  float largest = x[0];
+  for (int lane = 1; lane < kFloats; ++lane) largest = x[lane] > largest ? x[lane] : largest;
+  return largest;
+#endif
+}
+
+// Calls body(first element, vector of them, how many) for all.
+template <class In, class Body>
+static inline void for_floats(const In* data, int count, const Body& body) {
+  int i = 0;
+  for (; i + kFloats <= count; i += kFloats) body(i, load_floats(data + i), kFloats);
+  if (i < count) body(i, load_some(data + i, count - i), count - i);
+}
+
+template <class In, class Body>
+static inline void for_doubles(const In* data, int count, const Body& body) {
+  int i = 0;
+  for (; i < count; i += kDoubles) {
+    const int some = count - i < kDoubles ? count - i : kDoubles;
+    if constexpr (sizeof(In) == 8) {
+      if (some == kDoubles) {
+        body(i, load_vec<DoubleVec>(data + i), some);
+        continue;
+      }
+    }
+    body(i, load_some_doubles(data + i, some), some);
+  }
+}
+
+// The largest of the logits, NaN left out; `has_constant`: and of 0.
+template <class In>
+static inline double largest_of(const In* z, int count, bool has_constant) {
+  double largest = -kDoubleInfinity;
+  if constexpr (sizeof(In) == 8) {
+    DoubleVec best = all_doubles(-kDoubleInfinity);
+    for_doubles(z, count, [&](int, DoubleVec x, int) { best = x > best ? x : best; });
+    for (int lane = 0; lane < kDoubles; ++lane) largest = best[lane] > largest ? best[lane] : largest;
+  } else {
+    FloatVec best = all_floats(-kFloatInfinity), other = best;
+    int i = 0;
+    for (; i + 2 * kFloats <= count; i += 2 * kFloats) {
+      const FloatVec x = load_floats(z + i), y = load_floats(z + i + kFloats);
+      best = x > best ? x : best;
+      other = y > other ? y : other;
+    }
+    for_floats(z + i, count - i, [&](int, FloatVec x, int) { best = x > best ? x : best; });
+    largest = static_cast<double>(largest_lane(best > other ? best : other));
+  }
+  return has_constant && largest < 0 ? 0 : largest;
+}
+
+// r in double, for any pair.
+template <class In>
+static inline double wide_rest(const In* z, int count, bool has_constant, double largest) {
+  DoubleVec sum{}, equal{};
+  for_doubles(z, count, [&](int, DoubleVec x, int) {
+    const DoubleVec below = largest - x;
+    const DoubleVec one = all_doubles(1), none = all_doubles(0);
+    sum += below == 0.0 ? none : exp_minus(below);
+    equal += below == 0.0 ? one : none;
+  });
+  double rest = sum_lanes(sum), at_top = sum_lanes(equal);
+  if (has_constant) {
+    if (largest == 0) at_top += 1;
+    else rest += __builtin_exp(-largest);
+  }
+  return rest + (at_top - 1);
+}
+
+// r with exponentials as pairs of floats.
+template <class In>
+static inline double float_rest(const In* z, int count, float largest) {
+  DoubleVec high_sum{}, other_sum{};
+  FloatVec low_sum{};
+  int at_top = 0;
+  const FloatVec farthest = all_floats(-kLargestFloatExponent), zero{};
+  for_floats(z, count, [&](int, FloatVec x, int) {
+    const FloatVec difference = x - largest;
+    // NaN stays, and is in `low`.
+    const FloatVec u = difference < farthest ? farthest : difference;
+    const FloatPair e = exp_pair(u);
+    const uint32_t is_top = at_most_mask(zero, u);
+    const FloatVec high = choose(is_top, zero, e.high);
+    high_sum += low_doubles(high);
+    other_sum += high_doubles(high);
+    low_sum += e.low;
+    at_top += __builtin_popcount(is_top);
+  });
+  return sum_lanes((high_sum + other_sum) + (low_doubles(low_sum) + high_doubles(low_sum))) + (at_top - 1);
+}
+
+static inline double logit_at(const GroupLayout&, const double* row, int column) { return column < 0 ? 0 : row[column]; }
+template <class In>
+static inline double logit_at(const GroupLayout&, const In* row, int column) {
+  return column < 0 ? 0 : static_cast<double>(widen(row[column]));
+}
+
+// Columns of a group, and the constant logit of others without one.
+static inline int entries_of(const GroupLayout& layout, int group) {
+  return layout.starts[group + 1] - layout.starts[group] + (layout.others[group] < 0 ? 1 : 0);
+}
+
+// Of a pair of two entries `rest` is their distance instead, of which finish_chunk takes the exponential.
+template <class In>
+static inline PairSums sum_pair(const GroupLayout& layout, int group, const In* row, int column) {
+  const int start = layout.starts[group], count = layout.starts[group + 1] - start;
+  const bool has_constant = layout.others[group] < 0;
+  const double target = logit_at(layout, row, layout.target_in(group, column));
+  if (count + (has_constant ? 1 : 0) == 2) {
+    const double first = static_cast<double>(widen(row[start]));
+    const double second = has_constant ? 0 : static_cast<double>(widen(row[start + 1]));
+    const double distance = first > second ? first - second : second - first;
+    const double largest = first > second ? first : second;
+    const bool is_whole = first == first && second == second && largest < kDoubleInfinity && target > -kDoubleInfinity;
+    return {largest, largest - target, is_whole ? distance : __builtin_nan("")};
+  }
+  const double largest = largest_of(row + start, count, has_constant);
+  double rest = __builtin_nan("");
+  if (largest < kDoubleInfinity && target > -kDoubleInfinity) {
+    if constexpr (sizeof(In) == 8) {
+      rest = wide_rest(row + start, count, has_constant, largest);
+    } else if (has_constant) {
+      rest = wide_rest(row + start, count, true, largest);
+    } else {
+      rest = float_rest(row + start, count, static_cast<float>(largest));
+      if (rest < kSmallestFloatRest && count > 1) rest = wide_rest(row + start, count, false, largest);
+    }
+  }
+  return {largest, largest - target, rest};
+}
+
+// What follows from the sums of a group's pairs; the first three arrays are overwritten by the tables.
+static void finish_pairs(const double* weights, bool has_two_entries, double* largest, double* gap, double* rest,
+                         double& loss) {
+  DoubleVec total{};
+  const DoubleVec zero{}, nan = all_doubles(__builtin_nan(""));
+  for (int i = 0; i < kChunkRows; i += kDoubles) {
+    const DoubleVec weight = load_vec<DoubleVec>(weights + i), distance = load_vec<DoubleVec>(gap + i);
+    const DoubleVec given = load_vec<DoubleVec>(rest + i), r = has_two_entries ? exp_minus(given) : given;
+    const DoubleVec sum = 1 + r, of_target = exp_minus(distance);
+    const DoubleVec scale = 1 / sum, complement = (distance == 0.0 ? r : sum - of_target) / sum;
+    const DoubleVec cross_entropy = distance + log_one_plus_any(r);
+    const LongVec is_read = weight != 0.0, is_sound = given == given;
+    total += is_read ? weight * (is_sound ? cross_entropy : nan) : zero;
+    const DoubleVec top = load_vec<DoubleVec>(largest + i);
+    store_vec(largest + i, is_read ? (is_sound ? top : nan) : zero);
+    store_vec(gap + i, is_read ? (is_sound ? scale : nan) : zero);
+    store_vec(rest + i, is_read ? (is_sound ? complement : nan) : zero);
+  }
+  loss = sum_lanes(total);
+}
+
+// logits: of the first row of the chunk.
+template <class In>
+static void forward_chunk(const GroupChunk& chunk, const In* logits, GroupChunkResult& result) {
+  const GroupLayout& layout = *chunk.layout;
+  const int64_t stride = layout.columns();
+  double* tables[kRowTables] = {result.tables[kLargest], result.tables[kScale], result.tables[kComplement]};
+  for (int i = 0; i < chunk.rows; ++i) {
+    for (int group = 0; group < layout.groups; ++group) {
+      const int pair = group * kChunkRows + i;
+      if (chunk.weights[pair] == 0) continue;
+      const PairSums sums = sum_pair(layout, group, logits + i * stride, chunk.columns[i]);
+      tables[0][pair] = sums.largest;
+      tables[1][pair] = sums.gap;
+      tables[2][pair] = sums.rest;
+    }
+  }
+  for (int group = 0; group < layout.groups; ++group) {
+    const int first = group * kChunkRows;
+    finish_pairs(chunk.weights + first, entries_of(layout, group) == 2, tables[0] + first, tables[1] + first, tables[2] + first,
+                 result.loss[group]);
+  }
+}
+
+// The gradient of a pair in double. `factor`: weight over average times upstream gradient.
+template <class In>
+static void write_wide(const GroupLayout& layout, int group, const In* row, int column, double factor, In* gradient) {
+  const int start = layout.starts[group], count = layout.starts[group + 1] - start;
+  const bool has_constant = layout.others[group] < 0;
+  const int at = layout.target_in(group, column);
+  const double target = logit_at(layout, row, at), largest = largest_of(row + start, count, has_constant);
+  const double rest = wide_rest(row + start, count, has_constant, largest), sum = 1 + rest, gap = largest - target;
+  const double complement = (gap == 0 ? rest : sum - __builtin_exp(-gap)) / sum, scale = factor / sum;
+  for_doubles(row + start, count, [&](int i, DoubleVec x, int some) {
+    const DoubleVec slope = exp_minus(largest - x) * scale;
+    for (int lane = 0; lane < some; ++lane) gradient[start + i + lane] = In(static_cast<Arithmetic<In>>(slope[lane]));
+  });
+  if (at >= 0) gradient[at] = In(static_cast<Arithmetic<In>>(-factor * complement));
+}
+
+// tables: of the pair. Floats, or doubles.
+template <class In>
+static inline void write_pair(const GroupLayout& layout, int group, const In* row, int column, double factor,
+                              const Arithmetic<In>* tables, int64_t table_size, In* gradient) {
+  using Wide = Arithmetic<In>;
+  const int start = layout.starts[group], count = layout.starts[group + 1] - start;
+  const double complement = static_cast<double>(tables[kComplement * table_size]);
+  if (sizeof(In) < 8 && complement < kSmallestFloatRest) {
+    if (entries_of(layout, group) == 1) gradient[start] = In(Wide(0));
+    else write_wide(layout, group, row, column, factor, gradient);
+    return;
+  }
+  const int at = layout.target_in(group, column);
+  const Wide of_target = static_cast<Wide>(-factor * complement);
+  if (entries_of(layout, group) == 2) {
+    gradient[start] = In(at == start ? of_target : -of_target);
+    if (count == 2) gradient[start + 1] = In(at == start + 1 ? of_target : -of_target);
+    return;
+  }
+  const Wide largest = tables[kLargest * table_size];
+  const Wide scale = static_cast<Wide>(factor * static_cast<double>(tables[kScale * table_size]));
+  if constexpr (sizeof(In) == 8) {
+    for_doubles(row + start, count, [&](int i, DoubleVec x, int some) {
+      const DoubleVec slope = exp_minus(largest - x) * scale;
+      if (some == kDoubles) store_vec(gradient + start + i, slope);
+      else
+        for (int lane = 0; lane < some; ++lane) gradient[start + i + lane] = slope[lane];
+    });
+  } else {
+    const FloatVec farthest = all_floats(kLargestFloatExponent), zero{};
+    for_floats(row + start, count, [&](int i, FloatVec x, int some) {
+      const FloatVec distance = largest - x;
+      const uint32_t is_far = greater_mask(distance, farthest);
+      const FloatVec slope = exp_minus(choose(is_far, zero, distance)) * scale;
+      const FloatVec value = choose(is_far, zero, slope);
+      if (some == kFloats) store_floats(gradient + start + i, value);
+      else store_some(gradient + start + i, value, some);
+    });
+  }
+  if (at >= 0) gradient[at] = In(of_target);
+}
+
+// factors: of each group, upstream gradient over average. tables: of the first row of the chunk in group 0; of `rows` rows.
+template <class In>
+static void backward_chunk(const GroupChunk& chunk, const double* factors, const In* logits, const Arithmetic<In>* tables,
+                           int64_t rows, In* gradient) {
+  const GroupLayout& layout = *chunk.layout;
+  const int64_t stride = layout.columns();
+  for (int i = 0; i < chunk.rows; ++i) {
+    In* out = gradient + i * stride;
+    for (int group = 0; group < layout.groups; ++group) {
+      const double weight = chunk.weights[group * kChunkRows + i];
+      const int start = layout.starts[group], count = layout.starts[group + 1] - start;
+      if (weight == 0) __builtin_memset(out + start, 0, static_cast<size_t>(count) * sizeof(In));
+      else
+        write_pair(layout, group, logits + i * stride, chunk.columns[i], weight * factors[group], tables + group * rows + i,
+                   layout.groups * rows, out);
+    }
+  }
+}
+
+// exponentials / sum of a group, into `out`; returns what stands for others without a column, else 0.
+template <class In>
+static inline double softmax_of(const GroupLayout& layout, int group, const In* row, Arithmetic<In>* out) {
+  using Wide = Arithmetic<In>;
+  const int start = layout.starts[group], count = layout.starts[group + 1] - start;
+  const bool has_constant = layout.others[group] < 0;
+  const double largest = largest_of(row + start, count, has_constant);
+  double rest = __builtin_nan("");
+  if (largest < kDoubleInfinity && largest > -kDoubleInfinity) {
+    if (sizeof(In) == 8 || has_constant) {
+      rest = wide_rest(row + start, count, has_constant, largest);
+    } else if constexpr (sizeof(In) < 8) {
+      rest = float_rest(row + start, count, static_cast<float>(largest));
+    }
+  }
+  const double scale = 1 / (1 + rest);
+  if constexpr (sizeof(In) == 8) {
+    for_doubles(row + start, count, [&](int i, DoubleVec x, int some) {
+      const DoubleVec value = exp_minus(largest - x) * scale;
+      for (int lane = 0; lane < some; ++lane) out[start + i + lane] = value[lane];
+    });
+  } else {
+    const FloatVec farthest = all_floats(kLargestFloatExponent), zero{};
+    const Wide top = static_cast<Wide>(largest), factor = static_cast<Wide>(scale);
+    for_floats(row + start, count, [&](int i, FloatVec x, int some) {
+      const FloatVec distance = top - x;
+      const uint32_t is_far = greater_mask(distance, farthest);
+      store_some(out + start + i, choose(is_far, zero, exp_minus(choose(is_far, zero, distance)) * factor), some);
+    });
+  }
+  return has_constant ? __builtin_exp(-largest) * scale : 0;
+}
+
+// Scores of `rows` rows; `probabilities` has room for a row of logits.
+template <class In>
+static void score_rows(const GroupLayout& layout, const int* class_columns, const In* logits, int64_t rows,
+                       Arithmetic<In>* probabilities, In* scores) {
+  using Wide = Arithmetic<In>;
+  const int64_t stride = layout.columns(), classes = layout.classes;
+  for (int64_t row = 0; row < rows; ++row) {
+    Wide foreground = 0;
+    for (int group = 0; group < layout.groups; ++group) {
+      const double constant = softmax_of(layout, group, logits + row * stride, probabilities);
+      if (group != layout.background_group) continue;
+      const int others = layout.others[group];
+      foreground = others < 0 ? static_cast<Wide>(constant) : probabilities[others];
+    }
+    In* out = scores + row * (classes + 1);
+    In* of_classes = out + (layout.background_first ? 1 : 0);
+    const auto probability = [&](int64_t number) {
+      const int column = class_columns[number];
+      return column >= 0 && column < stride ? probabilities[column] : Wide(0);
+    };
+    for (int64_t number = 0; number < classes; ++number) of_classes[number] = In(probability(number) * foreground);
+    out[layout.background_first ? 0 : classes] = In(probability(classes));
+  }
+}
