@@ -14,6 +14,7 @@ from rsloss_kernels.losses.group_softmax import op as _group_softmax_op  # noqa:
 from rsloss_kernels.losses.rank_sort import op as _rank_sort_op  # noqa: E402, F401
 from rsloss_kernels.losses.alrp.api import ALRPLoss, ALRPLosses, alrp_loss, alrp_regression_loss  # noqa: E402
 from rsloss_kernels.losses.ap.api import APLoss, average_precision_loss  # noqa: E402
+from rsloss_kernels.losses.focal.api import quality_focal_loss, sigmoid_focal_loss, varifocal_loss  # noqa: E402
 from rsloss_kernels.losses.ghm.api import (  # noqa: E402
     GHMCorrectedLoss,
     GHMLoss,
@@ -59,8 +60,11 @@ __all__ = [
     "gradient_density",
     "group_softmax_loss",
     "group_softmax_scores",
+    "quality_focal_loss",
     "rank_sort_loss",
     "score_weighted_mean",
     "score_weights",
+    "sigmoid_focal_loss",
     "use_backend",
+    "varifocal_loss",
 ]

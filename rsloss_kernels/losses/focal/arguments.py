@@ -1,0 +1,402 @@
+"""Reads the arguments of the element-wise sigmoid losses: layouts, targets, weights, the class table, what divides.
+
+The dimensions of a level are named by letters: B images, S places (the product of the spatial sizes), A anchors, C classes. Whatever
+comes with the logits is in the order BSA, or BSAC for what each element has one of; a head's maps are BACS or BCAS, and BSAC or BSCA in
+channels-last memory. README.md has what the operators take.
+"""
+import functools
+import math
+import numbers
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rsloss_kernels import _checks
+
+LAYOUTS = ("rows", "anchor_major", "class_major")
+REDUCTIONS = ("none", "mean", "sum")
+
+
+class Level(NamedTuple):
+    """One level, as it was given and as the operators take it."""
+
+    given: Tensor
+    logits: Tensor  # contiguous
+    order: str  # of the dimensions in memory; "" for rows
+    sizes: dict[str, int]  # of B, S, A and C; empty for rows
+    rows: tuple[int, ...]  # the shape of its labels for the operators
+
+
+class Levels(NamedTuple):
+    """The logits of a call."""
+
+    function: str
+    levels: list[Level]
+    num_classes: int
+    is_list: bool
+    maps: bool
+
+    @property
+    def logits(self) -> list[Tensor]:
+        return [level.logits for level in self.levels]
+
+    @property
+    def numel(self) -> int:
+        return sum(level.given.numel() for level in self.levels)
+
+    @property
+    def num_rows(self) -> int:
+        return sum(math.prod(level.rows) for level in self.levels)
+
+    @property
+    def first(self) -> Tensor:
+        return self.levels[0].given
+
+    def restore(self, outputs: Sequence[Tensor]) -> Tensor | list[Tensor]:
+        """Outputs in the shape of the operators' levels as the logits were given."""
+        restored = [_restore(level, output) for level, output in zip(self.levels, outputs, strict=True)]
+        return restored if self.is_list else restored[0]
+
+
+def read_levels(
+    function: str, logits: Tensor | Sequence[Tensor], layout: str, num_classes: int | None, of_table: int | None = None
+) -> Levels:
+    """`of_table`: the classes that a state or a table of the caller has, which decide where `num_classes` is None."""
+    is_list = not isinstance(logits, Tensor)
+    given = _as_list(function, "logits", logits)
+    _checks.check_choice(function, "layout", layout, LAYOUTS)
+    for level in given:
+        _checks.check_logits(function, level)
+        if level.dtype != given[0].dtype or level.device != given[0].device:
+            raise TypeError(
+                f"{function}: all levels of logits must have one dtype and device, {given[0].dtype} on {given[0].device}, "
+                f"got {level.dtype} on {level.device}"
+            )
+        if level.dim() < (1 if layout == "rows" else 2):
+            wanted = "[..., C]" if layout == "rows" else "[B, A * C, *spatial]"
+            raise ValueError(f"{function}: logits must have shape {wanted}, got {list(level.shape)}")
+    wanted = _read_num_classes(function, given[0], layout, num_classes, of_table)
+    if layout == "rows":
+        levels = [_read_rows(function, level, wanted) for level in given]
+        return Levels(function, levels, wanted, is_list, False)
+    levels = _read_maps(function, given, layout, wanted)
+    return Levels(function, levels, wanted, is_list, levels[0].order != "BSAC")
+
+
+def _as_list(function: str, name: str, value: object) -> list[Tensor]:
+    values = [value] if isinstance(value, Tensor) else value
+    if not isinstance(values, (list, tuple)) or not values:
+        raise TypeError(f"{function}: {name} must be a Tensor or a list of one or more, got {_describe(value)}")
+    for entry in values:
+        _checks.check_tensor(function, name, entry)
+    return list(values)
+
+
+def _describe(value: object) -> str:
+    return f"an empty {type(value).__name__}" if isinstance(value, (list, tuple)) and not value else type(value).__name__
+
+
+def _read_num_classes(function: str, first: Tensor, layout: str, num_classes: int | None, of_table: int | None) -> int:
+    if num_classes is not None and (isinstance(num_classes, bool) or not isinstance(num_classes, int)):
+        raise TypeError(f"{function}: num_classes must be an int, got {type(num_classes).__name__}")
+    if num_classes is None:
+        num_classes = of_table
+    if num_classes is None:
+        num_classes = first.shape[-1 if layout == "rows" else 1]
+    if num_classes < 1:
+        raise ValueError(f"{function}: num_classes must be at least 1, got {num_classes}")
+    return num_classes
+
+
+def _check_channels(function: str, found: int, num_classes: int, is_right: bool) -> None:
+    if not is_right:
+        raise ValueError(
+            f"{function}: logits must have {num_classes} classes, got {found} channels. A number of classes here counts the foreground "
+            f"classes alone, one channel each: background is the absence of all, and has none"
+        )
+
+
+def _read_rows(function: str, level: Tensor, num_classes: int) -> Level:
+    _check_channels(function, level.shape[-1], num_classes, level.shape[-1] == num_classes)
+    return Level(level, level.contiguous(), "", {}, tuple(level.shape[:-1]))
+
+
+def _read_maps(function: str, given: list[Tensor], layout: str, num_classes: int) -> list[Level]:
+    for level in given:
+        _check_channels(function, level.shape[1], num_classes, level.shape[1] % num_classes == 0)
+    in_head = "BACS" if layout == "anchor_major" else "BCAS"
+    # In channels-last memory as it lies, if all levels are: the operators take one layout.
+    is_last = all(level.movedim(1, -1).is_contiguous() for level in given) and not all(level.is_contiguous() for level in given)
+    order = in_head if not is_last else "BSAC" if layout == "anchor_major" or given[0].shape[1] == num_classes else "BSCA"
+    levels = []
+    for level in given:
+        sizes = {"B": level.shape[0], "S": math.prod(level.shape[2:]), "A": level.shape[1] // num_classes, "C": num_classes}
+        named = level.reshape([sizes[name] for name in in_head])
+        ordered = _permute(named, in_head, order).contiguous()
+        rows, elements = _operator_shapes(order, sizes)
+        levels.append(Level(level, ordered.view(elements), order, sizes, rows))
+    return levels
+
+
+def _operator_shapes(order: str, sizes: dict[str, int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of what each row has one of, and of what each element has one of."""
+    batch, places, anchors, classes = (sizes[name] for name in "BSAC")
+    if order == "BSAC":
+        return (batch, places, anchors), (batch, places, anchors, classes)
+    if order == "BACS":
+        return (batch, anchors, places), (batch, anchors * classes, places)
+    if order == "BCAS":
+        return (batch, 1, anchors * places), (batch, classes, anchors * places)
+    return (batch * places, 1, anchors), (batch * places, classes, anchors)
+
+
+def _permute(value: Tensor, before: str, after: str) -> Tensor:
+    return value if before == after else value.permute([before.index(name) for name in after])
+
+
+def _restore(level: Level, output: Tensor) -> Tensor:
+    if not level.order:
+        return output
+    in_head = "BCAS" if level.order in ("BCAS", "BSCA") else "BACS"
+    named = _permute(output.view([level.sizes[name] for name in level.order]), level.order, in_head)
+    if level.order[1] != "S":
+        return named.reshape(level.given.shape)
+    # Channels-last, as the logits.
+    batch, channels, *spatial = level.given.shape
+    return named.permute(0, 3, 1, 2).reshape(batch, *spatial, channels).movedim(-1, 1)
+
+
+def read_values(
+    levels: Levels, name: str, value: Tensor | Sequence[Tensor], per_row: bool, per_element: bool
+) -> tuple[list[Tensor], bool]:
+    """Targets, qualities or weights, one per level and contiguous, as the operators take them; and whether rows have one each.
+
+    `value` is a list with one per level, or one tensor for all: then its next to last dimension, or the last one of what rows have
+    one of, runs over the levels. Nothing is converted.
+    """
+    function, given = levels.function, levels.levels
+    if isinstance(value, Tensor) and len(given) == 1:
+        values = [value]
+    elif isinstance(value, Tensor):
+        values = _split(levels, name, value, per_row, per_element)
+    else:
+        values = _as_list(function, name, value)
+        if len(values) != len(given):
+            raise ValueError(f"{function}: {name} must be one Tensor or {len(given)}, one per level of logits, got {len(values)}")
+    read = []
+    for level, entry in zip(given, values, strict=True):
+        _checks.check_strided(function, name, entry)
+        _checks.check_device(function, name, entry, level.given)
+        read.append(_read_value(levels, name, level, entry.detach(), per_row, per_element))
+    forms = {is_per_row for _, is_per_row in read}
+    if len(forms) > 1:
+        raise ValueError(f"{function}: {name} must have one form on all levels, got some per row and some per element")
+    return [entry for entry, _ in read], forms.pop()
+
+
+def _split(levels: Levels, name: str, value: Tensor, per_row: bool, per_element: bool) -> Sequence[Tensor]:
+    # Rows of a level are counted by its last dimension but C, or by S * A; what stands before that dimension is the same everywhere.
+    def rows_of(level: Level) -> tuple[tuple[int, ...], int]:
+        if level.order:
+            return (level.sizes["B"],), level.sizes["S"] * level.sizes["A"]
+        return level.rows[:-1], level.rows[-1] if level.rows else 1
+
+    counted = [rows_of(level) for level in levels.levels]
+    before, total = counted[0][0], sum(count for _, count in counted)
+    shapes = [(*before, total)] * per_row + [(*before, total, levels.num_classes)] * per_element
+    if tuple(value.shape) not in shapes or any(other != before for other, _ in counted):
+        wanted = " or ".join(str(list(shape)) for shape in shapes)
+        raise ValueError(
+            f"{levels.function}: {name} must be a list with one per level of logits, or have shape {wanted}, got {list(value.shape)}"
+        )
+    return value.split([count for _, count in counted], len(before))
+
+
+def _read_value(levels: Levels, name: str, level: Level, value: Tensor, per_row: bool, per_element: bool) -> tuple[Tensor, bool]:
+    shape = tuple(value.shape)
+    if not level.order:
+        if per_row and shape == level.rows:
+            return value.contiguous(), True
+        if per_element and shape == level.given.shape:
+            if per_row and value.dim() > 0 and shape[-1] > 1 and value.stride(-1) == 0:
+                # Expanded from one per row: a copy would have one number per element.
+                return value[..., 0].contiguous(), True
+            return value.contiguous(), False
+        wanted = [level.rows] * per_row + [tuple(level.given.shape)] * per_element
+    else:
+        batch, places, anchors, classes = (level.sizes[letter] for letter in "BSAC")
+        spatial = tuple(level.given.shape[2:])
+        of_rows = [(batch, places * anchors), (batch, *spatial, anchors)] + [(batch, *spatial)] * (anchors == 1)
+        rows, elements = _operator_shapes(level.order, level.sizes)
+        if per_row and shape in of_rows:
+            ordered = _permute(value.reshape(batch, places, anchors), "BSA", level.order.replace("C", ""))
+            return ordered.contiguous().view(rows), True
+        of_elements = [(*of_row, classes) for of_row in of_rows]
+        in_head = "BCAS" if level.order in ("BCAS", "BSCA") else "BACS"
+        if per_element and shape == level.given.shape:
+            named = value.reshape([level.sizes[letter] for letter in in_head])
+            return _permute(named, in_head, level.order).contiguous().view(elements), False
+        if per_element and shape in of_elements:
+            named = value.reshape(batch, places, anchors, classes)
+            return _permute(named, "BSAC", level.order).contiguous().view(elements), False
+        wanted = of_rows * per_row + [tuple(level.given.shape), *of_elements] * per_element
+    forms = " or ".join(str(list(form)) for form in dict.fromkeys(wanted))
+    raise ValueError(f"{levels.function}: {name} must have shape {forms} for logits {list(level.given.shape)}, got {list(shape)}")
+
+
+def read_targets(
+    levels: Levels, targets: Tensor | Sequence[Tensor], quality: Tensor | Sequence[Tensor] | None, background: str
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Targets and qualities (empty if there are none) as the operators take them. `background` is checked."""
+    function = levels.function
+    _checks.check_choice(function, "background", background, ("last", "first"))
+    dtypes = {entry.dtype for entry in _as_list(function, "targets", targets)}
+    if any(dtype.is_complex for dtype in dtypes) or len(dtypes) > 1 and any(not dtype.is_floating_point for dtype in dtypes):
+        raise TypeError(f"{function}: targets must be class indices or floating, of one dtype on all levels, got {_names(dtypes)}")
+    is_integral = not any(dtype.is_floating_point for dtype in dtypes)
+    values, has_labels = read_values(levels, "targets", targets, is_integral and torch.bool not in dtypes, True)
+    if has_labels:
+        values = [_checks.as_labels(function, value, "targets") for value in values]
+    elif is_integral:
+        values = [value.to(levels.first.dtype) for value in values]
+    for value in values:
+        if not has_labels:
+            _checks.check_floating(function, "targets", value)
+    _check_target_values(levels, values, has_labels)
+    if quality is None:
+        return values, []
+    if not has_labels:
+        raise ValueError(f"{function}: quality must be None with dense targets, which are read as quality")
+    qualities, _ = read_values(levels, "quality", quality, True, False)
+    for value in qualities:
+        _checks.check_floating(function, "quality", value)
+    return values, qualities
+
+
+def _names(dtypes: set[torch.dtype]) -> str:
+    return ", ".join(sorted(map(str, dtypes)))
+
+
+def _check_target_values(levels: Levels, values: list[Tensor], has_labels: bool) -> None:
+    if not _checks.debug_checks():
+        return
+    for value in values:
+        if has_labels and value.numel() and int(value.max()) > levels.num_classes:
+            raise ValueError(
+                f"{levels.function}: targets must be class indices up to {levels.num_classes}, got {int(value.max())}"
+            )
+        if not has_labels and bool((value > 1).any()):
+            raise ValueError(f"{levels.function}: targets must be at most 1, got {float(value.max())}")
+
+
+def read_weights(levels: Levels, weight: Tensor | Sequence[Tensor] | None) -> list[Tensor]:
+    if weight is None:
+        return []
+    values, _ = read_values(levels, "weight", weight, True, True)
+    read = []
+    for value in values:
+        if not (value.dtype.is_floating_point or value.dtype.is_complex):
+            value = value.to(torch.float32)
+        _checks.check_floating(levels.function, "weight", value)
+        read.append(value)
+    return read
+
+
+def read_reduction(
+    levels: Levels, reduction: str, avg_factor: float | Tensor | None, loss_weight: float = 1.0, eps: float = 0.0, mean_over: int = 0
+) -> tuple[Tensor | None, float]:
+    """`normalizer` and `scale` of the operators. `eps` is added to `avg_factor`; `mean_over` is what "mean" divides by, 0: elements."""
+    function = levels.function
+    _checks.check_choice(function, "reduction", reduction, REDUCTIONS)
+    if isinstance(avg_factor, Tensor):
+        _checks.check_device(function, "avg_factor", avg_factor, levels.first)
+        if avg_factor.numel() != 1 or avg_factor.dim() > 1 or avg_factor.is_complex():
+            raise ValueError(f"{function}: avg_factor must be a number or a 0-d Tensor, got shape {list(avg_factor.shape)}")
+        normalizer = avg_factor.detach().reshape(())
+        if normalizer.dtype not in _checks.LOGIT_TYPES or eps:
+            normalizer = normalizer.double() + eps
+        return normalizer, loss_weight
+    if avg_factor is not None:
+        if isinstance(avg_factor, bool) or not isinstance(avg_factor, numbers.Real):
+            raise TypeError(f"{function}: avg_factor must be a number or a 0-d Tensor, got {type(avg_factor).__name__}")
+        divisor = avg_factor + eps
+        return None, loss_weight / divisor if divisor else math.inf
+    if reduction == "mean":
+        return None, loss_weight / max(mean_over or levels.numel, 1)
+    return None, loss_weight
+
+
+def read_ignore_index(function: str, ignore_index: int | None) -> int | None:
+    if ignore_index is not None and (isinstance(ignore_index, bool) or not isinstance(ignore_index, int)):
+        raise TypeError(f"{function}: ignore_index must be an int or None, got {type(ignore_index).__name__}")
+    return ignore_index
+
+
+def read_number(function: str, name: str, value: object, least: float | None = 0.0) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{function}: {name} must be a number, got {type(value).__name__}")
+    # NaN fails the comparisons.
+    if not (-1e30 <= value <= 1e30) or (least is not None and value < least):
+        at_least = "" if least is None else f" and at least {least:g}"
+        raise ValueError(f"{function}: {name} must be finite{at_least}, got {value}")
+    return float(value)
+
+
+def read_class_vector(function: str, name: str, value: Tensor | Sequence[float], levels: Levels) -> Tensor:
+    """float64 [C] on the device of the logits."""
+    if not isinstance(value, Tensor):
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            raise TypeError(f"{function}: {name} must be a Tensor or a list of numbers, got {type(value).__name__}")
+        value = torch.tensor(value, device=levels.first.device)
+    _checks.check_device(function, name, value, levels.first)
+    if value.is_complex():
+        raise TypeError(f"{function}: {name} must be real, got {value.dtype}")
+    _checks.check_shape(function, name, value, (levels.num_classes,), "one number per class")
+    return value.detach().double()
+
+
+def class_table(
+    levels: Levels,
+    gamma: float | Tensor,
+    positive: float | Tensor,
+    negative: float | Tensor,
+    class_weight: Tensor | Sequence[float] | None = None,
+    class_mask: Tensor | Sequence[bool] | None = None,
+) -> Tensor:
+    """float64 [3, C] of `gamma`, `a` and `b`: numbers, or float64 [C]."""
+    function, like = levels.function, levels.logits[0]
+    parts = (gamma, positive, negative)
+    if class_weight is None and class_mask is None and not any(isinstance(part, Tensor) for part in parts):
+        return _table_of_numbers(levels.num_classes, parts, like)
+    factor = like.new_ones(levels.num_classes, dtype=torch.float64)
+    if class_weight is not None:
+        factor = read_class_vector(function, "class_weight", class_weight, levels)
+    if class_mask is not None:
+        is_kept = read_class_vector(function, "class_mask", class_mask, levels) != 0
+        factor = torch.where(is_kept, factor, 0.0)
+    rows = [part if isinstance(part, Tensor) else torch.full_like(factor, part) for part in parts]
+    return torch.stack([rows[0], rows[1] * factor, rows[2] * factor])
+
+
+def _table_of_numbers(num_classes: int, parts: tuple[float, float, float], like: Tensor) -> Tensor:
+    device = like.device
+    # Tensors of a tracer, of a fake mode or of a CUDA graph in the making must not outlive it.
+    is_lasting = not torch.compiler.is_compiling() and type(like) in (Tensor, torch.nn.Parameter)
+    if is_lasting and like.is_cuda:
+        is_lasting = not torch.cuda.is_current_stream_capturing()
+    if not is_lasting:
+        return _make_table(num_classes, parts, device)
+    stream = torch.cuda.current_stream(device).cuda_stream if like.is_cuda else None
+    return _cached_table(num_classes, parts, device, stream)
+
+
+@functools.lru_cache(maxsize=64)
+def _cached_table(num_classes: int, parts: tuple[float, float, float], device: torch.device, stream: int | None) -> Tensor:
+    with torch.inference_mode(False):
+        return _make_table(num_classes, parts, device)
+
+
+def _make_table(num_classes: int, parts: tuple[float, float, float], device: torch.device) -> Tensor:
+    return torch.stack([torch.full((num_classes,), part, dtype=torch.float64, device=device) for part in parts])
