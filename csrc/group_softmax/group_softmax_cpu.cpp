@@ -76,33 +76,62 @@ void fill_chunk(const GroupLayout& layout, const int* class_columns, const Tenso
   });
 }
 
-// Weights of one group of classes.
-void sample_group(const GroupLayout& layout, int group, const std::vector<int>& columns, const std::vector<bool>& is_used,
-                  const float* keys, double ratio, float* weights) {
-  const int64_t rows = static_cast<int64_t>(columns.size());
-  int64_t foreground = 0, used = 0;
-  for (int64_t row = 0; row < rows; ++row) {
-    const bool is_foreground = is_used[row] && layout.holds(group, columns[row]);
-    weights[row] = is_foreground ? 1.0f : 0.0f;
-    foreground += is_foreground ? 1 : 0;
-    used += is_used[row] ? 1 : 0;
+constexpr uint8_t kIgnoredRow = 255;  // above every group
+
+// The group of each row's label.
+std::vector<uint8_t> groups_of_rows(const GroupLayout& layout, const int* class_columns, const Tensor& labels) {
+  std::vector<uint8_t> of_classes(layout.classes + 1), of_rows(labels.size(0));
+  for (int number = 0; number <= layout.classes; ++number)
+    of_classes[number] = static_cast<uint8_t>(layout.group_of(class_columns[number]));
+  for (size_t row = 0; row < of_rows.size(); ++row) {
+    const int number = layout.class_of(label_at(labels, static_cast<int64_t>(row)));
+    of_rows[row] = number < 0 ? kIgnoredRow : of_classes[number];
   }
-  const int64_t others = used - foreground, kept = kept_others(foreground, others, ratio);
+  return of_rows;
+}
+
+// Ascends with the key, NaN above all: for keys within [0, 1) all of about one size.
+constexpr int kKeyParts = 256;
+int part_of_key(float key) {
+  const float scaled = key * kKeyParts;
+  return scaled < 0 ? 0 : scaled < kKeyParts ? static_cast<int>(scaled) : kKeyParts - 1;
+}
+
+// The order of the key above the row's number: one comparison settles ties as well.
+uint64_t rank_of_key(const float* keys, int64_t row) {
+  uint32_t bits;
+  std::memcpy(&bits, keys + row, sizeof bits);
+  return static_cast<uint64_t>(order_of_key(keys[row], bits)) << 32 | static_cast<uint64_t>(row);
+}
+
+// Weights of one group of classes.
+void sample_group(uint8_t group, const std::vector<uint8_t>& of_rows, const float* keys, double ratio, float* weights) {
+  const int64_t rows = static_cast<int64_t>(of_rows.size());
+  const auto is_other = [&](int64_t row) { return of_rows[row] != group && of_rows[row] != kIgnoredRow; };
+  int64_t foreground = 0, others = 0;
+  for (int64_t row = 0; row < rows; ++row) {
+    weights[row] = of_rows[row] == group ? 1.0f : 0.0f;
+    foreground += of_rows[row] == group ? 1 : 0;
+    others += is_other(row) ? 1 : 0;
+  }
+  int64_t kept = kept_others(foreground, others, ratio);
   if (kept == 0) return;
-  const auto is_other = [&](int64_t row) { return is_used[row] && weights[row] == 0; };
   if (kept == others) {
-    for (int64_t row = 0; row < rows; ++row)
-      if (is_other(row)) weights[row] = 1;
+    for (int64_t row = 0; row < rows; ++row) weights[row] = of_rows[row] != kIgnoredRow ? 1.0f : 0.0f;
     return;
   }
-  // The order of the key above the row's number: one comparison settles ties as well.
+  // All of the lower parts are kept, and the lowest of the part that holds the last.
+  int64_t counts[kKeyParts] = {};
+  for (int64_t row = 0; row < rows; ++row) counts[part_of_key(keys[row])] += is_other(row) ? 1 : 0;
+  int last = 0;
+  while (counts[last] < kept) kept -= counts[last++];
   std::vector<uint64_t> ranks;
-  ranks.reserve(others);
+  ranks.reserve(counts[last]);
   for (int64_t row = 0; row < rows; ++row) {
     if (!is_other(row)) continue;
-    uint32_t bits;
-    std::memcpy(&bits, keys + row, sizeof bits);
-    ranks.push_back(static_cast<uint64_t>(order_of_key(keys[row], bits)) << 32 | static_cast<uint64_t>(row));
+    const int part = part_of_key(keys[row]);
+    if (part < last) weights[row] = 1;
+    if (part == last) ranks.push_back(rank_of_key(keys, row));
   }
   std::nth_element(ranks.begin(), ranks.begin() + (kept - 1), ranks.end());
   for (int64_t i = 0; i < kept; ++i) weights[ranks[i] & 0xffffffffu] = 1;
@@ -114,25 +143,19 @@ Tensor group_softmax_sample(Tensor labels, Tensor class_columns, std::optional<T
   const GroupLayout layout =
       read_groups_with_background(op, class_columns, labels, starts, others, background_group, background_first);
   check_group_sampling(op, labels, keys, layout.groups, others_ratio);
-  const int64_t rows = labels.size(0);
-  std::vector<int> columns(rows);
-  std::vector<bool> is_used(rows);
-  for (int64_t row = 0; row < rows; ++row) {
-    is_used[row] = label_at(labels, row) >= 0;
-    columns[row] = column_of_row(layout, int_data(class_columns), labels, row);
-  }
-  Tensor weights = new_cpu_tensor({layout.groups, rows}, ScalarType::Float);
+  const int64_t rows = labels.size(0), groups = layout.groups;
+  const std::vector<uint8_t> of_rows = groups_of_rows(layout, int_data(class_columns), labels);
+  Tensor weights = new_cpu_tensor({groups, rows}, ScalarType::Float);
   float* data = static_cast<float*>(weights.mutable_data_ptr());
   const float* key_data = keys ? static_cast<const float*>(keys->const_data_ptr()) : nullptr;
-  const int64_t tasks = rows * layout.groups < 4096 ? 1 : task_count(layout.groups, 1);
+  const int64_t tasks = rows * groups < 16384 ? 1 : task_count(groups, 1);
   run_tasks(tasks, [&](int64_t task) {
-    for (int64_t g = task_begin(layout.groups, tasks, task); g < task_begin(layout.groups, tasks, task + 1); ++g) {
-      const int group = static_cast<int>(g);
-      if (group == background_group)
-        for (int64_t row = 0; row < rows; ++row) data[group * rows + row] = is_used[row] ? 1.0f : 0.0f;
+    for (int64_t group = task_begin(groups, tasks, task); group < task_begin(groups, tasks, task + 1); ++group) {
+      float* out = data + group * rows;
+      if (group != background_group)
+        sample_group(static_cast<uint8_t>(group), of_rows, key_data ? key_data + group * rows : nullptr, others_ratio, out);
       else
-        sample_group(layout, group, columns, is_used, key_data ? key_data + group * rows : nullptr, others_ratio,
-                     data + group * rows);
+        for (int64_t row = 0; row < rows; ++row) out[row] = of_rows[row] != kIgnoredRow ? 1.0f : 0.0f;
     }
   });
   return weights;

@@ -58,9 +58,13 @@ static inline DoubleVec load_some_doubles(const In* p, int count) {
 }
 
 static inline double sum_lanes(DoubleVec x) {
+#if RSL_ISA == 512
+  return _mm512_reduce_add_pd(x);
+#else
   double sum = 0;
   for (int lane = 0; lane < kDoubles; ++lane) sum += x[lane];
   return sum;
+#endif
 }
 
 static inline float largest_lane(FloatVec x) {
@@ -136,26 +140,50 @@ static inline double wide_rest(const In* z, int count, bool has_constant, double
   return rest + (at_top - 1);
 }
 
-// r with exponentials as pairs of floats.
-template <class In>
+// The larger of two; NaN in the second stays.
+static inline FloatVec at_least(FloatVec least, FloatVec x) {
+#if RSL_ISA == 512
+  return _mm512_max_ps(least, x);
+#elif RSL_ISA == 256
+  return _mm256_max_ps(least, x);
+#else
+  return x < least ? least : x;
+#endif
+}
+
+// r with exponentials as pairs of floats. kExact: the largest logits are left out one by one; else their ones are subtracted
+// from the sum, which is as good unless r is tiny.
+template <bool kExact, class In>
 static inline double float_rest(const In* z, int count, float largest) {
   DoubleVec high_sum{}, other_sum{};
   FloatVec low_sum{};
   int at_top = 0;
   const FloatVec farthest = all_floats(-kLargestFloatExponent), zero{};
   for_floats(z, count, [&](int, FloatVec x, int) {
-    const FloatVec difference = x - largest;
     // NaN stays, and is in `low`.
-    const FloatVec u = difference < farthest ? farthest : difference;
+    const FloatVec u = at_least(farthest, x - largest);
     const FloatPair e = exp_pair(u);
-    const uint32_t is_top = at_most_mask(zero, u);
-    const FloatVec high = choose(is_top, zero, e.high);
+    FloatVec high = e.high;
+    if constexpr (kExact) {
+      const uint32_t is_top = at_most_mask(zero, u);
+      high = choose(is_top, zero, high);
+      at_top += __builtin_popcount(is_top);
+    }
     high_sum += low_doubles(high);
     other_sum += high_doubles(high);
     low_sum += e.low;
-    at_top += __builtin_popcount(is_top);
   });
-  return sum_lanes((high_sum + other_sum) + (low_doubles(low_sum) + high_doubles(low_sum))) + (at_top - 1);
+  const double sum = sum_lanes((high_sum + other_sum) + (low_doubles(low_sum) + high_doubles(low_sum)));
+  return kExact ? sum + (at_top - 1) : sum - 1;
+}
+
+// r of logits that are floats or narrower, without a constant among them.
+template <class In>
+static inline double narrow_rest(const In* z, int count, double largest) {
+  const double rest = float_rest<false>(z, count, static_cast<float>(largest));
+  if (!(rest < 1e-6) || count == 1) return rest;
+  const double exact = float_rest<true>(z, count, static_cast<float>(largest));
+  return exact < kSmallestFloatRest ? wide_rest(z, count, false, largest) : exact;
 }
 
 static inline double logit_at(const GroupLayout&, const double* row, int column) { return column < 0 ? 0 : row[column]; }
@@ -191,8 +219,7 @@ static inline PairSums sum_pair(const GroupLayout& layout, int group, const In* 
     } else if (has_constant) {
       rest = wide_rest(row + start, count, true, largest);
     } else {
-      rest = float_rest(row + start, count, static_cast<float>(largest));
-      if (rest < kSmallestFloatRest && count > 1) rest = wide_rest(row + start, count, false, largest);
+      rest = narrow_rest(row + start, count, largest);
     }
   }
   return {largest, largest - target, rest};
@@ -331,7 +358,7 @@ static inline double softmax_of(const GroupLayout& layout, int group, const In* 
     if (sizeof(In) == 8 || has_constant) {
       rest = wide_rest(row + start, count, has_constant, largest);
     } else if constexpr (sizeof(In) < 8) {
-      rest = float_rest(row + start, count, static_cast<float>(largest));
+      rest = float_rest<false>(row + start, count, static_cast<float>(largest));
     }
   }
   const double scale = 1 / (1 + rest);
