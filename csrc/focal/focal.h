@@ -32,7 +32,7 @@ RSL_HOST_DEVICE bool is_dead(const ClassEntry& entry) { return entry.positive ==
 
 // Whether an element of target t and own weight v counts at all, in a row that does. NaN counts.
 RSL_HOST_DEVICE bool element_counts(const ClassEntry& entry, double t, double v) {
-  return v != 0 && !(t == 0 ? entry.negative == 0 : t == 1 ? entry.positive == 0 : is_dead(entry));
+  return v != 0 && !(t < 0) && !(t == 0 ? entry.negative == 0 : t == 1 ? entry.positive == 0 : is_dead(entry));
 }
 
 // A level in memory, [outer, classes, inner]: rows have inner = 1. Labels, qualities and weights of rows are [outer, inner].
