@@ -14,6 +14,17 @@ from rsloss_kernels.losses.group_softmax import op as _group_softmax_op  # noqa:
 from rsloss_kernels.losses.rank_sort import op as _rank_sort_op  # noqa: E402, F401
 from rsloss_kernels.losses.alrp.api import ALRPLoss, ALRPLosses, alrp_loss, alrp_regression_loss  # noqa: E402
 from rsloss_kernels.losses.ap.api import APLoss, average_precision_loss  # noqa: E402
+from rsloss_kernels.losses.equalized_focal.api import (  # noqa: E402
+    EqualizedLoss,
+    eqlv2_loss,
+    equalized_focal_loss,
+    equalized_quality_focal_loss,
+)
+from rsloss_kernels.losses.equalized_focal.modules import (  # noqa: E402
+    EQLv2Loss,
+    EqualizedFocalLoss,
+    EqualizedQualityFocalLoss,
+)
 from rsloss_kernels.losses.focal.api import quality_focal_loss, sigmoid_focal_loss, varifocal_loss  # noqa: E402
 from rsloss_kernels.losses.ghm.api import (  # noqa: E402
     GHMCorrectedLoss,
@@ -39,6 +50,10 @@ __all__ = [
     "ALRPLosses",
     "APLoss",
     "ClassGroups",
+    "EQLv2Loss",
+    "EqualizedFocalLoss",
+    "EqualizedLoss",
+    "EqualizedQualityFocalLoss",
     "GHMC",
     "GHMCorrectedLoss",
     "GHMLoss",
@@ -55,6 +70,9 @@ __all__ = [
     "average_precision_loss",
     "backend_report",
     "convert_classifier",
+    "eqlv2_loss",
+    "equalized_focal_loss",
+    "equalized_quality_focal_loss",
     "ghm_classification_loss",
     "ghm_regression_loss",
     "gradient_density",
