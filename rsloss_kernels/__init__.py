@@ -26,6 +26,7 @@ from rsloss_kernels.losses.equalized_focal.modules import (  # noqa: E402
     EqualizedQualityFocalLoss,
 )
 from rsloss_kernels.losses.focal.api import quality_focal_loss, sigmoid_focal_loss, varifocal_loss  # noqa: E402
+from rsloss_kernels.losses.focal.modules import QualityFocalLoss, SigmoidFocalLoss, VarifocalLoss  # noqa: E402
 from rsloss_kernels.losses.ghm.api import (  # noqa: E402
     GHMCorrectedLoss,
     GHMLoss,
@@ -60,9 +61,12 @@ __all__ = [
     "GHMR",
     "GradientDensity",
     "GroupSoftmaxLoss",
+    "QualityFocalLoss",
     "RankSortLoss",
     "RankSortLosses",
     "SelfBalancing",
+    "SigmoidFocalLoss",
+    "VarifocalLoss",
     "__version__",
     "alrp_loss",
     "alrp_regression_loss",
