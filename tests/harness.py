@@ -22,7 +22,7 @@ ROUNDING = {torch.float16: (2**-11, 2**-25), torch.bfloat16: (2**-8, 2**-134)}
 # The originals subtract two numbers near 1 for a sorting loss near 0; their float64 outputs carry that much noise.
 NOISE = 1e-15
 # What some losses return besides losses, by name.
-STATISTICS = ("rank", "order", "acc_sum", "num_updates")
+STATISTICS = ("rank", "order", "acc_sum", "num_updates", "pos_grad", "neg_grad")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""MMDetection 3's own GHM modules, a living oracle: the two files that hold them, without the framework that its package imports."""
+"""MMDetection 3's own loss modules, a living oracle: the files that hold them, without the framework that its package imports."""
 import functools
 import importlib.util
 import pathlib
@@ -6,22 +6,33 @@ import sys
 import types
 
 
-@functools.cache
 def ghm() -> types.ModuleType:
     """`mmdet.models.losses.ghm_loss`, with classes `GHMC` and `GHMR`."""
+    return load("ghm_loss")
+
+
+@functools.cache
+def load(name: str) -> types.ModuleType:
+    """`mmdet.models.losses.<name>`."""
     folder = pathlib.Path(importlib.util.find_spec("mmdet").origin).parent / "models" / "losses"
-    registry = types.ModuleType("mmdet.registry")
-    registry.MODELS = types.SimpleNamespace(register_module=lambda: lambda cls: cls)
-    names = ("mmdet", "mmdet.registry", "mmdet_losses_", "mmdet_losses_.utils", "mmdet_losses_.ghm_loss")
-    before = {name: sys.modules.get(name) for name in names}
-    sys.modules |= {"mmdet": types.ModuleType("mmdet"), "mmdet.registry": registry}
-    package = sys.modules["mmdet_losses_"] = types.ModuleType("mmdet_losses_")
+    stubs = {name: types.ModuleType(name) for name in ("mmdet", "mmdet.registry", "mmcv", "mmcv.ops", "mmengine", "mmengine.logging")}
+    stubs["mmdet.registry"].MODELS = types.SimpleNamespace(register_module=lambda: lambda cls: cls)
+    stubs["mmcv.ops"].sigmoid_focal_loss = None  # of GPUs alone
+    stubs["mmengine.logging"].print_log = lambda *arguments, **options: None
+    package = types.ModuleType("mmdet_losses_")
     package.__path__ = [str(folder)]
+    loaded = ("mmdet_losses_", "mmdet_losses_.utils", "mmdet_losses_.accuracy", f"mmdet_losses_.{name}")
+    replaced = (*stubs, *loaded, "mmdet.models", "mmdet.models.losses", "mmdet.models.losses.utils")
+    before = {module: sys.modules.get(module) for module in replaced}
     try:
-        return importlib.import_module("mmdet_losses_.ghm_loss")
+        sys.modules |= stubs | {"mmdet_losses_": package}
+        # Some files import it by its full name.
+        sys.modules |= {module: types.ModuleType(module) for module in ("mmdet.models", "mmdet.models.losses")}
+        sys.modules["mmdet.models.losses.utils"] = importlib.import_module("mmdet_losses_.utils")
+        return importlib.import_module(f"mmdet_losses_.{name}")
     finally:
-        for name, module in before.items():
-            if module is None:
-                sys.modules.pop(name, None)
+        for module, value in before.items():
+            if value is None:
+                sys.modules.pop(module, None)
             else:
-                sys.modules[name] = module
+                sys.modules[module] = value

@@ -4,6 +4,7 @@ import harness
 import pytest
 import rsloss_kernels
 import torch
+from sigmoid_samples import SIGMOID_LOSSES
 
 GRADIENT_GATE = 2e-6
 DTYPES = [torch.float64, torch.float32]
@@ -33,3 +34,15 @@ def test_golden(backend, case, dtype):
             harness.assert_gates(backend, got, [float(wanted["loss"])], wanted["grad"], implementation, narrow=GRADIENT_GATE)
             recorded += 1
     assert recorded == 3
+
+
+# --- random inputs ---
+
+
+@pytest.mark.parametrize(
+    "loss, sample",
+    [pytest.param(loss, sample, id=f"{loss.name}-{sample.name}") for loss in SIGMOID_LOSSES.values() for sample in loss.samples],
+)
+def test_samples(backend, loss, generator, sample):
+    inputs = loss.draw(sample, generator)
+    loss.assert_agrees(backend, *inputs.arguments, label=sample.name, upstream=-0.375, **inputs.options)
