@@ -191,7 +191,59 @@ def _ghm_variants(impl) -> dict[str, list[dict]]:
     }
 
 
+def _focal_variants(impl) -> dict[str, list[dict]]:
+    """Types of logits, targets, qualities and weights, layout and size; every modulator with hard and with soft targets."""
+    levels = [
+        {
+            **{"logits_ptr": logit, "targets_ptr": target, "qualities_ptr": quality, "weights_ptr": weight, "size": size},
+            **{"class_table_ptr": "fp64", "normalizer_ptr": weight, "MODULATOR": modulator, "MAPS": maps, "inner": size},
+            **{"IS_INDEX": target in ("i32", "i64"), "BACKGROUND_FIRST": target == "i64", "WEIGHT_PER_ROW": maps},
+            **{"ignore_index": "i64" if maps else "i32", "results_ptr": logit, **impl.OPTIONS},
+            "grad": "fp64" if logit == "fp64" else "fp32",
+        }
+        for logit, target, quality, weight, modulator, maps, size in (
+            ("fp32", "i64", None, None, 0, True, "i32"),
+            ("bf16", "i32", None, "fp32", 0, False, "i32"),
+            ("fp16", "i64", "fp16", "bf16", 1, True, "i32"),
+            ("fp64", "i32", "fp32", None, 2, False, "i32"),
+            ("bf16", "i64", "bf16", "fp64", 3, True, "i64"),
+            ("fp64", "i32", None, "fp64", 2, False, "i64"),
+            ("fp32", "fp32", None, None, 0, True, "i32"),
+            ("fp16", "fp32", None, "fp16", 1, False, "i32"),
+            ("bf16", "bf16", None, "bf16", 2, True, "i32"),
+            ("fp64", "fp64", None, "fp32", 3, False, "i64"),
+        )
+    ]
+    block = {"BLOCK": impl.BLOCK["cuda"]}
+    tiles = [
+        dict(zip(("TILE_ROWS", "TILE_CLASSES"), impl.tile_shape(1 << 20, classes, level["MAPS"], "cuda"), strict=True))
+        for level, classes in zip(levels, itertools.cycle((80, 1, 1203)))
+    ]
+    elements = [
+        {**level, **block, "grads_ptr": grad, "GRAD_PER_ELEMENT": per_element}
+        for number, level in enumerate(levels)
+        for grad, per_element in (((None, False), (level["grad"], False), (level["grad"], True))[number % 3 :][:2])
+    ]
+    sums = [
+        {
+            **{"partials_ptr": "fp64", "class_partials_ptr": table, "class_sums_ptr": table, "normalizer_ptr": normalizer},
+            **{"loss_ptr": loss, "SUMS_AT_ONCE": impl.SUMS_AT_ONCE, "num_warps": impl.SUMS_WARPS},
+        }
+        for table, normalizer, loss in ((None, None, "fp32"), ("fp64", "fp32", "fp32"), ("fp64", "bf16", "fp64"))
+    ]
+    return {
+        "focal_loss_kernel": [{**level, **block, "partials_ptr": "fp64"} for level in levels],
+        "focal_class_sums_kernel": [
+            {**level, **tile, "partials_ptr": "fp64", "class_partials_ptr": "fp64"}
+            for level, tile in zip(levels, tiles, strict=True)
+        ],
+        "focal_sums_kernel": sums,
+        "focal_elements_kernel": elements,
+    }
+
+
 def _variants() -> dict[str, list[dict]]:
+    focal = importlib.import_module("rsloss_kernels.losses.focal.triton_impl")
     ghm = importlib.import_module("rsloss_kernels.losses.ghm.triton_impl")
     common, binning, finalize = (
         importlib.import_module(f"rsloss_kernels.losses.ranking.triton_{name}") for name in ("common", "bin", "finalize")
@@ -201,6 +253,7 @@ def _variants() -> dict[str, list[dict]]:
         **_sweep_variants(common, binning),
         **_finalize_variants(common, finalize),
         **_ghm_variants(ghm),
+        **_focal_variants(focal),
     }
 
 

@@ -2,65 +2,16 @@
 
 Formulas and the rules for bins: README.md beside this file.
 """
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from rsloss_kernels.losses.triton_common import float_bits, float_of, power_of_two
+from rsloss_kernels.losses.triton_common import exp_of_minus, float_bits, float_of, log1p_of, log1p_of_fraction, reciprocal
 
 # Arguments that change from call to call without a gain from code of their own; floats travel as the bits of a float64.
 PLAIN_INTEGERS = ("bins", "entries", "mu_bits", "momentum_bits", "log_momentum_bits", "scale_bits")
 TABLE_WARPS = 4
-
-# Coefficients of exp(x) and of atanh(x) / x in x^2. The functions of the library branch on special values, which costs registers.
-EXP_TERMS = tl.constexpr(tuple(1 / math.factorial(k) for k in range(14)))
-ATANH_TERMS = tl.constexpr(tuple(1 / (2 * k + 1) for k in range(11)))
-LOG2_E = tl.constexpr(math.log2(math.e))
-LOG_2 = tl.constexpr(math.log(2))
-
-
-@triton.jit
-def reciprocal(x):
-    """1 / x to float64, for x that float32 has too."""
-    result = (1.0 / x.to(tl.float32)).to(tl.float64)
-    result *= 2.0 - x * result
-    return result * (2.0 - x * result)
-
-
-@triton.jit
-def exp_of_minus(x):
-    """exp(-x) for x >= 0, to float64."""
-    power = -x * LOG2_E
-    power = tl.where(power < -2000.0, -2000.0, power)
-    whole = tl.floor(power + 0.5)
-    rest = (power - whole) * LOG_2
-    result = tl.full(x.shape, EXP_TERMS[13], tl.float64)
-    for k in tl.static_range(12, -1, -1):
-        result = result * rest + EXP_TERMS[k]
-    # In two steps, as the result may be subnormal.
-    half = tl.floor(0.5 * whole)
-    return result * power_of_two(half) * power_of_two(whole - half)
-
-
-@triton.jit
-def log1p_of_fraction(x):
-    """log(1 + x) for x within [0, 1], right to 4e-12 relative: 2 atanh(x / (2 + x))."""
-    ratio = x * reciprocal(2.0 + x)
-    square = ratio * ratio
-    result = tl.full(x.shape, ATANH_TERMS[10], tl.float64)
-    for k in tl.static_range(9, -1, -1):
-        result = result * square + ATANH_TERMS[k]
-    return 2.0 * ratio * result
-
-
-@triton.jit
-def log1p_of(x):
-    """log(1 + x) for x >= 0, to float64: what rounding takes from 1 + x is added to first order."""
-    whole = 1.0 + x
-    return tl.log(whole) + (x - (whole - 1.0)) / whole
 
 
 @triton.jit(do_not_specialize=PLAIN_INTEGERS)
