@@ -349,7 +349,7 @@ def read_class_vector(function: str, name: str, value: Tensor | Sequence[float],
     if not isinstance(value, Tensor):
         if isinstance(value, str) or not isinstance(value, Sequence):
             raise TypeError(f"{function}: {name} must be a Tensor or a list of numbers, got {type(value).__name__}")
-        value = torch.tensor(value, device=levels.first.device)
+        value = torch.tensor(value, dtype=torch.float64, device=levels.first.device)
     _checks.check_device(function, name, value, levels.first)
     if value.is_complex():
         raise TypeError(f"{function}: {name} must be real, got {value.dtype}")

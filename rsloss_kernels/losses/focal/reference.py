@@ -62,12 +62,12 @@ def elements(z: Tensor, t: Tensor, classes: Classes, modulator: int) -> tuple[Te
     if modulator == Modulator.QUALITY:
         base = distance.abs()
         rate = torch.where(distance == 0, 0.0, smaller * larger / distance)
-    else:
+    elif modulator == Modulator.FOCAL:
         base = p * (1 - t) + not_p * t
         rate = torch.where(base == 0, 0.0, smaller * larger * (1 - 2 * t) / base)
+    else:
+        base, rate = torch.where(t > 0, 1.0, p), torch.where(t > 0, 0.0, not_p)
     weight = _class_weight(t, classes, modulator)
-    if modulator in (Modulator.VARIFOCAL, Modulator.VARIFOCAL_UNWEIGHTED):
-        gamma = torch.where(t > 0, 0.0, gamma)
     factor = weight if _is_zero(gamma) else weight * base**gamma
     # An infinite cross entropy no longer changes with the modulator.
     of_modulator = torch.where(rate == 0, 0.0, gamma * rate * entropy)
