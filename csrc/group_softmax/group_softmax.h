@@ -12,9 +12,8 @@ namespace rsloss {
 constexpr int kMostGroups = 64;
 enum RowTable { kLargest = 0, kScale = 1, kComplement = 2, kRowTables = 3 };
 
-// Below it a pair is computed in float64: terms of its sum may be below the normal range of float, and the pair's own numbers
-// are that small.
-constexpr double kSmallestFloatRest = 1e-25;
+// Below it a pair is computed in float64: what is far below the largest logit of a row counts then.
+constexpr double kSmallestFloatRest = 1e-14;
 
 // Which columns belong to a group, and which of them stands for all that does not; others -1: none does, its logit is 0.
 struct GroupLayout {

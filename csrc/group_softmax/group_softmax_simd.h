@@ -5,7 +5,7 @@
 // throughout.
 #include "common/vectors_simd.h"
 
-#include "common/exponentials_simd.h"
+#include "group_softmax/shifted_exponentials_simd.h"
 
 constexpr float kFloatInfinity = __builtin_inff();
 constexpr double kDoubleInfinity = __builtin_inf();
@@ -151,44 +151,42 @@ static inline FloatVec at_least(FloatVec least, FloatVec x) {
 #endif
 }
 
-// r with exponentials as pairs of floats. kExact: the largest logits are left out one by one; else their ones are subtracted
-// from the sum, which is as good unless r is tiny.
-template <bool kExact, class In>
-static inline double float_rest(const In* z, int count, float largest) {
+// Where exponentials in floats serve: larger logits are not split exactly, and below -86 they are cut off, which must be far
+// from the largest.
+static inline bool has_float_range(double largest) { return largest >= -20 && largest <= kLargestFloatExponent; }
+
+// What is lower counts as this low.
+static inline FloatVec farthest_from(float largest) {
+  return all_floats(largest > 0 ? largest - kLargestFloatExponent : -kLargestFloatExponent);
+}
+
+// Sets sum, remainder and equal. Pairs of floats, which a sum must be of to be right to 1e-8; the largest logits are counted.
+template <class In>
+static inline void sum_floats(const In* z, int count, PairSums& sums) {
+  const float largest = static_cast<float>(sums.largest);
+  const ExponentShift shift = shift_near(largest);
+  const FloatVec farthest = farthest_from(largest), top = all_floats(largest), zero{};
   DoubleVec high_sum{}, other_sum{};
   FloatVec low_sum{};
   int at_top = 0;
-  const FloatVec farthest = all_floats(-kLargestFloatExponent), zero{};
   for_floats(z, count, [&](int, FloatVec x, int) {
     // NaN stays, and is in `low`.
-    const FloatVec u = at_least(farthest, x - largest);
-    const FloatPair e = exp_pair(u);
-    FloatVec high = e.high;
-    if constexpr (kExact) {
-      const uint32_t is_top = at_most_mask(zero, u);
-      high = choose(is_top, zero, high);
-      at_top += __builtin_popcount(is_top);
-    }
+    const FloatPair e = exp_pair(at_least(farthest, x), shift.magic);
+    const uint32_t is_top = equal_mask(x, top);
+    const FloatVec high = choose(is_top, zero, e.high);
     high_sum += low_doubles(high);
     other_sum += high_doubles(high);
-    low_sum += e.low;
+    low_sum += choose(is_top, zero, e.low);
+    at_top += __builtin_popcount(is_top);
   });
-  const double sum = sum_lanes((high_sum + other_sum) + (low_doubles(low_sum) + high_doubles(low_sum)));
-  return kExact ? sum + (at_top - 1) : sum - 1;
+  sums.sum = sum_lanes((high_sum + other_sum) + (low_doubles(low_sum) + high_doubles(low_sum)));
+  sums.remainder = shift.remainder;
+  sums.equal = at_top - 1;
 }
 
-// r of logits that are floats or narrower, without a constant among them.
+// The logit in a column, or the constant of others without one.
 template <class In>
-static inline double narrow_rest(const In* z, int count, double largest) {
-  const double rest = float_rest<false>(z, count, static_cast<float>(largest));
-  if (!(rest < 1e-6) || count == 1) return rest;
-  const double exact = float_rest<true>(z, count, static_cast<float>(largest));
-  return exact < kSmallestFloatRest ? wide_rest(z, count, false, largest) : exact;
-}
-
-static inline double logit_at(const GroupLayout&, const double* row, int column) { return column < 0 ? 0 : row[column]; }
-template <class In>
-static inline double logit_at(const GroupLayout&, const In* row, int column) {
+static inline double logit_at(const In* row, int column) {
   return column < 0 ? 0 : static_cast<double>(widen(row[column]));
 }
 
@@ -197,51 +195,53 @@ static inline int entries_of(const GroupLayout& layout, int group) {
   return layout.starts[group + 1] - layout.starts[group] + (layout.others[group] < 0 ? 1 : 0);
 }
 
-// Of a pair of two entries `rest` is their distance instead, of which finish_chunk takes the exponential.
 template <class In>
 static inline PairSums sum_pair(const GroupLayout& layout, int group, const In* row, int column) {
   const int start = layout.starts[group], count = layout.starts[group + 1] - start;
   const bool has_constant = layout.others[group] < 0;
-  const double target = logit_at(layout, row, layout.target_in(group, column));
+  const double target = logit_at(row, layout.target_in(group, column));
   if (count + (has_constant ? 1 : 0) == 2) {
     const double first = static_cast<double>(widen(row[start]));
     const double second = has_constant ? 0 : static_cast<double>(widen(row[start + 1]));
-    const double distance = first > second ? first - second : second - first;
-    const double largest = first > second ? first : second;
+    const double largest = first > second ? first : second, distance = largest - (first > second ? second : first);
     const bool is_whole = first == first && second == second && largest < kDoubleInfinity && target > -kDoubleInfinity;
-    return {largest, largest - target, is_whole ? distance : __builtin_nan("")};
+    return {largest, largest - target, is_whole ? distance : __builtin_nan(""), 0, 0};
   }
   const double largest = largest_of(row + start, count, has_constant);
-  double rest = __builtin_nan("");
-  if (largest < kDoubleInfinity && target > -kDoubleInfinity) {
-    if constexpr (sizeof(In) == 8) {
-      rest = wide_rest(row + start, count, has_constant, largest);
-    } else if (has_constant) {
-      rest = wide_rest(row + start, count, true, largest);
-    } else {
-      rest = narrow_rest(row + start, count, largest);
+  PairSums sums{largest, largest - target, __builtin_nan(""), 0, 0};
+  if (!(largest < kDoubleInfinity && target > -kDoubleInfinity)) return sums;
+  if (count + (has_constant ? 1 : 0) == 1) {
+    sums.sum = 0;
+    return sums;
+  }
+  if constexpr (sizeof(In) < 8) {
+    if (!has_constant && has_float_range(largest)) {
+      sum_floats(row + start, count, sums);
+      if (!(sums.sum + sums.equal < kSmallestFloatRest)) return sums;
+      sums.remainder = sums.equal = 0;
     }
   }
-  return {largest, largest - target, rest};
+  sums.sum = wide_rest(row + start, count, has_constant, largest);
+  return sums;
 }
 
-// What follows from the sums of a group's pairs; the first three arrays are overwritten by the tables.
-static void finish_pairs(const double* weights, bool has_two_entries, double* largest, double* gap, double* rest,
-                         double& loss) {
+// What follows from the sums of a group's pairs; tables: of the group, at first largest, gap and sum.
+static void finish_pairs(const double* weights, bool has_two_entries, const double* remainders, const double* equals,
+                         double* const* tables, double& loss) {
   DoubleVec total{};
   const DoubleVec zero{}, nan = all_doubles(__builtin_nan(""));
   for (int i = 0; i < kChunkRows; i += kDoubles) {
-    const DoubleVec weight = load_vec<DoubleVec>(weights + i), distance = load_vec<DoubleVec>(gap + i);
-    const DoubleVec given = load_vec<DoubleVec>(rest + i), r = has_two_entries ? exp_minus(given) : given;
-    const DoubleVec sum = 1 + r, of_target = exp_minus(distance);
-    const DoubleVec scale = 1 / sum, complement = (distance == 0.0 ? r : sum - of_target) / sum;
-    const DoubleVec cross_entropy = distance + log_one_plus_any(r);
+    const DoubleVec top = load_vec<DoubleVec>(tables[kLargest] + i), gap = load_vec<DoubleVec>(tables[kScale] + i);
+    const DoubleVec given = load_vec<DoubleVec>(tables[kComplement] + i);
+    const DoubleVec grown = exp_of_remainder(load_vec<DoubleVec>(remainders + i)) * given + load_vec<DoubleVec>(equals + i);
+    const DoubleVec rest = has_two_entries ? exp_minus(given) : grown, sum = 1 + rest;
+    const DoubleVec scale = 1 / sum, complement = (gap == 0.0 ? rest : sum - exp_minus(gap)) / sum;
+    const DoubleVec cross_entropy = gap + log_one_plus_any(rest), weight = load_vec<DoubleVec>(weights + i);
     const LongVec is_read = weight != 0.0, is_sound = given == given;
     total += is_read ? weight * (is_sound ? cross_entropy : nan) : zero;
-    const DoubleVec top = load_vec<DoubleVec>(largest + i);
-    store_vec(largest + i, is_read ? (is_sound ? top : nan) : zero);
-    store_vec(gap + i, is_read ? (is_sound ? scale : nan) : zero);
-    store_vec(rest + i, is_read ? (is_sound ? complement : nan) : zero);
+    store_vec(tables[kLargest] + i, is_read ? (is_sound ? top : nan) : zero);
+    store_vec(tables[kScale] + i, is_read ? (is_sound ? scale : nan) : zero);
+    store_vec(tables[kComplement] + i, is_read ? (is_sound ? complement : nan) : zero);
   }
   loss = sum_lanes(total);
 }
@@ -251,21 +251,46 @@ template <class In>
 static void forward_chunk(const GroupChunk& chunk, const In* logits, GroupChunkResult& result) {
   const GroupLayout& layout = *chunk.layout;
   const int64_t stride = layout.columns();
-  double* tables[kRowTables] = {result.tables[kLargest], result.tables[kScale], result.tables[kComplement]};
   for (int i = 0; i < chunk.rows; ++i) {
     for (int group = 0; group < layout.groups; ++group) {
       const int pair = group * kChunkRows + i;
       if (chunk.weights[pair] == 0) continue;
       const PairSums sums = sum_pair(layout, group, logits + i * stride, chunk.columns[i]);
-      tables[0][pair] = sums.largest;
-      tables[1][pair] = sums.gap;
-      tables[2][pair] = sums.rest;
+      result.tables[kLargest][pair] = sums.largest;
+      result.tables[kScale][pair] = sums.gap;
+      result.tables[kComplement][pair] = sums.sum;
+      result.remainder[pair] = sums.remainder;
+      result.equal[pair] = sums.equal;
     }
   }
   for (int group = 0; group < layout.groups; ++group) {
     const int first = group * kChunkRows;
-    finish_pairs(chunk.weights + first, entries_of(layout, group) == 2, tables[0] + first, tables[1] + first, tables[2] + first,
+    double* const tables[kRowTables] = {result.tables[kLargest] + first, result.tables[kScale] + first,
+                                        result.tables[kComplement] + first};
+    finish_pairs(chunk.weights + first, entries_of(layout, group) == 2, result.remainder + first, result.equal + first, tables,
                  result.loss[group]);
+  }
+}
+
+// e^(z - largest) * scale; floats within has_float_range, or doubles.
+template <class In, class Out>
+static inline void write_softmax(const In* z, int count, Arithmetic<In> largest, double scale, Out* out) {
+  if constexpr (sizeof(In) == 8) {
+    for_doubles(z, count, [&](int i, DoubleVec x, int some) {
+      const DoubleVec value = exp_minus(largest - x) * scale;
+      for (int lane = 0; lane < some; ++lane) out[i + lane] = value[lane];
+    });
+  } else {
+    const ExponentShift shift = shift_near(largest);
+    const double grown = exp_of_remainder(all_doubles(shift.remainder))[0];
+    const FloatVec farthest = farthest_from(largest), zero{};
+    const float factor = static_cast<float>(scale * grown);
+    for_floats(z, count, [&](int i, FloatVec x, int some) {
+      const uint32_t is_far = greater_mask(farthest, x);
+      const FloatVec value = choose(is_far, zero, exp_float(at_least(farthest, x), shift.magic) * factor);
+      if (some == kFloats) store_floats(out + i, value);
+      else store_some(out + i, value, some);
+    });
   }
 }
 
@@ -275,7 +300,7 @@ static void write_wide(const GroupLayout& layout, int group, const In* row, int 
   const int start = layout.starts[group], count = layout.starts[group + 1] - start;
   const bool has_constant = layout.others[group] < 0;
   const int at = layout.target_in(group, column);
-  const double target = logit_at(layout, row, at), largest = largest_of(row + start, count, has_constant);
+  const double target = logit_at(row, at), largest = largest_of(row + start, count, has_constant);
   const double rest = wide_rest(row + start, count, has_constant, largest), sum = 1 + rest, gap = largest - target;
   const double complement = (gap == 0 ? rest : sum - __builtin_exp(-gap)) / sum, scale = factor / sum;
   for_doubles(row + start, count, [&](int i, DoubleVec x, int some) {
@@ -292,38 +317,22 @@ static inline void write_pair(const GroupLayout& layout, int group, const In* ro
   using Wide = Arithmetic<In>;
   const int start = layout.starts[group], count = layout.starts[group + 1] - start;
   const double complement = static_cast<double>(tables[kComplement * table_size]);
-  if (sizeof(In) < 8 && complement < kSmallestFloatRest) {
+  const int at = layout.target_in(group, column);
+  const bool has_two_entries = entries_of(layout, group) == 2;
+  const Wide largest = tables[kLargest * table_size];
+  const bool has_floats = has_two_entries || has_float_range(largest) || largest != largest;
+  if (sizeof(In) < 8 && (complement < kSmallestFloatRest || !has_floats)) {
     if (entries_of(layout, group) == 1) gradient[start] = In(Wide(0));
     else write_wide(layout, group, row, column, factor, gradient);
     return;
   }
-  const int at = layout.target_in(group, column);
   const Wide of_target = static_cast<Wide>(-factor * complement);
-  if (entries_of(layout, group) == 2) {
+  if (has_two_entries) {
     gradient[start] = In(at == start ? of_target : -of_target);
     if (count == 2) gradient[start + 1] = In(at == start + 1 ? of_target : -of_target);
     return;
   }
-  const Wide largest = tables[kLargest * table_size];
-  const Wide scale = static_cast<Wide>(factor * static_cast<double>(tables[kScale * table_size]));
-  if constexpr (sizeof(In) == 8) {
-    for_doubles(row + start, count, [&](int i, DoubleVec x, int some) {
-      const DoubleVec slope = exp_minus(largest - x) * scale;
-      if (some == kDoubles) store_vec(gradient + start + i, slope);
-      else
-        for (int lane = 0; lane < some; ++lane) gradient[start + i + lane] = slope[lane];
-    });
-  } else {
-    const FloatVec farthest = all_floats(kLargestFloatExponent), zero{};
-    for_floats(row + start, count, [&](int i, FloatVec x, int some) {
-      const FloatVec distance = largest - x;
-      const uint32_t is_far = greater_mask(distance, farthest);
-      const FloatVec slope = exp_minus(choose(is_far, zero, distance)) * scale;
-      const FloatVec value = choose(is_far, zero, slope);
-      if (some == kFloats) store_floats(gradient + start + i, value);
-      else store_some(gradient + start + i, value, some);
-    });
-  }
+  write_softmax(row + start, count, largest, factor * static_cast<double>(tables[kScale * table_size]), gradient + start);
   if (at >= 0) gradient[at] = In(of_target);
 }
 
@@ -346,36 +355,29 @@ static void backward_chunk(const GroupChunk& chunk, const double* factors, const
   }
 }
 
-// exponentials / sum of a group, into `out`; returns what stands for others without a column, else 0.
+// The softmax of a group into `out`; returns that of others without a column, else 0.
 template <class In>
 static inline double softmax_of(const GroupLayout& layout, int group, const In* row, Arithmetic<In>* out) {
-  using Wide = Arithmetic<In>;
   const int start = layout.starts[group], count = layout.starts[group + 1] - start;
   const bool has_constant = layout.others[group] < 0;
-  const double largest = largest_of(row + start, count, has_constant);
-  double rest = __builtin_nan("");
-  if (largest < kDoubleInfinity && largest > -kDoubleInfinity) {
-    if (sizeof(In) == 8 || has_constant) {
-      rest = wide_rest(row + start, count, has_constant, largest);
-    } else if constexpr (sizeof(In) < 8) {
-      rest = float_rest<false>(row + start, count, static_cast<float>(largest));
+  PairSums sums{largest_of(row + start, count, has_constant), 0, 0, 0, 0};
+  const double largest = sums.largest;
+  const bool is_whole = largest < kDoubleInfinity && largest > -kDoubleInfinity;
+  if constexpr (sizeof(In) < 8) {
+    if (has_float_range(largest) && !has_constant) {
+      sum_floats(row + start, count, sums);
+      const double grown = exp_of_remainder(all_doubles(sums.remainder))[0];
+      const double scale = 1 / (1 + (sums.sum * grown + sums.equal));
+      write_softmax(row + start, count, static_cast<float>(largest), scale, out + start);
+      return 0;
     }
   }
+  const double rest = is_whole ? wide_rest(row + start, count, has_constant, largest) : __builtin_nan("");
   const double scale = 1 / (1 + rest);
-  if constexpr (sizeof(In) == 8) {
-    for_doubles(row + start, count, [&](int i, DoubleVec x, int some) {
-      const DoubleVec value = exp_minus(largest - x) * scale;
-      for (int lane = 0; lane < some; ++lane) out[start + i + lane] = value[lane];
-    });
-  } else {
-    const FloatVec farthest = all_floats(kLargestFloatExponent), zero{};
-    const Wide top = static_cast<Wide>(largest), factor = static_cast<Wide>(scale);
-    for_floats(row + start, count, [&](int i, FloatVec x, int some) {
-      const FloatVec distance = top - x;
-      const uint32_t is_far = greater_mask(distance, farthest);
-      store_some(out + start + i, choose(is_far, zero, exp_minus(choose(is_far, zero, distance)) * factor), some);
-    });
-  }
+  for_doubles(row + start, count, [&](int i, DoubleVec x, int some) {
+    const DoubleVec value = exp_minus(largest - x) * scale;
+    for (int lane = 0; lane < some; ++lane) out[start + i + lane] = static_cast<Arithmetic<In>>(value[lane]);
+  });
   return has_constant ? __builtin_exp(-largest) * scale : 0;
 }
 
