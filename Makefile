@@ -50,11 +50,11 @@ env:
 	fi
 
 test: env
-	@$(PY) -m pytest tests -n $(JOBS) $(PYTEST_FLAGS)
+	@$(PY) -m pytest tests -n $(JOBS) --dist worksteal $(PYTEST_FLAGS)
 
 # Triton decides at import whether it interprets or compiles, so this needs a run of its own.
 test-triton: env
-	@TRITON_INTERPRET=1 RSLOSS_TEST_BACKENDS=triton $(PY) -m pytest tests -n $(JOBS) -k triton-cpu $(PYTEST_FLAGS)
+	@TRITON_INTERPRET=1 RSLOSS_TEST_BACKENDS=triton $(PY) -m pytest tests -n $(JOBS) --dist worksteal -k triton-cpu $(PYTEST_FLAGS)
 
 demo: env
 	@$(PY) python/train_detector.py $(DEMO_FLAGS)

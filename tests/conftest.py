@@ -25,6 +25,12 @@ if harness.Backend("triton", "cpu") in harness.backends_under_test():
 SEED = int(os.environ.get("RSLOSS_TEST_SEED") or random.SystemRandom().randrange(2**31))
 os.environ["RSLOSS_TEST_SEED"] = str(SEED)  # for the workers of pytest-xdist, which must collect the same tests
 _reasons: dict[str, str | None] = {}
+# Files whose tests take long, in this order before all others: no worker is left with one of them at the end.
+LONGEST_FIRST = (
+    *("test_triton_compile.py", "test_distributed.py", "test_ghm_distributed.py", "test_cpu_variants.py", "test_cuda_compile.py"),
+    *("test_packaging.py", "test_cuda_on_cpu.py", "test_train_detector.py", "test_ops.py", "test_ranking_large.py"),
+    *("test_bench_harness.py", "test_bench_peers.py"),
+)
 # Parameters of mallopt.
 TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3
 
@@ -61,6 +67,7 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("loss", LOSSES.values(), ids=LOSSES)
 
 
+@pytest.hookimpl(trylast=True)  # after pytest has put tests of the same backend together
 def pytest_collection_modifyitems(config, items):
     def is_kept(item):
         params = getattr(item, "callspec", None) and item.callspec.params or {}
@@ -74,12 +81,19 @@ def pytest_collection_modifyitems(config, items):
     if dropped:
         config.hook.pytest_deselected(items=dropped)
         items[:] = [item for item in items if is_kept(item)]
+    places = {name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 def pytest_collection_finish():
     """Thousands of collected tests live as long as the process; no garbage collection need walk over them."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_unconfigure():
+    # Or libraries would report as leaks what is never freed.
+    gc.unfreeze()
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -3,12 +3,15 @@
 The library brings the overloads `.cuda` for CPU tensors. The whole test-suite can then run under `use_backend("cuda")` without a
 GPU, on the very sources that nvcc compiles.
 """
+import concurrent.futures
+import contextlib
+import fcntl
 import functools
 import hashlib
 import os
 import pathlib
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -41,26 +44,34 @@ def build(sanitize: bool = False) -> pathlib.Path:
 def compile_library(
     name: str, files: list[pathlib.Path], sanitize: bool = False, flags: Sequence[str] = ()
 ) -> pathlib.Path:
-    """Compiles `files` into one library, cached by their content, all headers and the flags."""
+    """Compiles `files` into one library, cached by their content, all headers and the flags; once for all processes."""
     flags = [*_FLAGS, *flags, "-O1", f"-fsanitize={SANITIZERS}", "-fno-omit-frame-pointer"] if sanitize else [*_FLAGS, *flags, "-O2"]
     common = hashlib.sha256(" ".join([torch.__version__, *flags]).encode())
     for path in sorted([*CSRC.glob("*/*.h"), *CSRC.glob("*/*.cuh"), *HERE.glob("*.h")]):
         common.update(path.read_bytes())
-    CACHE.mkdir(parents=True, exist_ok=True)
-    objects = []
+    objects = {}
     for source in files:
         digest = common.copy()
         digest.update(source.read_bytes())
-        target = CACHE / f"{source.stem}-{digest.hexdigest()[:16]}.o"
-        if not target.exists():
-            _compile(["-x", "c++", *flags, "-c", str(source)], target)
-        objects.append(target)
+        objects[CACHE / f"{source.stem}-{digest.hexdigest()[:16]}.o"] = source
     parts = " ".join(path.name for path in objects)
     library = CACHE / f"lib{name}-{hashlib.sha256(parts.encode()).hexdigest()[:16]}.so"
-    if not library.exists():
-        link = ["-shared", *[str(path) for path in objects], f"-L{_TORCH / 'lib'}", "-ltorch_cpu"]
-        _compile([*link, f"-fsanitize={SANITIZERS}"] if sanitize else link, library)
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with _alone(library), concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        missing = {target: source for target, source in objects.items() if not target.exists()}
+        list(pool.map(lambda target: _compile(["-x", "c++", *flags, "-c", str(missing[target])], target), missing))
+        if not library.exists():
+            link = ["-shared", *[str(path) for path in objects], f"-L{_TORCH / 'lib'}", "-ltorch_cpu"]
+            _compile([*link, f"-fsanitize={SANITIZERS}"] if sanitize else link, library)
     return library
+
+
+@contextlib.contextmanager
+def _alone(library: pathlib.Path) -> Iterator[None]:
+    """Other processes that want this library wait, and then find it."""
+    with open(library.with_suffix(".lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @functools.cache
