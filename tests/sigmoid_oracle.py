@@ -26,7 +26,8 @@ class SigmoidTruth:
         return [math.fsum(float(value) for value in self.elements.flat)]
 
     def gradient(self, upstream: float = 1.0) -> Tensor:
-        return torch.from_numpy((self.slopes * LONG(upstream)).astype(np.float64))
+        with np.errstate(all="ignore"):
+            return torch.from_numpy((self.slopes * LONG(upstream)).astype(np.float64))
 
     @property
     def class_sums(self) -> tuple[Tensor, Tensor]:

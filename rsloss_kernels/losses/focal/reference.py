@@ -129,7 +129,8 @@ def _read_chunk(
         is_positive = t > 0
     else:
         if ignore_index is not None:
-            is_ignored = is_ignored | (t == ignore_index)
+            # In 64 bits: the number would be narrowed to the labels' 32.
+            is_ignored = is_ignored | (t.long() == ignore_index)
         is_positive = t == columns
         t = is_positive.double() if qualities is None else torch.where(is_positive, qualities[place].double(), 0.0)
         is_ignored = is_ignored | (t < 0)
