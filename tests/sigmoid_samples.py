@@ -92,6 +92,7 @@ class SigmoidLoss:
     operators: tuple[str, ...] = ("focal_forward", "focal_elements", "focal_backward")
     narrow: float = GRADIENT_GATE  # the gate of float32 gradients
     compiled_samples: tuple[str, ...] = ("float32", "soft_element_weights", "bfloat16_index")
+    exported_samples: tuple[str, ...] = ("float32", "float64_index")
 
     @property
     def samples(self) -> list[SigmoidSample]:
@@ -239,7 +240,10 @@ SIGMOID_LOSSES = {
         SigmoidLoss("focal", focal, rsloss_kernels.SigmoidFocalLoss, "focal"),
         SigmoidLoss("quality", quality, rsloss_kernels.QualityFocalLoss, "quality", takes_quality=True),
         SigmoidLoss("varifocal", varifocal, rsloss_kernels.VarifocalLoss, "varifocal", takes_quality=True),
-        SigmoidLoss("efl", rsloss_kernels.equalized_focal_loss, rsloss_kernels.EqualizedFocalLoss, "focal", is_equalized=True),
+        SigmoidLoss(
+            "efl", rsloss_kernels.equalized_focal_loss, rsloss_kernels.EqualizedFocalLoss, "focal",
+            is_equalized=True, compiled_samples=(), exported_samples=(),
+        ),
         SigmoidLoss(
             "eqfl", rsloss_kernels.equalized_quality_focal_loss, rsloss_kernels.EqualizedQualityFocalLoss, "quality",
             takes_quality=True, is_equalized=True,

@@ -28,7 +28,11 @@ NOTHING_COUNTS = {
 }
 
 
-OF_EQUALIZED = {"efl": ("empty", "labels_below_0", "weights_0", "ignore_index"), "eqfl": ("empty", "ignore_index"), "eqlv2": ("labels_below_0",)}
+OF_EQUALIZED = {
+    "efl": ("empty", "labels_below_0", "weights_0", "ignore_index"),
+    "eqfl": ("empty", "ignore_index"),
+    "eqlv2": ("labels_below_0",),
+}
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from ghm_samples import CLASSIFICATION, GHM, GHM_LOSSES
 from harness import Backend, assert_gates
 from rsloss_kernels import _library
 from samples import LOSSES, RANKING_SAMPLES, Inputs, Loss
+from sigmoid_samples import EFL, FOCAL, QUALITY
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -21,7 +22,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 OPERATORS = harness.operator_names()
-EVERY_LOSS = LOSSES | GHM_LOSSES
+EVERY_LOSS = LOSSES | GHM_LOSSES | {loss.name: loss for loss in (FOCAL, QUALITY, EFL)}
 
 
 def every_pair(is_kept=lambda loss, sample: True):
@@ -36,6 +37,8 @@ def every_pair(is_kept=lambda loss, sample: True):
 
 SAMPLES = every_pair()
 COMPILED_SAMPLES = every_pair(lambda loss, sample: sample.name in loss.compiled_samples)
+# Options are constants of an exported program: none has one number per row.
+EXPORTED_SAMPLES = every_pair(lambda loss, sample: sample.name in getattr(loss, "exported_samples", loss.compiled_samples))
 
 
 class Recorder(TorchDispatchMode):
@@ -70,7 +73,7 @@ def record(backend: Backend, loss: Loss | GHM, sample, generator) -> list[tuple[
 
 def differentiable(function: torch._ops.OpOverload, args: tuple) -> tuple:
     """The logits require grad where the operator has a gradient; a gradient pass has none (it refuses double backward)."""
-    if function.__name__.split(".")[0].endswith(("_finalize", "_forward")):
+    if function.__name__.split(".")[0].endswith(("_finalize", "_forward", "_elements")):
         return ([level.requires_grad_() for level in args[0]], *args[1:])
     return args
 
@@ -178,7 +181,7 @@ def test_compile_a_model_with_its_loss(backend, loss, generator):
             assert gradients[0][1].any()
 
 
-@COMPILED_SAMPLES
+@EXPORTED_SAMPLES
 def test_export(backend, loss, generator, sample):
     inputs = loss.draw(sample, generator)
     logits, others, options = arguments_on(backend, inputs)
