@@ -224,12 +224,12 @@ def _focal_variants(impl) -> dict[str, list[dict]]:
         for number, level in enumerate(levels)
         for grad, per_element in (((None, False), (level["grad"], False), (level["grad"], True))[number % 3 :][:2])
     ]
-    sums = [
+    totals = [
         {
-            **{"partials_ptr": "fp64", "class_partials_ptr": table, "class_sums_ptr": table, "normalizer_ptr": normalizer},
-            **{"loss_ptr": loss, "SUMS_AT_ONCE": impl.SUMS_AT_ONCE, "num_warps": impl.SUMS_WARPS},
+            **{"partials_ptr": "fp64", "normalizer_ptr": normalizer, "loss_ptr": loss},
+            **{"SUMS_AT_ONCE": impl.SUMS_AT_ONCE, "num_warps": impl.SUMS_WARPS},
         }
-        for table, normalizer, loss in ((None, None, "fp32"), ("fp64", "fp32", "fp32"), ("fp64", "bf16", "fp64"))
+        for normalizer, loss in ((None, "fp32"), ("bf16", "fp32"), ("fp32", "fp64"))
     ]
     return {
         "focal_loss_kernel": [{**level, **block, "partials_ptr": "fp64"} for level in levels],
@@ -237,7 +237,7 @@ def _focal_variants(impl) -> dict[str, list[dict]]:
             {**level, **tile, "partials_ptr": "fp64", "class_partials_ptr": "fp64"}
             for level, tile in zip(levels, tiles, strict=True)
         ],
-        "focal_sums_kernel": sums,
+        "focal_total_kernel": totals,
         "focal_elements_kernel": elements,
     }
 
@@ -303,10 +303,11 @@ def _compile(kernel, variant: dict, capability: int) -> dict:
 
 
 def _targets_of(number: int, variants: int) -> list[int]:
-    """The targets of one variant of a kernel: one on which every variant is compiled, and another in turn, as the targets differ
-    little. Of a few variants each is compiled for all."""
+    """The targets of one variant of a kernel: every variant is compiled for one of them, and as the targets differ little, one variant
+    for each other target. Of a few variants each is compiled for all."""
     others = [capability for capability in TARGETS if capability != MAIN_TARGET]
-    return [MAIN_TARGET, *(others if variants < len(others) else [others[number % len(others)]])]
+    chosen = others if variants < len(others) else [other for k, other in enumerate(others) if number == k * variants // len(others)]
+    return [MAIN_TARGET, *chosen]
 
 
 def _record(task: tuple[str, dict, int]) -> dict:
