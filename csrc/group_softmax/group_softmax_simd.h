@@ -320,8 +320,13 @@ static inline void write_pair(const GroupLayout& layout, int group, const In* ro
   const int at = layout.target_in(group, column);
   const bool has_two_entries = entries_of(layout, group) == 2;
   const Wide largest = tables[kLargest * table_size];
-  const bool has_floats = has_two_entries || has_float_range(largest) || largest != largest;
-  if (sizeof(In) < 8 && (complement < kSmallestFloatRest || !has_floats)) {
+  if (largest != largest) {
+    for (int i = 0; i < count; ++i) gradient[start + i] = In(largest);
+    return;
+  }
+  const bool has_floats =
+      sizeof(In) == 8 || (complement >= kSmallestFloatRest && (has_two_entries || has_float_range(largest)));
+  if (!has_floats) {
     if (entries_of(layout, group) == 1) gradient[start] = In(Wide(0));
     else write_wide(layout, group, row, column, factor, gradient);
     return;
