@@ -1,7 +1,7 @@
 """The element-wise sigmoid losses as Triton kernels: CUDA tensors, and CPU tensors under TRITON_INTERPRET=1.
 
-The loss is one pass over the elements by a fixed number of programs, whose partial sums one last kernel adds in order. With sums
-over classes the programs go over tiles of rows and classes instead. The losses of single elements and the gradient are the same
+The loss is one pass over the elements by a fixed number of programs, whose partial sums are added in order. With sums over classes
+the programs go over tiles of rows and classes instead. The losses of single elements and the gradient are the same
 pass without sums. What happens to one element is told in triton_elements.py. Everything is float64 inside. Formulas and layouts:
 README.md beside this file.
 """
@@ -16,8 +16,8 @@ from rsloss_kernels.losses.triton_common import fitting_block, float_bits, float
 
 # Elements at a time of one program; a tile of rows and classes has as many.
 BLOCK = {"cuda": 512, "cpu": 1 << 16}
-# Most classes of a tile. Neighbours in memory are the classes of a row, or in maps the rows of a class.
-TILE_CLASSES = {"cuda": {"rows": 64, "maps": 8}, "cpu": {"rows": 1 << 12, "maps": 1 << 12}}
+# Numbers of classes of a tile to choose from. Neighbours in memory are the classes of a row, or in maps the rows of a class.
+TILE_CLASSES = {"cuda": {"rows": (64, 32, 16), "maps": (8, 4, 2)}, "cpu": {"rows": (1 << 12,), "maps": (1 << 12,)}}
 # Programs of the pass over one level, all at work at once on a large GPU. Not the number of its processors: it fixes the order
 # of float sums.
 PROGRAMS = 512
@@ -124,39 +124,24 @@ def focal_class_sums_kernel(
 
 
 @triton.jit(do_not_specialize=PLAIN_INTEGERS)
-def focal_sums_kernel(
+def focal_total_kernel(
     partials_ptr,  # [entries]
-    class_partials_ptr,  # [2 classes, class_entries]
     normalizer_ptr,
     loss_ptr,
-    class_sums_ptr,
     entries,
-    class_entries,
     scale_bits,
     SUMS_AT_ONCE: tl.constexpr,
 ):
-    """The first program adds up the loss, each of the others one sum of a class."""
     lane = tl.arange(0, SUMS_AT_ONCE)
     sums = tl.zeros([SUMS_AT_ONCE], tl.float64)
-    which = tl.program_id(0) - 1
-    terms_ptr = partials_ptr
-    number = entries
-    if class_partials_ptr is not None:
-        if which >= 0:
-            terms_ptr = class_partials_ptr + which.to(tl.int64) * class_entries
-            number = class_entries
-    start = number * 0
-    while start < number:
-        sums += tl.load(terms_ptr + start + lane, mask=start + lane < number, other=0.0)
+    start = entries * 0
+    while start < entries:
+        sums += tl.load(partials_ptr + start + lane, mask=start + lane < entries, other=0.0)
         start += SUMS_AT_ONCE
-    total = tl.sum(sums)
-    if which < 0:
-        factor = float_of(scale_bits)
-        if normalizer_ptr is not None:
-            factor /= tl.load(normalizer_ptr).to(tl.float64)
-        tl.store(loss_ptr, (factor * total).to(loss_ptr.dtype.element_ty))
-    elif class_sums_ptr is not None:
-        tl.store(class_sums_ptr + which, total)
+    factor = float_of(scale_bits)
+    if normalizer_ptr is not None:
+        factor /= tl.load(normalizer_ptr).to(tl.float64)
+    tl.store(loss_ptr, (factor * tl.sum(sums)).to(loss_ptr.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=PLAIN_INTEGERS)
@@ -232,9 +217,9 @@ def _levels(logits, targets, qualities, weights, class_table, modulator, maps, b
 
 
 def tile_shape(rows: int, classes: int, maps: bool, device: str) -> tuple[int, int]:
-    """Rows and classes of a tile: of the widths that pad the classes least the largest."""
-    most = min(TILE_CLASSES[device]["maps" if maps else "rows"], triton.next_power_of_2(classes))
-    width = min((most, (most + 1) // 2, (most + 3) // 4), key=lambda width: triton.cdiv(classes, width) * width)
+    """Rows and classes of a tile, those that pad the classes least."""
+    widths = (min(width, triton.next_power_of_2(classes)) for width in TILE_CLASSES[device]["maps" if maps else "rows"])
+    width = min(widths, key=lambda width: triton.cdiv(classes, width) * width)
     return min(BLOCK[device] // width, triton.next_power_of_2(rows)), width
 
 
@@ -257,9 +242,8 @@ def focal_forward(
             grids[number] = min(triton.cdiv(size, block), PROGRAMS), 1
     entries, class_entries = sum(width * height for width, height in grids.values()), sum(width for width, _ in grids.values())
     partials = class_table.new_empty((entries,))
-    class_partials = class_table.new_empty((2 * classes, class_entries)) if class_sums else None
+    class_partials = class_table.new_empty((2, classes if class_sums else 0, class_entries))
     loss = logits[0].new_empty((), dtype=torch.float64 if logits[0].dtype == torch.float64 else torch.float32)
-    sums = class_table.new_empty((2, classes) if class_sums else (0,))
     done, class_done = 0, 0
     with launching_on(class_table):
         for number, arguments in levels.items():
@@ -272,12 +256,8 @@ def focal_forward(
             else:
                 focal_loss_kernel[grid[0],](**arguments)
             done, class_done = done + grid[0] * grid[1], class_done + grid[0]
-        focal_sums_kernel[1 + sums.numel(),](
-            *(partials, class_partials, normalizer, loss, sums if class_sums else None),
-            *(entries, class_entries, float_bits(scale), SUMS_AT_ONCE),
-            num_warps=SUMS_WARPS,
-        )
-    return loss, sums
+        focal_total_kernel[1,](partials, normalizer, loss, entries, float_bits(scale), SUMS_AT_ONCE, num_warps=SUMS_WARPS)
+    return loss, class_partials.sum(-1) if class_sums else class_table.new_empty((0,))
 
 
 def _map_elements(levels, class_table, normalizer, grads, modulator, maps, background_first, ignore_index, scale) -> list[Tensor]:
