@@ -34,9 +34,11 @@ static inline FloatPair exp_pair(FloatVec u) {
   return {high, high * (r * r * (0.166670248f * r + 0.500016212f) + (r + lost))};
 }
 
-// e^-x for x in [0, 86], right to 4e-7: enough for a gradient.
+// e^-x for x in [0, 86], right to 2e-7: enough for a gradient.
 static inline FloatVec exp_minus(FloatVec x) {
-  const FloatVec shifted = x * -1.44269504f + 0x1.8p23f, n = shifted - 0x1.8p23f, r = -x - n * 0.693147181f;
+  const FloatVec shifted = x * -1.44269504f + 0x1.8p23f, n = shifted - 0x1.8p23f;
+  // The first product and difference are exact.
+  const FloatVec r = (-x - n * 0x1.62ep-1f) - n * 3.19461848e-5f;
   const float coefficients[] = {8.368887645837e-3f, 4.1666205857511e-2f, 0.16666518853765f, 0.5000000095168f, 1, 1};
   FloatVec sum = all_floats(1.39504874814332e-3f);
   for (const float coefficient : coefficients) sum = sum * r + coefficient;
@@ -74,4 +76,71 @@ static inline DoubleVec log_one_plus_any(DoubleVec r) {
   const DoubleVec n = reinterpret_cast<DoubleVec>(exponent + reinterpret_cast<LongVec>(magic)) - magic;
   const DoubleVec value = n * 0x1.62e42fefa39efp-1 + 2 * (s + s * (square * series));
   return r < 0x1p1000 ? value : r;
+}
+
+// log(1 + e) for e in [0, 1], right to 2e-7: enough for a gradient.
+static inline FloatVec log_one_plus(FloatVec e) {
+  const float coefficients[] = {-0.029504957f, 0.07822549f, -0.13663207f, 0.19105989f,
+                                -0.24842978f,  0.33319095f, -0.49999493f, 0.99999994f};
+  FloatVec sum = all_floats(0.005232624f);
+  for (const float coefficient : coefficients) sum = sum * e + coefficient;
+  return e * sum;
+}
+
+// In double by tables in registers. kExact: to about 1e-13; else to 2e-9 and 5e-10, which single elements of a float's
+// precision need. 2^(j/16), in the bits less j of the sixteenths of an octave that the exponent adds.
+alignas(64) constexpr double kDoubleSixteenths[16] = {
+    0x1.0000000000000p+0, 0x1.fb5586cf9890fp-1, 0x1.f72b83c7d517bp-1, 0x1.f387a6e756238p-1,
+    0x1.f06fe0a31b715p-1, 0x1.edea64c123422p-1, 0x1.ebfdad5362a27p-1, 0x1.eab07dd485429p-1,
+    0x1.ea09e667f3bcdp-1, 0x1.ea11473eb0187p-1, 0x1.eace5422aa0dbp-1, 0x1.ec49182a3f090p-1,
+    0x1.ee89f995ad3adp-1, 0x1.f199bdd85529cp-1, 0x1.f5818dcfba487p-1, 0x1.fa4afa2a490dap-1};
+// Of 1 + k / 15.49, rounded: the inverse, and minus its logarithm.
+alignas(64) constexpr double kInverses[16] = {0x1p+0,     0x1.e10p-1, 0x1.c58p-1, 0x1.acep-1, 0x1.96ep-1, 0x1.830p-1,
+                                              0x1.710p-1, 0x1.60ap-1, 0x1.51ap-1, 0x1.43ep-1, 0x1.372p-1, 0x1.2b6p-1,
+                                              0x1.208p-1, 0x1.166p-1, 0x1.0cep-1, 0x1.042p-1};
+alignas(64) constexpr double kLogarithms[16] = {0x0.0p+0,
+                                                0x1.ffa6911ab9301p-5,
+                                                0x1.f0f70cdd992e3p-4,
+                                                0x1.6ad267195d4aep-3,
+                                                0x1.d6ab23f70d290p-3,
+                                                0x1.1e9e1678899f4p-2,
+                                                0x1.4f637ebba9810p-2,
+                                                0x1.7dde9909647b8p-2,
+                                                0x1.aa61d437c3220p-2,
+                                                0x1.d4f54c30c5a2cp-2,
+                                                0x1.fe15c15234ee3p-2,
+                                                0x1.12c0dc38cf06dp-1,
+                                                0x1.25b2c55cd5762p-1,
+                                                0x1.37fd71aba763cp-1,
+                                                0x1.49c498b5da63fp-1,
+                                                0x1.5ab505b39040bp-1};
+
+// e^-x for x in [-700, 708].
+template <bool kExact>
+static inline DoubleVec exp_minus_by_table(DoubleVec x) {
+  const DoubleVec magic = all_doubles(0x1.8p52);
+  const DoubleVec shifted = x * -23.08312065422341 + magic, n = shifted - magic;
+  const DoubleVec r = -x - n * 0x1.62e42fefa39efp-5, square = r * r;
+  const LongVec bits = reinterpret_cast<LongVec>(shifted);
+  const LongVec power = reinterpret_cast<LongVec>(look_up_sixteen(kDoubleSixteenths, bits)) + (bits << 48);
+  const DoubleVec scale = reinterpret_cast<DoubleVec>(power);
+  if constexpr (!kExact) return scale + scale * (r + square * (0.500016194862918 + r * 0.16667024768842953));
+  DoubleVec sum = r * (1 / 720.0) + 1 / 120.0;
+  sum = (sum * r + 1 / 24.0) * r + 1 / 6.0;
+  return scale + scale * (r + square * (sum * r + 0.5));
+}
+
+// log(1 + e) for e in [0, 1].
+template <bool kExact>
+static inline DoubleVec log_one_plus_by_table(DoubleVec e) {
+  const LongVec at = reinterpret_cast<LongVec>(e * 15.49 + all_doubles(0x1.8p52));
+  const DoubleVec inverse = look_up_sixteen(kInverses, at), d = e * inverse + (inverse - 1), square = d * d;
+  if constexpr (!kExact) {
+    const DoubleVec high = d * 0.20023969570682243 - 0.2502168268277533;
+    const DoubleVec low = d * 0.33333323798431447 - 0.49999994376315593;
+    return look_up_sixteen(kLogarithms, at) + (d + square * (square * high + low));
+  }
+  DoubleVec sum = all_doubles(-1 / 10.0);
+  for (int k = 9; k >= 2; --k) sum = sum * d + (k % 2 ? 1.0 : -1.0) / k;
+  return look_up_sixteen(kLogarithms, at) + (d + square * sum);
 }

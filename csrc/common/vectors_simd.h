@@ -96,6 +96,23 @@ static inline FloatVec look_up(const float* table, IntVec at) {
   return _mm512_i32gather_ps(index, table, 4);
 }
 static inline DoubleVec square_root(DoubleVec x) { return _mm512_sqrt_pd(x); }
+static inline DoubleVec choose(uint32_t mask, DoubleVec yes, DoubleVec no) {
+  return _mm512_mask_mov_pd(no, static_cast<__mmask8>(mask), yes);
+}
+// 1 / x to 40 bits at least, for 1 <= x <= 2.
+static inline DoubleVec reciprocal(DoubleVec x) {
+  const DoubleVec estimate = _mm512_rcp14_pd(x), error = 1 - x * estimate;
+  return estimate + estimate * (error * error + error);
+}
+// A table of 16 doubles, by the low four bits.
+static inline DoubleVec look_up_sixteen(const double* table, LongVec at) {
+  return _mm512_permutex2var_pd(_mm512_load_pd(table), reinterpret_cast<__m512i>(at), _mm512_load_pd(table + 8));
+}
+static inline FloatVec to_floats(DoubleVec low, DoubleVec high) {
+  return _mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps(low)), _mm512_cvtpd_ps(high), 1);
+}
+// a * b - product, exactly, where product is a * b rounded.
+static inline FloatVec product_error(FloatVec a, FloatVec b, FloatVec product) { return _mm512_fmsub_ps(a, b, product); }
 
 #elif RSL_ISA == 256
 
@@ -143,6 +160,17 @@ static inline FloatVec look_up(const float* table, IntVec at) {
   return _mm256_i32gather_ps(table, index, 4);
 }
 static inline DoubleVec square_root(DoubleVec x) { return _mm256_sqrt_pd(x); }
+static inline LongVec double_lanes_of(uint32_t mask) {
+  const LongVec bit = {1, 2, 4, 8};
+  return (static_cast<int64_t>(mask) & bit) == bit;
+}
+static inline DoubleVec look_up_sixteen(const double* table, LongVec at) {
+  return _mm256_i64gather_pd(table, reinterpret_cast<__m256i>(at & 15), 8);
+}
+static inline FloatVec to_floats(DoubleVec low, DoubleVec high) {
+  return _mm256_set_m128(_mm256_cvtpd_ps(high), _mm256_cvtpd_ps(low));
+}
+static inline FloatVec product_error(FloatVec a, FloatVec b, FloatVec product) { return _mm256_fmsub_ps(a, b, product); }
 
 #else
 
@@ -176,6 +204,21 @@ static inline FloatVec look_up(const float* table, IntVec at) {
   return FloatVec{table[at[0]], table[at[1]], table[at[2]], table[at[3]]};
 }
 static inline DoubleVec square_root(DoubleVec x) { return DoubleVec{__builtin_sqrt(x[0]), __builtin_sqrt(x[1])}; }
+static inline LongVec double_lanes_of(uint32_t mask) {
+  const LongVec bit = {1, 2};
+  return (static_cast<int64_t>(mask) & bit) == bit;
+}
+static inline DoubleVec look_up_sixteen(const double* table, LongVec at) {
+  return DoubleVec{table[at[0] & 15], table[at[1] & 15]};
+}
+static inline FloatVec to_floats(DoubleVec low, DoubleVec high) {
+  return FloatVec{static_cast<float>(low[0]), static_cast<float>(low[1]), static_cast<float>(high[0]),
+                  static_cast<float>(high[1])};
+}
+static inline FloatVec product_error(FloatVec a, FloatVec b, FloatVec product) {
+  return to_floats(low_doubles(a) * low_doubles(b) - low_doubles(product),
+                   high_doubles(a) * high_doubles(b) - high_doubles(product));
+}
 
 #endif
 
@@ -191,6 +234,8 @@ static inline int store_picked(uint32_t mask, FloatVec x, float* p) {
 static inline FloatVec choose(uint32_t mask, FloatVec yes, FloatVec no) { return lanes_of(mask) ? yes : no; }
 static inline IntVec choose(uint32_t mask, IntVec yes, IntVec no) { return lanes_of(mask) ? yes : no; }
 static inline FloatVec negate_where(uint32_t mask, FloatVec x) { return choose(mask, -x, x); }
+static inline DoubleVec choose(uint32_t mask, DoubleVec yes, DoubleVec no) { return double_lanes_of(mask) ? yes : no; }
+static inline DoubleVec reciprocal(DoubleVec x) { return 1 / x; }
 static inline IntVec add_one_where(uint32_t mask, IntVec x) { return x - lanes_of(mask); }
 
 #endif
@@ -239,6 +284,22 @@ static inline FloatVec rough_reciprocal(FloatVec x) { return RSL_ISA == 512 ? re
 static inline FloatVec absolute(FloatVec x) { return reinterpret_cast<FloatVec>(reinterpret_cast<IntVec>(x) & 0x7fffffff); }
 static inline DoubleVec absolute(DoubleVec x) {
   return reinterpret_cast<DoubleVec>(reinterpret_cast<LongVec>(x) & 0x7fffffffffffffff);
+}
+
+// As many elements as a vector of floats has, in double.
+struct DoublePair {
+  DoubleVec low;
+  DoubleVec high;
+};
+template <class In>
+static inline DoublePair load_doubles(const In* p) {
+  const FloatVec x = load_floats(p);
+  return {low_doubles(x), high_doubles(x)};
+}
+static inline DoublePair load_doubles(const double* p) { return {load_vec<DoubleVec>(p), load_vec<DoubleVec>(p + kDoubles)}; }
+static inline void store_doubles(double* p, DoublePair x) {
+  store_vec(p, x.low);
+  store_vec(p + kDoubles, x.high);
 }
 
 // Calls body(i, the elements from i on) for `count` elements in steps of a vector; behind the last one are zeros.

@@ -1,0 +1,82 @@
+// What the CPU passes of the element-wise sigmoid losses work on: levels, the class table laid out as blocks meet it, and a
+// block of elements with targets and weights in masks.
+#pragma once
+
+#include <cstdint>
+
+#include "common/floating_cpu.h"
+#include "focal/focal.h"
+
+namespace rsloss {
+
+constexpr int kBlock = 512;
+constexpr int kBlockWords = kBlock / 64;
+constexpr int kLanes = 16;  // of the longest vector
+
+// Without qualities, weights or gradients those are null. A level of one class is a map: labels and logits are side by side.
+struct FocalLevel {
+  const void* logits;
+  const void* targets;
+  const void* qualities;
+  const void* weights;
+  const void* grads;  // of every element
+  ScalarType target_type;
+  ScalarType quality_type;
+  ScalarType weight_type;
+  ScalarType grad_type;
+  FocalLayout layout;
+  bool has_labels;
+  bool row_weights;
+};
+
+// How a pass multiplies and modulates, by class. The weights are those of the table times the factor of the pass.
+struct ClassColumns {
+  double* gamma;
+  double* positive;
+  double* negative;
+  float* gamma_high;  // gamma = gamma_high + gamma_low
+  float* gamma_low;
+  float* positive_rounded;
+  float* negative_rounded;
+};
+
+// The class table, and the columns in the order in which the elements of a block meet them: rows again and again, or, where
+// rows are longer than a block, once. Behind the last one are zeros.
+struct FocalTable {
+  const double* table;  // [3, C]
+  LabelRule rule;
+  FocalModulator modulator;
+  int common_gamma;  // 0, 1 or 2 where every class has it, else -1
+  double factor;
+  int64_t rows_per_block;  // 0: rows are longer than a block
+  int64_t columns_size;
+  ClassColumns columns;
+  const uint64_t* live_negative;  // bits: the weight is not 0
+  const uint64_t* live_positive;
+  const uint64_t* live;  // not both are 0
+};
+
+// `size` elements. Bits beyond it are 0.
+struct FocalBlock {
+  int size;
+  int wrap;  // element i has entry i & wrap of the columns and sums
+  bool has_labels;
+  bool has_ones;
+  bool has_soft;
+  uint64_t negative[kBlockWords];
+  uint64_t one[kBlockWords];
+  uint64_t soft[kBlockWords];  // targets to be read from `target`
+  ClassColumns columns;
+  double* positive_sums;
+  double* negative_sums;
+  const double* weight;  // null: 1
+  alignas(64) double target[kBlock];
+  alignas(64) double weights[kBlock];
+  // Of maps, whose blocks have one class: its columns, sums, and what the labels of the rows say for all classes.
+  alignas(64) double own[5][kLanes];
+  alignas(64) float own_rounded[4][kLanes];
+  alignas(64) int32_t row_columns[kBlock];
+  alignas(64) double row_weights[kBlock];
+};
+
+}  // namespace rsloss

@@ -1,0 +1,285 @@
+// The element-wise sigmoid losses on the CPU: one threaded pass for the loss and the sums of classes, one for single losses or
+// for gradients. Allocates the outputs, and O(C) besides.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <numeric>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "common/checks.h"
+#include "common/floating_cpu.h"
+#include "common/isa.h"
+#include "common/new_tensor_cpu.h"
+#include "common/parallel.h"
+#include "focal/focal.h"
+#include "focal/focal_blocks.h"
+#include "focal/focal_checks.h"
+
+#define RSL_SIMD_BODY "focal/focal_simd.h"
+#include "common/for_each_isa.h"
+
+namespace rsloss {
+namespace {
+
+constexpr int64_t kMostChunks = 64;
+constexpr int64_t kSmallestChunk = 16 * kBlock;  // elements
+
+// The arguments that all three operators begin with.
+struct Arguments {
+  const Tensors& logits;
+  const Tensors& targets;
+  const Tensors& qualities;
+  const Tensors& weights;
+  const Tensor& class_table;
+  const std::optional<Tensor>& normalizer;
+  int64_t modulator;
+  bool maps;
+  bool background_first;
+  std::optional<int64_t> ignore_index;
+  double scale;
+};
+
+double number_in(const Tensor& tensor) {
+  double value = 0;
+  dispatch_floating(tensor.scalar_type(), [&](auto tag) {
+    value = static_cast<double>(widen(*static_cast<const decltype(tag)*>(tensor.const_data_ptr())));
+  });
+  return value;
+}
+
+double factor_of(const Arguments& arguments) {
+  return arguments.normalizer ? arguments.scale / number_in(*arguments.normalizer) : arguments.scale;
+}
+
+// grads: empty, or of every element.
+std::vector<FocalLevel> view_levels(const Arguments& arguments, const Tensors& grads) {
+  const int64_t classes = arguments.class_table.size(1);
+  std::vector<FocalLevel> levels;
+  for (size_t i = 0; i < arguments.logits.size(); ++i) {
+    const Tensor &logits = arguments.logits[i], &target = arguments.targets[i];
+    FocalLevel level{};
+    level.logits = logits.const_data_ptr();
+    level.targets = target.const_data_ptr();
+    level.target_type = target.scalar_type();
+    level.has_labels = !is_floating(level.target_type);
+    if (!arguments.qualities.empty()) {
+      level.qualities = arguments.qualities[i].const_data_ptr();
+      level.quality_type = arguments.qualities[i].scalar_type();
+    }
+    if (!arguments.weights.empty()) {
+      level.weights = arguments.weights[i].const_data_ptr();
+      level.weight_type = arguments.weights[i].scalar_type();
+      level.row_weights = has_sizes(arguments.weights[i], row_sizes(logits, classes, arguments.maps));
+    }
+    if (!grads.empty()) {
+      level.grads = grads[i].const_data_ptr();
+      level.grad_type = grads[i].scalar_type();
+    }
+    int64_t inner = 1;
+    for (int64_t d = 2; arguments.maps && d < logits.dim(); ++d) inner *= logits.size(d);
+    const int64_t count = logits.numel();
+    level.layout =
+        classes == 1 ? FocalLayout{1, 1, count} : FocalLayout{count == 0 ? 0 : count / (classes * inner), classes, inner};
+    levels.push_back(level);
+  }
+  return levels;
+}
+
+// Owns what a FocalTable points to.
+class TableColumns {
+ public:
+  FocalTable view{};
+
+  // has_floats: gradients of logits of float32 or narrower.
+  TableColumns(const Arguments& arguments, double factor, bool has_floats) {
+    const int64_t classes = arguments.class_table.size(1);
+    view.table = static_cast<const double*>(arguments.class_table.const_data_ptr());
+    view.rule = {classes, arguments.background_first ? 1 : 0, arguments.ignore_index.value_or(-1)};
+    view.modulator = static_cast<FocalModulator>(arguments.modulator);
+    view.factor = factor;
+    view.common_gamma = common_gamma(classes);
+    // Rows that fill whole vectors where some do.
+    const int64_t most = kBlock / classes, whole = kLanes / std::gcd(classes, int64_t{kLanes});
+    view.rows_per_block = most >= whole ? most / whole * whole : most;
+    const int64_t entries = classes * std::max<int64_t>(view.rows_per_block, 1);
+    view.columns_size = (entries + kBlock) / kLanes * kLanes;
+    for (std::vector<double>& column : doubles_) column.assign(view.columns_size, 0.0);
+    for (std::vector<uint64_t>& words : live_) words.assign(entries / 64 + kBlockWords, 0);
+    for (std::vector<float>& column : floats_) column.assign(has_floats ? view.columns_size : 0, 0.0f);
+    for (int64_t i = 0; i < entries; ++i) set_entry(i, class_entry(view.table, classes, i % classes), has_floats);
+    view.columns = {doubles_[0].data(), doubles_[1].data(), doubles_[2].data(), floats_[0].data(),
+                    floats_[1].data(),  floats_[2].data(),  floats_[3].data()};
+    view.live_negative = live_[0].data();
+    view.live_positive = live_[1].data();
+    view.live = live_[2].data();
+  }
+
+ private:
+  std::vector<double> doubles_[3];
+  std::vector<float> floats_[4];
+  std::vector<uint64_t> live_[3];
+
+  int common_gamma(int64_t classes) const {
+    const double* gamma = view.table;
+    const bool is_common = std::all_of(gamma, gamma + classes, [&](double other) { return other == gamma[0]; });
+    return is_common && (gamma[0] == 0 || gamma[0] == 1 || gamma[0] == 2) ? static_cast<int>(gamma[0]) : -1;
+  }
+
+  void set_entry(int64_t i, const ClassEntry& entry, bool has_floats) {
+    const uint64_t bit = uint64_t{1} << i % 64;
+    doubles_[0][i] = entry.gamma;
+    doubles_[1][i] = entry.positive * view.factor;
+    doubles_[2][i] = entry.negative * view.factor;
+    live_[0][i / 64] |= entry.negative != 0 ? bit : 0;
+    live_[1][i / 64] |= entry.positive != 0 ? bit : 0;
+    live_[2][i / 64] |= is_dead(entry) ? 0 : bit;
+    if (!has_floats) return;
+    floats_[0][i] = static_cast<float>(entry.gamma);
+    floats_[1][i] = static_cast<float>(entry.gamma - static_cast<double>(floats_[0][i]));
+    floats_[2][i] = static_cast<float>(doubles_[1][i]);
+    floats_[3][i] = static_cast<float>(doubles_[2][i]);
+  }
+};
+
+struct Chunk {
+  size_t level;
+  int64_t begin;  // strips
+  int64_t end;
+};
+
+bool level_is_map(const FocalLevel& level) { return level.layout.inner > 1 || level.layout.classes == 1; }
+
+// Pieces whose number does not grow with the elements, cut by the sizes alone: their sums are added in order, whatever threads
+// there are.
+std::vector<Chunk> cut_into_chunks(const Arguments& arguments, const std::vector<FocalLevel>& levels, const FocalTable& table) {
+  const int64_t elements = count_elements(arguments.logits);
+  const int64_t most = limit_by_memory(kMostChunks, table.rule.classes * static_cast<int64_t>(2 * sizeof(double)));
+  const int64_t wanted = std::max(kSmallestChunk, elements / most + 1);
+  std::vector<Chunk> chunks;
+  for (size_t i = 0; i < levels.size(); ++i) {
+    const FocalLayout& layout = levels[i].layout;
+    const int64_t rows = std::max<int64_t>(table.rows_per_block, 1), pieces = (layout.inner + kBlock - 1) / kBlock;
+    const int64_t strips = level_is_map(levels[i]) ? layout.outer * pieces : (layout.outer + rows - 1) / rows;
+    if (strips == 0) continue;
+    const int64_t of_strip = std::max<int64_t>(1, arguments.logits[i].numel() / strips),
+                  step = (wanted + of_strip - 1) / of_strip;
+    for (int64_t begin = 0; begin < strips; begin += step) chunks.push_back({i, begin, std::min(begin + step, strips)});
+  }
+  return chunks;
+}
+
+// Calls body(chunk number) for all, on as many threads as it pays.
+template <class Body>
+void for_chunks(const std::vector<Chunk>& chunks, const Body& body) {
+  const int64_t count = static_cast<int64_t>(chunks.size()), tasks = task_count(count, 1);
+  run_tasks(tasks, [&](int64_t task) {
+    for (int64_t i = task_begin(count, tasks, task); i < task_begin(count, tasks, task + 1); ++i) body(i);
+  });
+}
+
+// The sums of a chunk as its blocks add to them, by entry of the columns or by class, to P and N of each class.
+void add_by_class(const std::vector<double>& sums, int64_t classes, double* result) {
+  const int64_t entries = static_cast<int64_t>(sums.size()) / 2;
+  for (int64_t row = 0; row < kClassSumRows; ++row)
+    for (int64_t first = 0; first < entries; first += classes)
+      for (int64_t i = first; i < std::min(first + classes, entries); ++i)
+        result[row * classes + i - first] += sums[row * entries + i];
+}
+
+std::tuple<Tensor, Tensor> focal_forward(Tensors logits, Tensors targets, Tensors qualities, Tensors weights,
+                                         Tensor class_table, std::optional<Tensor> normalizer, int64_t modulator, bool maps,
+                                         bool background_first, std::optional<int64_t> ignore_index, double scale,
+                                         bool class_sums) {
+  const Arguments arguments{logits,    targets, qualities,        weights,      class_table, normalizer,
+                            modulator, maps,    background_first, ignore_index, scale};
+  check_focal_levels("focal_forward", logits, targets, qualities, weights, class_table, normalizer, modulator, maps);
+  const std::vector<FocalLevel> levels = view_levels(arguments, {});
+  const TableColumns columns(arguments, 1, false);
+  const FocalTable& table = columns.view;
+  const std::vector<Chunk> chunks = cut_into_chunks(arguments, levels, table);
+  const int64_t classes = table.rule.classes, width = class_sums ? kClassSumRows * classes : 0;
+  // Of each chunk the loss, P and N.
+  std::vector<double> parts(chunks.size() * (1 + width));
+  dispatch_floating(logits[0].scalar_type(), [&](auto tag) {
+    using In = decltype(tag);
+    for_chunks(chunks, [&](int64_t i) {
+      const Chunk& chunk = chunks[i];
+      const FocalLevel& level = levels[chunk.level];
+      const In* data = static_cast<const In*>(level.logits);
+      double* part = parts.data() + i * (1 + width);
+      std::vector<double> sums(class_sums ? kClassSumRows * (level_is_map(level) ? classes : table.columns_size) : 0);
+      part[0] = RSL_ISA_CALL(sum_strips<In>, level, table, data, chunk.begin, chunk.end, class_sums ? sums.data() : nullptr);
+      if (class_sums) add_by_class(sums, classes, part + 1);
+    });
+  });
+  const bool is_wide = logits[0].scalar_type() == ScalarType::Double;
+  Tensor loss = new_cpu_tensor({}, is_wide ? ScalarType::Double : ScalarType::Float);
+  Tensor total_sums =
+      class_sums ? new_cpu_tensor({kClassSumRows, classes}, ScalarType::Double) : new_cpu_tensor({0}, ScalarType::Double);
+  double total = 0, *by_class = static_cast<double*>(total_sums.mutable_data_ptr());
+  std::fill(by_class, by_class + width, 0.0);
+  for (size_t i = 0; i < chunks.size(); ++i) {
+    const double* part = parts.data() + i * (1 + width);
+    total += part[0];
+    for (int64_t j = 0; j < width; ++j) by_class[j] += part[1 + j];
+  }
+  const double value = factor_of(arguments) * total;
+  if (is_wide) *static_cast<double*>(loss.mutable_data_ptr()) = value;
+  else *static_cast<float*>(loss.mutable_data_ptr()) = static_cast<float>(value);
+  return {loss, total_sums};
+}
+
+template <bool kGradient>
+Tensors write_levels(const Arguments& arguments, const std::vector<FocalLevel>& levels, const FocalTable& table) {
+  const std::vector<Chunk> chunks = cut_into_chunks(arguments, levels, table);
+  Tensors outputs;
+  for (const Tensor& level : arguments.logits) outputs.push_back(new_cpu_tensor_like(level));
+  dispatch_floating(arguments.logits[0].scalar_type(), [&](auto tag) {
+    using In = decltype(tag);
+    for_chunks(chunks, [&](int64_t i) {
+      const Chunk& chunk = chunks[i];
+      const FocalLevel& level = levels[chunk.level];
+      const In* data = static_cast<const In*>(level.logits);
+      In* output = static_cast<In*>(outputs[chunk.level].mutable_data_ptr());
+      if constexpr (kGradient) RSL_ISA_CALL(write_strips<true>, level, table, data, chunk.begin, chunk.end, output);
+      else RSL_ISA_CALL(write_strips<false>, level, table, data, chunk.begin, chunk.end, output);
+    });
+  });
+  return outputs;
+}
+
+Tensors focal_elements(Tensors logits, Tensors targets, Tensors qualities, Tensors weights, Tensor class_table,
+                       std::optional<Tensor> normalizer, int64_t modulator, bool maps, bool background_first,
+                       std::optional<int64_t> ignore_index, double scale) {
+  const Arguments arguments{logits,    targets, qualities,        weights,      class_table, normalizer,
+                            modulator, maps,    background_first, ignore_index, scale};
+  check_focal_levels("focal_elements", logits, targets, qualities, weights, class_table, normalizer, modulator, maps);
+  return write_levels<false>(arguments, view_levels(arguments, {}), TableColumns(arguments, factor_of(arguments), false).view);
+}
+
+Tensors focal_backward(Tensors logits, Tensors targets, Tensors qualities, Tensors weights, Tensor class_table,
+                       std::optional<Tensor> normalizer, Tensors grads, int64_t modulator, bool maps, bool background_first,
+                       std::optional<int64_t> ignore_index, double scale) {
+  const Arguments arguments{logits,    targets, qualities,        weights,      class_table, normalizer,
+                            modulator, maps,    background_first, ignore_index, scale};
+  check_focal_levels("focal_backward", logits, targets, qualities, weights, class_table, normalizer, modulator, maps);
+  check_focal_grads("focal_backward", grads, logits);
+  const bool is_of_loss = grads[0].dim() == 0;
+  const double factor = factor_of(arguments) * (is_of_loss ? number_in(grads[0]) : 1);
+  const TableColumns columns(arguments, factor, logits[0].scalar_type() != ScalarType::Double);
+  return write_levels<true>(arguments, view_levels(arguments, is_of_loss ? Tensors{} : grads), columns.view);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(rsloss_kernels, CPU, m) {
+  m.impl("focal_forward.cpp", TORCH_BOX(&focal_forward));
+  m.impl("focal_elements.cpp", TORCH_BOX(&focal_elements));
+  m.impl("focal_backward.cpp", TORCH_BOX(&focal_backward));
+}
+
+}  // namespace rsloss

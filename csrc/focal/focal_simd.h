@@ -1,0 +1,312 @@
+// Strips of a level -> the sum of losses with the sums of classes, single losses, or gradients. Compiled once per instruction
+// set (common/for_each_isa.h). A block of elements at a time: targets and weights become bit masks (focal_masks_simd.h); then a
+// sweep takes the targets of 0, one those of 1 and one all others, each the vectors that hold any. Elements are computed in
+// double (focal_elements_simd.h), but for gradients of float32 and narrower logits, which are computed in float.
+#include "common/vectors_simd.h"
+
+#include "common/exponentials_simd.h"
+#include "focal/focal_elements_simd.h"
+#include "focal/focal_masks_simd.h"
+
+constexpr uint32_t kAllDoubles = (1u << kDoubles) - 1;
+
+static inline DoubleVec column_of(const double* column, const FocalBlock& block, int i) {
+  return load_vec<DoubleVec>(column + (i & block.wrap));
+}
+static inline FloatVec column_of(const float* column, const FocalBlock& block, int i) {
+  return load_floats(column + (i & block.wrap));
+}
+
+// Calls body(first element of the vector, lanes wanted, logits) where any is.
+template <class In, class Body>
+static inline void for_wanted(const In* logits, const FocalBlock& block, const uint64_t* wanted, const Body& body) {
+  for (int i = 0; i < block.size; i += kFloats) {
+    const uint32_t mask = static_cast<uint32_t>(wanted[i / 64] >> i % 64) & kAllFloats;
+    if (mask != 0) body(i, mask, load_doubles(logits + i));
+  }
+}
+
+// Calls take(i, lanes, element) with the halves of the vectors of elements, their losses and slopes multiplied by all weights.
+// kPositive: the targets are 1, else 0.
+template <int kGamma, bool kExact, bool kPositive, class In, class Take>
+static inline void sweep_hard(const In* logits, const FocalBlock& block, const uint64_t* wanted, const Take& take) {
+  for_wanted(logits, block, wanted, [&](int first, uint32_t lanes, DoublePair z) {
+    const auto half = [&](int i, DoubleVec logit) {
+      const DoubleVec gamma = kGamma < 0 ? column_of(block.columns.gamma, block, i) : DoubleVec{};
+      DoubleVec w = column_of(kPositive ? block.columns.positive : block.columns.negative, block, i);
+      if (block.weight != nullptr) w *= load_vec<DoubleVec>(block.weight + i);
+      const ElementDoubles element = hard_doubles<kGamma, kExact>(kPositive ? -logit : logit, gamma);
+      return ElementDoubles{w * element.loss, kPositive ? -w * element.slope : w * element.slope};
+    };
+    take(first, lanes, half(first, z.low), half(first + kDoubles, z.high));
+  });
+}
+
+template <class In, class Take>
+static inline void sweep_soft(const FocalTable& table, const In* logits, const FocalBlock& block, const uint64_t* wanted,
+                              const Take& take) {
+  const ClassColumns& columns = block.columns;
+  for_wanted(logits, block, wanted, [&](int first, uint32_t lanes, DoublePair z) {
+    const auto half = [&](int i, DoubleVec logit) {
+      ElementDoubles element =
+          soft_doubles(table.modulator, logit, load_vec<DoubleVec>(block.target + i), column_of(columns.gamma, block, i),
+                       column_of(columns.positive, block, i), column_of(columns.negative, block, i));
+      if (block.weight == nullptr) return element;
+      const DoubleVec v = load_vec<DoubleVec>(block.weight + i);
+      return ElementDoubles{v * element.loss, v * element.slope};
+    };
+    take(first, lanes, half(first, z.low), half(first + kDoubles, z.high));
+  });
+}
+
+static inline bool modulates_positives(const FocalTable& table) {
+  return table.modulator == kFocal || table.modulator == kQuality;
+}
+
+// Of the targets of 1 of varifocal loss, which are not modulated.
+template <int kGamma, bool kExact, class In, class Take>
+static inline void sweep_ones(const FocalTable& table, const In* logits, const FocalBlock& block, const uint64_t* wanted,
+                              const Take& take) {
+  if (modulates_positives(table)) sweep_hard<kGamma, kExact, true>(logits, block, wanted, take);
+  else sweep_hard<0, kExact, true>(logits, block, wanted, take);
+}
+
+static inline void add_to_class_sums(double* sums, const FocalBlock& block, int i, uint32_t lanes,
+                                     const ElementDoubles& element) {
+  double* at = sums + (i & block.wrap);
+  store_vec(at, load_vec<DoubleVec>(at) + choose(lanes, absolute(element.slope), DoubleVec{}));
+}
+
+template <int kGamma, bool kClassSums, class In>
+static void sum_block(const FocalTable& table, const In* logits, const FocalBlock& block, DoublePair& total) {
+  constexpr bool kExact = sizeof(In) == 8;
+  const auto add_to = [&](double* sums) {
+    return [&, sums](int i, uint32_t lanes, const ElementDoubles& low, const ElementDoubles& high) {
+      const uint32_t low_lanes = lanes & kAllDoubles, high_lanes = lanes >> kDoubles;
+      total.low += choose(low_lanes, low.loss, DoubleVec{});
+      total.high += choose(high_lanes, high.loss, DoubleVec{});
+      if constexpr (kClassSums) {
+        add_to_class_sums(sums, block, i, low_lanes, low);
+        add_to_class_sums(sums, block, i + kDoubles, high_lanes, high);
+      }
+    };
+  };
+  sweep_hard<kGamma, kExact, false>(logits, block, block.negative, add_to(block.negative_sums));
+  if (block.has_ones) sweep_ones<kGamma, kExact>(table, logits, block, block.one, add_to(block.positive_sums));
+  if (!block.has_soft) return;
+  const auto add_positive = add_to(block.positive_sums), add_negative = add_to(block.negative_sums);
+  sweep_soft(table, logits, block, block.soft,
+             [&](int i, uint32_t lanes, const ElementDoubles& low, const ElementDoubles& high) {
+               uint32_t positive = lanes;
+               // A dense target that is NaN is none.
+               for (uint32_t bits = block.has_labels ? 0 : lanes; bits != 0; bits &= bits - 1)
+                 if (!(block.target[i + __builtin_ctz(bits)] > 0)) positive &= ~(bits & -bits);
+               if (positive != 0) add_positive(i, positive, low, high);
+               if (positive != lanes) add_negative(i, lanes & ~positive, low, high);
+             });
+}
+
+template <class Out>
+static inline void store_where(Out* output, int i, uint32_t lanes, DoubleVec low, DoubleVec high) {
+  if constexpr (sizeof(Out) == 8) {
+    const DoublePair before = load_doubles(output + i);
+    store_doubles(output + i, {choose(lanes & kAllDoubles, low, before.low), choose(lanes >> kDoubles, high, before.high)});
+  } else {
+    store_floats(output + i, choose(lanes, to_floats(low, high), load_floats(output + i)));
+  }
+}
+
+template <class Out>
+static inline void clear_output(Out* output, int size) {
+  __builtin_memset(output, 0, static_cast<size_t>((size + kFloats - 1) / kFloats * kFloats) * sizeof(Out));
+}
+
+// Through double, the elements of the masks alone.
+template <bool kGradient, class In>
+static void write_wide(const FocalTable& table, const In* logits, const FocalBlock& block, const uint64_t* zeros,
+                       const uint64_t* ones, In* output) {
+  constexpr bool kExact = sizeof(In) == 8;
+  const auto write = [&](int i, uint32_t lanes, const ElementDoubles& low, const ElementDoubles& high) {
+    if constexpr (kGradient) store_where(output, i, lanes, low.slope, high.slope);
+    else store_where(output, i, lanes, low.loss, high.loss);
+  };
+  sweep_hard<-1, kExact, false>(logits, block, zeros, write);
+  if (any_bit(ones)) sweep_ones<-1, kExact>(table, logits, block, ones, write);
+  if (block.has_soft) sweep_soft(table, logits, block, block.soft, write);
+}
+
+// Slopes in float of targets of 0, where the others become 0, or of 1. What is beyond the range of floats is left over.
+template <int kGamma, bool kPositive, class In>
+static inline void write_float(const In* logits, const FocalBlock& block, const uint64_t* wanted, uint64_t* left_over,
+                               In* output) {
+  const ClassColumns& columns = block.columns;
+  for (int i = 0; i < block.size; i += kFloats) {
+    const uint32_t mask = static_cast<uint32_t>(wanted[i / 64] >> i % 64) & kAllFloats;
+    if (mask == 0) {
+      if constexpr (!kPositive) store_floats(output + i, FloatVec{});
+      continue;
+    }
+    const FloatVec z = load_floats(logits + i), limit = all_floats(kLargestFloatExponent), none = FloatVec{};
+    const uint32_t is_small = at_most_mask(absolute(z), limit), lanes = mask & is_small;
+    set_lanes(left_over, i, mask & ~is_small);
+    const uint32_t positive = kPositive ? greater_mask(none, z) : greater_mask(z, none);
+    const FloatVec gamma_high = kGamma < 0 ? column_of(columns.gamma_high, block, i) : none;
+    const FloatVec gamma_low = kGamma < 0 ? column_of(columns.gamma_low, block, i) : none;
+    FloatVec w = column_of(kPositive ? columns.positive_rounded : columns.negative_rounded, block, i);
+    if (block.weight != nullptr) {
+      const DoublePair v = load_doubles(block.weight + i);
+      w *= to_floats(v.low, v.high);
+    }
+    const FloatVec slope = w * hard_slope<kGamma>(choose(is_small, absolute(z), limit), positive, gamma_high, gamma_low);
+    store_floats(output + i, choose(lanes, kPositive ? -slope : slope, kPositive ? load_floats(output + i) : none));
+  }
+}
+
+template <int kGamma, class In>
+static void write_gradient(const FocalTable& table, const In* logits, const FocalBlock& block, In* output) {
+  if constexpr (sizeof(In) == 8) {
+    clear_output(output, block.size);
+    write_wide<true>(table, logits, block, block.negative, block.one, output);
+  } else {
+    uint64_t zeros[kBlockWords] = {}, ones[kBlockWords] = {};
+    write_float<kGamma, false>(logits, block, block.negative, zeros, output);
+    if (block.has_ones) {
+      if (modulates_positives(table)) write_float<kGamma, true>(logits, block, block.one, ones, output);
+      else write_float<0, true>(logits, block, block.one, ones, output);
+    }
+    if (block.has_soft || any_bit(zeros) || any_bit(ones)) write_wide<true>(table, logits, block, zeros, ones, output);
+  }
+}
+
+static inline ClassColumns columns_from(const ClassColumns& all, int64_t first) {
+  return {all.gamma + first,     all.positive + first,         all.negative + first,        all.gamma_high + first,
+          all.gamma_low + first, all.positive_rounded + first, all.negative_rounded + first};
+}
+
+static void set_class(const FocalTable& table, int64_t c, FocalBlock& block) {
+  const ClassEntry entry = class_entry(table.table, table.rule.classes, c);
+  const double positive = entry.positive * table.factor, negative = entry.negative * table.factor;
+  const float high = static_cast<float>(entry.gamma), low = static_cast<float>(entry.gamma - static_cast<double>(high));
+  for (int lane = 0; lane < kLanes; ++lane) {
+    block.own[0][lane] = entry.gamma, block.own[1][lane] = positive, block.own[2][lane] = negative;
+    block.own_rounded[0][lane] = high, block.own_rounded[1][lane] = low;
+    block.own_rounded[2][lane] = static_cast<float>(positive), block.own_rounded[3][lane] = static_cast<float>(negative);
+  }
+  block.columns = {block.own[0],         block.own[1],         block.own[2],        block.own_rounded[0],
+                   block.own_rounded[1], block.own_rounded[2], block.own_rounded[3]};
+}
+
+// Of a level in strips: some rows, as many as the table says, or kBlock rows of a map with all their classes.
+static inline bool is_map(const FocalLevel& level) { return level.layout.inner > 1 || level.layout.classes == 1; }
+
+// Calls body(first element) for the blocks of the strips [begin, end). sums: null, or [2, size of the columns], to which they
+// add.
+template <class Body>
+static inline void for_row_blocks(const FocalLevel& level, const FocalTable& table, int64_t begin, int64_t end, double* sums,
+                                  FocalBlock& block, const Body& body) {
+  const int64_t classes = level.layout.classes, rows = level.layout.outer;
+  block.wrap = -1;
+  const auto run = [&](int64_t row, int64_t column, int64_t size) {
+    block.columns = columns_from(table.columns, column);
+    if (sums != nullptr) block.positive_sums = sums + column, block.negative_sums = sums + table.columns_size + column;
+    fill_from_rows(level, table, row, column, static_cast<int>(size), block);
+    body(row * classes + column);
+  };
+  for (int64_t strip = begin; strip < end; ++strip) {
+    if (table.rows_per_block > 0) {
+      const int64_t row = strip * table.rows_per_block, rest = rows - row;
+      run(row, 0, (rest < table.rows_per_block ? rest : table.rows_per_block) * classes);
+      continue;
+    }
+    for (int64_t column = 0; column < classes; column += kBlock)
+      run(strip, column, classes - column < kBlock ? classes - column : kBlock);
+  }
+}
+
+// The same for a map; skip(first element, size) for what is of a dead class. sums: null or [2, C].
+template <class Body, class Skip>
+static inline void for_map_blocks(const FocalLevel& level, const FocalTable& table, int64_t begin, int64_t end, double* sums,
+                                  FocalBlock& block, const Body& body, const Skip& skip) {
+  const int64_t classes = level.layout.classes, inner = level.layout.inner, strips = (inner + kBlock - 1) / kBlock;
+  block.wrap = kLanes - 1;
+  block.positive_sums = block.own[3], block.negative_sums = block.own[4];
+  for (int64_t strip = begin; strip < end; ++strip) {
+    const int64_t outer = strip / strips, first = strip % strips * kBlock, row = outer * inner + first;
+    const int size = static_cast<int>(inner - first < kBlock ? inner - first : kBlock);
+    read_map_rows(level, table, row, size, block);
+    for (int64_t c = 0; c < classes; ++c) {
+      const int64_t element = (outer * classes + c) * inner + first;
+      if (is_dead(class_entry(table.table, classes, c))) {
+        skip(element, size);
+        continue;
+      }
+      set_class(table, c, block);
+      for (int lane = 0; lane < kLanes; ++lane) block.own[3][lane] = block.own[4][lane] = 0;
+      fill_from_map(level, table, row, c, element, size, block);
+      body(element);
+      for (int lane = 0; sums != nullptr && lane < kLanes; ++lane)
+        sums[c] += block.own[3][lane], sums[classes + c] += block.own[4][lane];
+    }
+  }
+}
+
+template <int kGamma>
+struct CommonGamma {
+  static constexpr int value = kGamma;
+};
+template <class Body>
+static inline void with_gamma(const FocalTable& table, const Body& body) {
+  if (table.common_gamma == 0) body(CommonGamma<0>{});
+  else if (table.common_gamma == 1) body(CommonGamma<1>{});
+  else if (table.common_gamma == 2) body(CommonGamma<2>{});
+  else body(CommonGamma<-1>{});
+}
+
+// Adds to `sums`, which is null or as for_row_blocks and for_map_blocks say; returns the sum of the losses.
+template <class In>
+static double sum_strips(const FocalLevel& level, const FocalTable& table, const In* logits, int64_t begin, int64_t end,
+                         double* sums) {
+  FocalBlock block;
+  In padded[kBlock];
+  DoublePair total = {};
+  with_gamma(table, [&](auto gamma) {
+    constexpr int kGamma = decltype(gamma)::value;
+    const auto add = [&](int64_t element) {
+      const In* data = pad_values(logits + element, block.size, padded);
+      if (sums != nullptr) sum_block<kGamma, true>(table, data, block, total);
+      else sum_block<kGamma, false>(table, data, block, total);
+    };
+    if (is_map(level)) for_map_blocks(level, table, begin, end, sums, block, add, [](int64_t, int) {});
+    else for_row_blocks(level, table, begin, end, sums, block, add);
+  });
+  const DoubleVec sum = total.low + total.high;
+  double result = 0;
+  for (int lane = 0; lane < kDoubles; ++lane) result += sum[lane];
+  return result;
+}
+
+// Gradients, or losses, of all elements of the strips.
+template <bool kGradient, class In>
+static void write_strips(const FocalLevel& level, const FocalTable& table, const In* logits, int64_t begin, int64_t end,
+                         In* output) {
+  FocalBlock block;
+  In padded[kBlock], padded_output[kBlock];
+  with_gamma(table, [&](auto gamma) {
+    const auto write = [&](int64_t element) {
+      const In* data = pad_values(logits + element, block.size, padded);
+      In* result = block.size % kFloats == 0 ? output + element : padded_output;
+      if constexpr (kGradient) {
+        write_gradient<decltype(gamma)::value>(table, data, block, result);
+      } else {
+        clear_output(result, block.size);
+        write_wide<false>(table, data, block, block.negative, block.one, result);
+      }
+      if (result == padded_output) __builtin_memcpy(output + element, result, static_cast<size_t>(block.size) * sizeof(In));
+    };
+    const auto skip = [&](int64_t element, int size) {
+      __builtin_memset(output + element, 0, static_cast<size_t>(size) * sizeof(In));
+    };
+    if (is_map(level)) for_map_blocks(level, table, begin, end, nullptr, block, write, skip);
+    else for_row_blocks(level, table, begin, end, nullptr, block, write);
+  });
+}
