@@ -321,11 +321,17 @@ def read_reduction(
     if avg_factor is not None:
         if isinstance(avg_factor, bool) or not isinstance(avg_factor, numbers.Real):
             raise TypeError(f"{function}: avg_factor must be a number or a 0-d Tensor, got {type(avg_factor).__name__}")
-        divisor = avg_factor + eps
-        return None, loss_weight / divisor if divisor else math.inf
+        return _divided_by(avg_factor + eps, loss_weight, levels)
     if reduction == "mean":
-        return None, loss_weight / max(mean_over or levels.numel, 1)
+        return _divided_by(max(mean_over or levels.numel, 1), loss_weight, levels)
     return None, loss_weight
+
+
+def _divided_by(divisor: float, loss_weight: float, levels: Levels) -> tuple[Tensor | None, float]:
+    if torch.compiler.is_compiling():
+        # As a tensor, so that a graph serves every number.
+        return torch.ones((), dtype=torch.float64, device=levels.first.device) * divisor, loss_weight
+    return None, loss_weight / divisor if divisor else math.inf
 
 
 def read_ignore_index(function: str, ignore_index: int | None) -> int | None:
