@@ -34,7 +34,7 @@ LONGEST_FIRST = (
 # Parameters of mallopt.
 TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3
 
-# Triton's interpreter takes some 50 ms for a loss.
+# Triton's interpreter takes some 30 ms for a loss.
 EXAMPLES = os.environ.get("RSLOSS_TEST_EXAMPLES") or ("10" if os.environ.get("TRITON_INTERPRET") == "1" else "40")
 hypothesis.settings.register_profile("rsloss", deadline=None, database=None, print_blob=True, max_examples=int(EXAMPLES))
 hypothesis.settings.load_profile("rsloss")
