@@ -130,7 +130,7 @@ class GHM:
     module: type[torch.nn.Module]
     is_regression: bool
     num_losses: int = 1
-    operators: tuple[str, ...] = ("ghm_histogram", "ghm_finalize", "ghm_backward")
+    operators: tuple[str, ...] = ("ghm_histogram", "ghm_finalize", "ghm_forward", "ghm_backward")
     narrow: float = GRADIENT_GATE  # the gate of float32 gradients
     compiled_samples: tuple[str, ...] = ("float32", "bfloat16_targets_float32", "index", "momentum_corrected")
 
@@ -145,7 +145,9 @@ class GHM:
         return [sample for sample in self.samples if sample.name in OPERATOR_SAMPLES]
 
     def run_other_operators(self, backend: harness.Backend, inputs: Inputs) -> None:
-        """There are none: the public function calls all."""
+        """Those that the public function calls with a process group only."""
+        pred, target, *weights = inputs.arguments
+        self.run_operators(backend, [pred], [target], weights, **inputs.options)
 
     def arguments(self, logits: Tensor, labels: Tensor, weight: Tensor | None = None) -> tuple[Tensor, ...]:
         return (logits, labels) if weight is None else (logits, labels, weight)

@@ -231,10 +231,13 @@ OPERATOR_ARGUMENTS = {
         "preds", "targets", "weights", "histogram", "acc_sum", "num_updates", "bins", "mu", "background_first", "momentum",
         "count_empty_bins", "gradient_scale",
     ],
+    "ghm_forward": [
+        "preds", "targets", "weights", "acc_sum", "num_updates", "bins", "mu", "background_first", "momentum", "count_empty_bins",
+    ],
     "ghm_backward": ["preds", "targets", "weights", "bin_weights", "grad_loss", "mu", "background_first"],
 }  # fmt: skip
 ALL = tuple(OPERATOR_ARGUMENTS)
-HISTOGRAM, FINALIZE, BACKWARD = ALL
+HISTOGRAM, FINALIZE, FORWARD, BACKWARD = ALL
 
 
 def operator_arguments(backend) -> dict:
@@ -298,15 +301,15 @@ def operator_faults() -> dict[str, tuple[str, str, object]]:
     add(ALL, "weights", "int64", lambda levels: [level.long() for level in levels])
     add(ALL, "weights", "columns", lambda levels: [level[0].contiguous() for level in levels])
     for bins in (0, -1, 257, 2**31):
-        add((HISTOGRAM, FINALIZE), "bins", f"{bins}", lambda _, bins=bins: bins)
+        add((HISTOGRAM, FINALIZE, FORWARD), "bins", f"{bins}", lambda _, bins=bins: bins)
     for mu in (0.0, -1.0, 1e-31, 1e31, float("inf"), float("nan")):
         add(ALL, "mu", f"{mu}", lambda _, mu=mu: mu)
     for momentum in (1.0, -0.1, float("nan"), float("inf")):
-        add(FINALIZE, "momentum", f"{momentum}", lambda _, momentum=momentum: momentum)
+        add((FINALIZE, FORWARD), "momentum", f"{momentum}", lambda _, momentum=momentum: momentum)
     for argument in ("acc_sum", "num_updates"):
         for fault, change in VECTOR_FAULTS.items():
-            add(FINALIZE, argument, fault, change)
-    add(FINALIZE, "acc_sum", "none", lambda t: None)
+            add((FINALIZE, FORWARD), argument, fault, change)
+    add((FINALIZE, FORWARD), "acc_sum", "none", lambda t: None)
     add(FINALIZE, "histogram", "transposed", lambda t: t.t())
     for fault, change in VECTOR_FAULTS.items():
         add(FINALIZE, "histogram", fault, change)

@@ -273,6 +273,14 @@ def test_extreme_logits(backend, generator, logit, dtype):
         CLASSIFICATION.assert_agrees(backend, logits[:2], target[:2], label=f"{logit} alone")
 
 
+@pytest.mark.parametrize("bins", [10, 100])
+def test_logits_up_to_the_ends_of_the_float_path(backend, bins):
+    """exp(86) times the number of bins is beyond float32."""
+    logits = torch.linspace(-90, 90, 721)
+    for target in (torch.zeros(721), torch.ones(721)):
+        CLASSIFICATION.assert_agrees(backend, logits, target, label=f"{bins}", bins=bins)
+
+
 @pytest.mark.parametrize("mu", [1e-30, 1e-12, 0.02, 1e3, 1e30])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_extreme_mu(backend, generator, mu, dtype):

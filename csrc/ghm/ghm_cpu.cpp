@@ -72,11 +72,13 @@ std::vector<GhmLevel> view_levels(const Tensors& preds, const Tensors& targets, 
 }
 
 GhmEdges make_edges(int64_t bins, const std::optional<double>& mu) {
-  GhmEdges edges{};
+  GhmEdges edges;
   edges.bins = static_cast<int>(bins);
   edges.is_regression = mu.has_value();
   edges.mu = mu.value_or(0);
-  for (int bin = 0; bin < kMostBins; ++bin) {
+  // Tables are read in whole vectors.
+  const int64_t read = std::min<int64_t>(kMostBins, (bins + 63) / 64 * 64);
+  for (int bin = 0; bin < read; ++bin) {
     const int k = bin + 1;
     const bool is_inside = k < edges.bins;
     const double hard = is_inside ? hard_threshold(k, edges.bins) : kNaN;
@@ -99,11 +101,9 @@ void for_chunks(const std::vector<Chunk>& chunks, const Body& body) {
   });
 }
 
-Tensor ghm_histogram(Tensors preds, Tensors targets, Tensors weights, int64_t bins, std::optional<double> mu,
-                     bool background_first) {
-  const char* op = "ghm_histogram";
-  check_ghm_levels(op, preds, targets, weights, mu);
-  check_ghm_bins(op, bins);
+// The histogram: counts by bin and the valid elements with NaN, then losses by bin and 0.
+std::vector<double> sum_by_bin(const Tensors& preds, const Tensors& targets, const Tensors& weights, int64_t bins,
+                               const std::optional<double>& mu, bool background_first) {
   const std::vector<GhmLevel> levels = view_levels(preds, targets, weights, background_first);
   const std::vector<Chunk> chunks = cut_into_chunks(levels);
   const GhmEdges edges = make_edges(bins, mu);
@@ -126,11 +126,9 @@ Tensor ghm_histogram(Tensors preds, Tensors targets, Tensors weights, int64_t bi
       part[bins] = static_cast<double>(nan_count);
     });
   });
-  Tensor histogram = new_cpu_tensor({kHistogramRows, bins + 1}, ScalarType::Double);
-  double* total = static_cast<double*>(histogram.mutable_data_ptr());
-  std::fill(total, total + 2 * columns, 0.0);
+  std::vector<double> total(2 * columns);
   for (size_t i = 0; i < parts.size(); ++i) total[i % (2 * columns)] += parts[i];
-  return histogram;
+  return total;
 }
 
 double floating_value(const Tensor& tensor, int64_t i) {
@@ -146,22 +144,18 @@ void set_floating(const Tensor& tensor, int64_t i, double value) {
   else static_cast<float*>(tensor.mutable_data_ptr())[i] = static_cast<float>(value);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> ghm_finalize(Tensors preds, Tensors targets, Tensors weights, Tensor histogram,
-                                                        std::optional<Tensor> acc_sum, std::optional<Tensor> num_updates,
-                                                        int64_t bins, std::optional<double> mu, bool, double momentum,
-                                                        bool count_empty_bins, double gradient_scale) {
-  const char* op = "ghm_finalize";
-  check_ghm_levels(op, preds, targets, weights, mu);
-  check_ghm_bins(op, bins);
-  check_ghm_histogram(op, histogram, preds[0], bins);
-  check_ghm_state(op, acc_sum, num_updates, preds[0], bins, momentum);
-  const double* counts = static_cast<const double*>(histogram.const_data_ptr());
+// Loss, state after it and weights of the bins.
+using Finalized = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+Finalized finalize(const double* counts, const Tensor& pred, const std::optional<Tensor>& acc_sum,
+                   const std::optional<Tensor>& num_updates, int64_t bins, double momentum, bool count_empty_bins,
+                   double gradient_scale) {
   const double* losses = counts + bins + 1;
   const int64_t* updates = num_updates ? static_cast<const int64_t*>(num_updates->const_data_ptr()) : nullptr;
 
   const auto filled = std::count_if(counts, counts + bins, [](double count) { return count > 0; });
   const double in_use = static_cast<double>(count_empty_bins ? bins : filled);
-  const ScalarType loss_type = preds[0].scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const ScalarType loss_type = pred.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   Tensor loss = new_cpu_tensor({}, loss_type);
   Tensor new_acc_sum = new_cpu_tensor({bins}, acc_sum ? acc_sum->scalar_type() : ScalarType::Double);
   Tensor new_updates = new_cpu_tensor({num_updates ? bins : 0}, ScalarType::Long);
@@ -189,6 +183,40 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ghm_finalize(Tensors preds, Tensors t
   return {loss, new_acc_sum, new_updates, bin_weights};
 }
 
+Tensor ghm_histogram(Tensors preds, Tensors targets, Tensors weights, int64_t bins, std::optional<double> mu,
+                     bool background_first) {
+  const char* op = "ghm_histogram";
+  check_ghm_levels(op, preds, targets, weights, mu);
+  check_ghm_bins(op, bins);
+  const std::vector<double> total = sum_by_bin(preds, targets, weights, bins, mu, background_first);
+  Tensor histogram = new_cpu_tensor({kHistogramRows, bins + 1}, ScalarType::Double);
+  std::copy(total.begin(), total.end(), static_cast<double*>(histogram.mutable_data_ptr()));
+  return histogram;
+}
+
+Finalized ghm_finalize(Tensors preds, Tensors targets, Tensors weights, Tensor histogram, std::optional<Tensor> acc_sum,
+                       std::optional<Tensor> num_updates, int64_t bins, std::optional<double> mu, bool, double momentum,
+                       bool count_empty_bins, double gradient_scale) {
+  const char* op = "ghm_finalize";
+  check_ghm_levels(op, preds, targets, weights, mu);
+  check_ghm_bins(op, bins);
+  check_ghm_histogram(op, histogram, preds[0], bins);
+  check_ghm_state(op, acc_sum, num_updates, preds[0], bins, momentum);
+  const double* counts = static_cast<const double*>(histogram.const_data_ptr());
+  return finalize(counts, preds[0], acc_sum, num_updates, bins, momentum, count_empty_bins, gradient_scale);
+}
+
+Finalized ghm_forward(Tensors preds, Tensors targets, Tensors weights, std::optional<Tensor> acc_sum,
+                      std::optional<Tensor> num_updates, int64_t bins, std::optional<double> mu, bool background_first,
+                      double momentum, bool count_empty_bins) {
+  const char* op = "ghm_forward";
+  check_ghm_levels(op, preds, targets, weights, mu);
+  check_ghm_bins(op, bins);
+  check_ghm_state(op, acc_sum, num_updates, preds[0], bins, momentum);
+  const std::vector<double> total = sum_by_bin(preds, targets, weights, bins, mu, background_first);
+  return finalize(total.data(), preds[0], acc_sum, num_updates, bins, momentum, count_empty_bins, 1);
+}
+
 Tensors ghm_backward(Tensors preds, Tensors targets, Tensors weights, Tensor bin_weights, Tensor grad_loss,
                      std::optional<double> mu, bool background_first) {
   const char* op = "ghm_backward";
@@ -198,8 +226,10 @@ Tensors ghm_backward(Tensors preds, Tensors targets, Tensors weights, Tensor bin
   const std::vector<Chunk> chunks = cut_into_chunks(levels);
   const GhmEdges edges = make_edges(bins, mu);
   GhmFactors factors{};
+  const double* of_bins = static_cast<const double*>(bin_weights.const_data_ptr());
+  const double upstream = floating_value(grad_loss, 0);
   for (int64_t b = 0; b < bins; ++b) {
-    factors.exact[b] = floating_value(bin_weights, b) * floating_value(grad_loss, 0);
+    factors.exact[b] = of_bins[b] * upstream;
     factors.rounded[b] = static_cast<float>(factors.exact[b]);
   }
   Tensors gradients;
@@ -223,6 +253,7 @@ Tensors ghm_backward(Tensors preds, Tensors targets, Tensors weights, Tensor bin
 STABLE_TORCH_LIBRARY_IMPL(rsloss_kernels, CPU, m) {
   m.impl("ghm_histogram.cpp", TORCH_BOX(&ghm_histogram));
   m.impl("ghm_finalize.cpp", TORCH_BOX(&ghm_finalize));
+  m.impl("ghm_forward.cpp", TORCH_BOX(&ghm_forward));
   m.impl("ghm_backward.cpp", TORCH_BOX(&ghm_backward));
 }
 

@@ -84,6 +84,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ghm_finalize(Tensors preds, Tensors t
   return {loss, new_acc_sum, new_num_updates, bin_weights};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> ghm_forward(Tensors preds, Tensors targets, Tensors weights,
+                                                       std::optional<Tensor> acc_sum, std::optional<Tensor> num_updates,
+                                                       int64_t bins, std::optional<double> mu, bool background_first,
+                                                       double momentum, bool count_empty_bins) {
+  const char* op = "ghm_forward";
+  check_ghm_levels(op, preds, targets, weights, mu);
+  check_ghm_bins(op, bins);
+  check_ghm_state(op, acc_sum, num_updates, preds[0], bins, momentum);
+  Tensor histogram = ghm_histogram(preds, targets, weights, bins, mu, background_first);
+  return ghm_finalize(preds, targets, weights, histogram, acc_sum, num_updates, bins, mu, background_first, momentum,
+                      count_empty_bins, 1);
+}
+
 Tensors ghm_backward(Tensors preds, Tensors targets, Tensors weights, Tensor bin_weights, Tensor grad_loss,
                      std::optional<double> mu, bool background_first) {
   const char* op = "ghm_backward";
@@ -107,6 +120,7 @@ Tensors ghm_backward(Tensors preds, Tensors targets, Tensors weights, Tensor bin
 STABLE_TORCH_LIBRARY_IMPL(rsloss_kernels, RSL_CUDA_KEY, m) {
   m.impl("ghm_histogram.cuda", TORCH_BOX(&ghm_histogram));
   m.impl("ghm_finalize.cuda", TORCH_BOX(&ghm_finalize));
+  m.impl("ghm_forward.cuda", TORCH_BOX(&ghm_forward));
   m.impl("ghm_backward.cuda", TORCH_BOX(&ghm_backward));
 }
 

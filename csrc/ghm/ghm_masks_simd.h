@@ -84,13 +84,6 @@ static void fill_from_dense(const double* targets, GhmBlock& block) {
 }
 
 template <class In>
-static void fill_regression(const In* targets, GhmBlock& block) {
-  fill_target_values(targets, block);
-  clear_words(block.soft);
-  set_bits(block.soft, 0, block.size);
-}
-
-template <class In>
 static void fill_valid_elements(const In* weights, GhmBlock& block) {
   In padded[kBlock];
   const In* data = block.size < kBlock ? pad_block(weights, block.size, padded) : weights;
@@ -106,34 +99,73 @@ static void fill_valid_elements(const double* weights, GhmBlock& block) {
   for (int i = 0; i < block.size; ++i) block.valid[i / 64] |= uint64_t{weights[i] > 0} << i % 64;
 }
 
-template <class In>
-static void fill_valid(const GhmLevel& level, const In* weights, GhmBlock& block) {
-  if (!level.row_weights) return fill_valid_elements(weights + block.begin, block);
-  for_rows(level, block, [&](int64_t row, int64_t begin, int64_t end) {
-    if (widen(weights[row]) > 0) set_bits(block.valid, begin, end);
-  });
-}
-
-template <bool kRegression>
-static void fill_targets(const GhmLevel& level, GhmBlock& block) {
-  if (!kRegression && level.target_type == ScalarType::Int)
-    return fill_from_labels(level, static_cast<const int32_t*>(level.targets), block);
-  if (!kRegression && level.target_type == ScalarType::Long)
-    return fill_from_labels(level, static_cast<const int64_t*>(level.targets), block);
-  dispatch_floating(level.target_type, [&](auto tag) {
-    const auto* targets = static_cast<const decltype(tag)*>(level.targets) + block.begin;
-    if constexpr (kRegression) fill_regression(targets, block);
-    else fill_from_dense(targets, block);
-  });
-}
-
-template <bool kRegression>
-static void fill_block(const GhmLevel& level, int64_t begin, int64_t end, GhmBlock& block) {
-  block.begin = begin;
-  block.size = static_cast<int>(end - begin < kBlock ? end - begin : kBlock);
-  if constexpr (!kRegression) fill_targets<false>(level, block);
+static void fill_valid(const GhmLevel& level, GhmBlock& block) {
   clear_words(block.valid);
   if (level.weights == nullptr) return set_bits(block.valid, 0, block.size);
-  dispatch_floating(level.weight_type,
-                    [&](auto tag) { fill_valid(level, static_cast<const decltype(tag)*>(level.weights), block); });
+  dispatch_floating(level.weight_type, [&](auto tag) {
+    const auto* weights = static_cast<const decltype(tag)*>(level.weights);
+    if (!level.row_weights) return fill_valid_elements(weights + block.begin, block);
+    for_rows(level, block, [&](int64_t row, int64_t begin, int64_t end) {
+      if (widen(weights[row]) > 0) set_bits(block.valid, begin, end);
+    });
+  });
 }
+
+static void fill_targets(const GhmLevel& level, GhmBlock& block) {
+  if (level.target_type == ScalarType::Int) return fill_from_labels(level, static_cast<const int32_t*>(level.targets), block);
+  if (level.target_type == ScalarType::Long) return fill_from_labels(level, static_cast<const int64_t*>(level.targets), block);
+  dispatch_floating(level.target_type,
+                    [&](auto tag) { fill_from_dense(static_cast<const decltype(tag)*>(level.targets) + block.begin, block); });
+}
+
+// For the float64 path, which all of the block then may take.
+static void fill_regression(const GhmLevel& level, GhmBlock& block) {
+  dispatch_floating(level.target_type, [&](auto tag) {
+    fill_target_values(static_cast<const decltype(tag)*>(level.targets) + block.begin, block);
+  });
+  clear_words(block.soft);
+  set_bits(block.soft, 0, block.size);
+}
+
+static void place_block(int64_t begin, int64_t end, GhmBlock& block) {
+  block.begin = begin;
+  block.size = static_cast<int>(end - begin < kBlock ? end - begin : kBlock);
+}
+
+static void fill_masks(const GhmLevel& level, GhmBlock& block) {
+  fill_targets(level, block);
+  fill_valid(level, block);
+}
+
+// Of a vector of elements: which are valid, have the target 1, have a target of 0 or 1.
+struct VectorMasks {
+  uint32_t valid;
+  uint32_t one;
+  uint32_t hard;
+};
+
+// From the bits of a block.
+struct WordMasks {
+  const GhmBlock& block;
+  VectorMasks operator()(int i) const {
+    const auto at = [i](const uint64_t* words) { return static_cast<uint32_t>(words[i / 64] >> i % 64) & kAllFloats; };
+    return {at(block.valid), at(block.one), ~at(block.soft) & kAllFloats};
+  }
+};
+
+// Straight from dense float32 targets and weights of all elements of a whole block, which is faster than by way of bits.
+static bool has_dense_masks(const GhmLevel& level) {
+  return level.target_type == ScalarType::Float && level.weights != nullptr && level.weight_type == ScalarType::Float &&
+         !level.row_weights;
+}
+struct DenseMasks {
+  const float* targets;
+  const float* weights;
+  DenseMasks(const GhmLevel& level, int64_t begin)
+      : targets(static_cast<const float*>(level.targets) + begin), weights(static_cast<const float*>(level.weights) + begin) {}
+  VectorMasks operator()(int i) const {
+    const FloatVec target = load_floats(targets + i);
+    const uint32_t one = equal_mask(target, all_floats(1)), zero = equal_mask(target, FloatVec{});
+    return {greater_mask(load_floats(weights + i), FloatVec{}), one, one | zero};
+  }
+};

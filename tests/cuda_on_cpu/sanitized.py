@@ -56,6 +56,7 @@ def harmonizing(preds, targets, weights, bins, mu, background_first=False) -> No
     shared = (bins, mu, background_first)
     ops.ghm_finalize.cuda(preds, targets, weights, histogram, None, None, *shared, 0.0, True, 1.0)
     loss, *_, bin_weights = ops.ghm_finalize.cuda(preds, targets, weights, histogram, *state, *shared, 0.75, False, 2.0)
+    ops.ghm_forward.cuda(preds, targets, weights, *state, *shared, 0.75, False)
     results = ops.ghm_backward.cuda(preds, targets, weights, bin_weights, loss, mu, background_first)
     assert all(result.shape == pred.shape for result, pred in zip(results, preds, strict=True))
 

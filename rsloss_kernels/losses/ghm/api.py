@@ -217,7 +217,7 @@ def read_arguments(
     group = None if process_group is None else distributed.resolve_group(function, process_group)
     return Request(
         function,
-        pred.contiguous(),
+        pred if pred.is_contiguous() else pred.contiguous(),
         target,
         weights,
         bins,
@@ -244,25 +244,26 @@ def _read_target(function: str, pred_name: str, pred: Tensor, target: Tensor, mu
     _checks.check_tensor(function, "target", target)
     _checks.check_strided(function, "target", target)
     _check_device(function, "target", target, pred_name, pred)
-    if mu is None and _checks.is_index_form(target, pred):
-        labels = _checks.as_labels(function, target, "target").contiguous()
-        if _checks.debug_checks() and labels.numel() and int(labels.max()) > pred.shape[-1]:
-            raise ValueError(f"{function}: target must be class indices up to {pred.shape[-1]}, got {int(labels.max())}")
-        return labels
-    if mu is None and pred.dim() > 0 and target.shape == pred.shape[:-1]:
-        wanted = f"integers where it has the shape of {pred_name} less its last dimension (class indices)"
-        raise TypeError(f"{function}: target must be {wanted}, got {target.dtype}")
-    forms = " (dense), or be integers with that shape less its last dimension (class indices)" if mu is None else ""
-    _checks.check_shape(function, "target", target, pred.shape, f"the shape of {pred_name}{forms}")
-    if target.is_complex():
+    if target.shape != pred.shape:
+        if mu is None and _checks.is_index_form(target, pred):
+            labels = _checks.as_labels(function, target, "target").contiguous()
+            if _checks.debug_checks() and labels.numel() and int(labels.max()) > pred.shape[-1]:
+                raise ValueError(f"{function}: target must be class indices up to {pred.shape[-1]}, got {int(labels.max())}")
+            return labels
+        if mu is None and pred.dim() > 0 and target.shape == pred.shape[:-1]:
+            wanted = f"integers where it has the shape of {pred_name} less its last dimension (class indices)"
+            raise TypeError(f"{function}: target must be {wanted}, got {target.dtype}")
+        forms = " (dense), or be integers with that shape less its last dimension (class indices)" if mu is None else ""
+        _checks.check_shape(function, "target", target, pred.shape, f"the shape of {pred_name}{forms}")
+    if target.dtype.is_complex:
         raise TypeError(f"{function}: target must be real, got {target.dtype}")
-    if not target.is_floating_point():
+    if not target.dtype.is_floating_point:
         # Zeros and ones need no more; box offsets may be large.
         target = target.to(torch.float32 if mu is None else torch.float64)
     _checks.check_floating(function, "target", target)
     if mu is None and _checks.debug_checks() and bool(((target < 0) | (target > 1)).any()):
         raise ValueError(f"{function}: target must be within [0, 1], got [{float(target.min())}, {float(target.max())}]")
-    return target.detach().contiguous()
+    return _detached(target)
 
 
 def _read_weight(function: str, pred_name: str, pred: Tensor, weight: Tensor, mu: float | None) -> Tensor:
@@ -274,14 +275,20 @@ def _read_weight(function: str, pred_name: str, pred: Tensor, weight: Tensor, mu
         weight = weight.to(torch.float16)
     if weight.dtype not in _checks.LOGIT_TYPES:
         raise TypeError(f"{function}: weight must be float16, bfloat16, float32, float64, integers or bool, got {weight.dtype}")
-    is_per_row = mu is None and pred.dim() > 0 and weight.shape == pred.shape[:-1]
-    if not is_per_row:
-        less = " (or that less its last dimension)" if mu is None else ""
-        _checks.check_shape(function, "weight", weight, pred.shape, f"the shape of {pred_name}{less}")
+    if weight.shape == pred.shape:
         if mu is None and weight.dim() > 0 and weight.shape[-1] > 1 and weight.stride(-1) == 0:
             # Expanded weights of rows: a copy would have one number per element.
             weight = weight[..., 0]
-    return weight.detach().contiguous()
+    elif mu is not None or pred.dim() == 0 or weight.shape != pred.shape[:-1]:
+        less = " (or that less its last dimension)" if mu is None else ""
+        _checks.check_shape(function, "weight", weight, pred.shape, f"the shape of {pred_name}{less}")
+    return _detached(weight)
+
+
+def _detached(value: Tensor) -> Tensor:
+    """Contiguous and without a gradient; each call of a method that changes nothing would still cost."""
+    value = value.detach() if value.requires_grad else value
+    return value if value.is_contiguous() else value.contiguous()
 
 
 def _check_device(function: str, name: str, value: Tensor, pred_name: str, pred: Tensor) -> None:
@@ -320,29 +327,21 @@ def read_state(request: Request, acc_sum: Tensor | None, num_updates: Tensor | N
         if value is not None:
             _checks.check_tensor(request.function, name, value)
     op_checks.check_state(request.function, acc_sum, num_updates, request.pred, request.bins, request.momentum)
-    return tuple(value if value is None else value.detach().contiguous() for value in (acc_sum, num_updates))
+    return tuple(value if value is None else _detached(value) for value in (acc_sum, num_updates))
 
 
 def evaluate(
     request: Request, acc_sum: Tensor | None, num_updates: Tensor | None, average_gradients: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss, with its gradient, and the new state."""
+    elements = [request.pred], [request.target], request.weights
+    options = request.bins, request.mu, request.is_background_first, request.momentum, request.count_empty_bins
+    if request.group is None:
+        return _library.differentiable("ghm_forward", request.backend, *elements, acc_sum, num_updates, *options)
     histogram, is_agreed = read_histogram(request, average_gradients, num_updates is not None)
+    scale = float(distributed.world_size(request.group)) if average_gradients else 1.0
     loss, *new_state = _library.differentiable(
-        "ghm_finalize",
-        request.backend,
-        [request.pred],
-        [request.target],
-        request.weights,
-        histogram,
-        acc_sum,
-        num_updates,
-        request.bins,
-        request.mu,
-        request.is_background_first,
-        request.momentum,
-        request.count_empty_bins,
-        float(distributed.world_size(request.group)) if average_gradients else 1.0,
+        "ghm_finalize", request.backend, *elements, histogram, acc_sum, num_updates, *options, scale
     )
     if is_agreed is not None:
         loss = loss * torch.where(is_agreed, 1.0, torch.nan).to(loss.dtype)

@@ -102,6 +102,16 @@ def _check_table(op: str, name: str, table: Tensor, pred: Tensor, shape: tuple[i
     _checks.check_shape(op, name, table, shape, "shape")
 
 
+def _check_running(
+    op: str, pred: Tensor, acc_sum: Tensor | None, num_updates: Tensor | None, bins: int, momentum: float
+) -> None:
+    check_momentum(op, momentum)
+    check_state(op, acc_sum, num_updates, pred, bins, momentum)
+    for name, value in (("acc_sum", acc_sum), ("num_updates", num_updates)):
+        if value is not None:
+            _check_placement(op, name, value, pred)
+
+
 def ghm_histogram(preds, targets, weights, bins, mu, background_first) -> None:
     _check_levels("ghm_histogram", preds, targets, weights, mu)
     check_bins("ghm_histogram", bins)
@@ -114,11 +124,14 @@ def ghm_finalize(
     _check_levels(op, preds, targets, weights, mu)
     check_bins(op, bins)
     _check_table(op, "histogram", histogram, preds[0], (2, bins + 1))
-    check_momentum(op, momentum)
-    check_state(op, acc_sum, num_updates, preds[0], bins, momentum)
-    for name, value in (("acc_sum", acc_sum), ("num_updates", num_updates)):
-        if value is not None:
-            _check_placement(op, name, value, preds[0])
+    _check_running(op, preds[0], acc_sum, num_updates, bins, momentum)
+
+
+def ghm_forward(preds, targets, weights, acc_sum, num_updates, bins, mu, background_first, momentum, count_empty_bins) -> None:
+    op = "ghm_forward"
+    _check_levels(op, preds, targets, weights, mu)
+    check_bins(op, bins)
+    _check_running(op, preds[0], acc_sum, num_updates, bins, momentum)
 
 
 def ghm_backward(preds, targets, weights, bin_weights, grad_loss, mu, background_first) -> None:
