@@ -1,9 +1,9 @@
 // Stands in for the CUDA headers so that g++ compiles the unchanged .cu files, and runs their kernels on the CPU.
 //
 // Every CUDA thread of a block is a fiber; fibers switch at barriers and warp intrinsics only, blocks run one after another,
-// all on the calling thread. Barriers that not all threads of a block reach, and warp intrinsics that not the whole warp
-// reaches, throw instead of hanging. Shared memory is poisoned before every block. Not modelled: concurrency of blocks, memory
-// ordering, time. Environment:
+// all on the calling thread, one launch at a time. Barriers that not all threads of a block reach, and warp intrinsics that not
+// the whole warp reaches, throw instead of hanging. Shared memory is poisoned before every block. Not modelled: concurrency of
+// blocks, memory ordering, time. Environment:
 //   RSL_EMULATOR_REVERSE=1      runs blocks, warps and lanes in the opposite order: a value of another thread that is read
 //                               without a barrier is missing in one of the two orders
 //   RSL_EMULATOR_PROCESSORS     what the device reports, default 2
@@ -21,6 +21,7 @@
 #include <exception>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <stdexcept>
 #include <utility>
 #include <vector>
@@ -30,8 +31,8 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __shared__ static thread_local
-#define RSL_DYNAMIC_SHARED(name) unsigned char* const name = cuda_emulator::block().dynamic_shared.get()
+#define __shared__ static
+#define RSL_DYNAMIC_SHARED(name) unsigned char* const name = cuda_emulator::block.dynamic_shared.get()
 
 struct uint3 {
   unsigned x, y, z;
@@ -60,8 +61,8 @@ struct cudaLaunchConfig_t {
 };
 
 // Set for the fiber that runs.
-inline thread_local uint3 threadIdx, blockIdx;
-inline thread_local dim3 blockDim, gridDim;
+inline uint3 threadIdx, blockIdx;
+inline dim3 blockDim, gridDim;
 
 namespace cuda_emulator {
 inline int environment(const char* name, int otherwise) {
@@ -100,27 +101,28 @@ inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { r
 namespace cuda_emulator {
 
 constexpr int kWarpSize = 32;
+constexpr unsigned kAllLanes = ~0u;
 constexpr size_t kStackBytes = 64 << 10;
-
-enum class State : uint8_t { kReady, kAtBlockBarrier, kAtWarpBarrier, kDone };
 
 struct Fiber {
   jmp_buf context;
   std::unique_ptr<char[]> stack;
-  State state = State::kDone;
   bool is_alive = false;  // has a context that can be resumed
   uint3 thread = {0, 0, 0};
 };
 
+// Sets of lanes are masks. A lane that is neither ready nor at a barrier of the block waits for its warp, or has left.
 struct Warp {
   uint64_t deposit[kWarpSize];
   // Copied when all lanes have arrived. It lasts until they arrive at the next exchange, so every lane has read it by then.
   uint64_t result[kWarpSize];
   unsigned arrived = 0;
   unsigned running = 0;
+  unsigned ready = 0;
+  unsigned at_block_barrier = 0;
 };
 
-// The block that runs on this OS thread.
+// The block that runs.
 struct Block {
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
@@ -132,108 +134,101 @@ struct Block {
   ucontext_t starter;
   int current = -1;
   int threads = 0;
+
+  Warp& warp() { return warps[current / kWarpSize]; }
+  unsigned lane() const { return static_cast<unsigned>(current) % kWarpSize; }
 };
+inline Block block;
+inline std::mutex one_launch;
 
-inline Block& block() {
-  static thread_local Block instance;
-  return instance;
-}
-
-inline void switch_away(State state) {
-  Block& b = block();
-  Fiber& fiber = b.fibers[b.current];
-  fiber.state = state;
-  if (_setjmp(fiber.context) == 0) _longjmp(b.scheduler, 1);
+// To the scheduler, and back when it resumes this fiber.
+inline void switch_away() {
+  block.warp().ready &= ~(1u << block.lane());
+  if (_setjmp(block.fibers[block.current].context) == 0) _longjmp(block.scheduler, 1);
 }
 
 // A fiber outlives the kernel and is used again by the next one: starting a context costs system calls.
 inline void fiber_main() {
   for (;;) {
     try {
-      (*block().kernel)();
+      (*block.kernel)();
     } catch (...) {
-      block().failure = std::current_exception();
+      block.failure = std::current_exception();
     }
-    switch_away(State::kDone);
+    block.warp().running &= ~(1u << block.lane());
+    switch_away();
   }
 }
 
 inline void resume(int index) {
-  Block& b = block();
-  b.current = index;
-  Fiber& fiber = b.fibers[index];
+  block.current = index;
+  Fiber& fiber = block.fibers[index];
   threadIdx = fiber.thread;
-  if (_setjmp(b.scheduler) != 0) return;
+  if (_setjmp(block.scheduler) != 0) return;
   if (fiber.is_alive) _longjmp(fiber.context, 1);
   fiber.is_alive = true;
-  getcontext(&b.starter);
-  b.starter.uc_stack.ss_sp = fiber.stack.get();
-  b.starter.uc_stack.ss_size = kStackBytes;
-  b.starter.uc_link = nullptr;
-  makecontext(&b.starter, fiber_main, 0);
-  setcontext(&b.starter);
+  getcontext(&block.starter);
+  block.starter.uc_stack.ss_sp = fiber.stack.get();
+  block.starter.uc_stack.ss_size = kStackBytes;
+  block.starter.uc_link = nullptr;
+  makecontext(&block.starter, fiber_main, 0);
+  setcontext(&block.starter);
 }
 
 // Stacks of fibers that stopped half-way are given up, with what they own.
-inline void abandon(Block& b) {
-  for (int i = 0; i < b.threads; ++i) {
-    if (b.fibers[i].state != State::kDone) b.fibers[i].is_alive = false;
-    b.fibers[i].state = State::kDone;
+inline void abandon() {
+  for (int i = 0; i < block.threads; ++i) {
+    if ((block.warps[i / kWarpSize].running >> (i % kWarpSize) & 1u) != 0) block.fibers[i].is_alive = false;
   }
 }
 
-// Runs the lanes of one warp until every one of them waits for the block or is done. Returns how many got done.
-inline int run_warp(int first, bool reverse) {
-  Block& b = block();
-  int done = 0;
-  for (bool has_run = true; has_run;) {
-    has_run = false;
-    for (int k = 0; k < kWarpSize; ++k) {
-      const int i = first + (reverse ? kWarpSize - 1 - k : k);
-      if (i >= b.threads || b.fibers[i].state != State::kReady) continue;
-      resume(i);
-      has_run = true;
-      if (b.failure) {
-        abandon(b);
-        std::rethrow_exception(std::exchange(b.failure, nullptr));
-      }
-      if (b.fibers[i].state == State::kDone) {
-        ++done;
-        b.warps[i / kWarpSize].running &= ~(1u << (i % kWarpSize));
+// Runs the lanes of one warp in turn until every one of them waits for the block or is done.
+inline void run_warp(int index, bool reverse) {
+  Warp& warp = block.warps[index];
+  while (warp.ready != 0) {
+    // Lanes that this turn has still to come to.
+    unsigned left = kAllLanes;
+    while ((warp.ready & left) != 0) {
+      const int lane = reverse ? kWarpSize - 1 - __builtin_clz(warp.ready & left) : __builtin_ctz(warp.ready & left);
+      left = reverse ? (1u << lane) - 1 : ~1u << lane;
+      resume(index * kWarpSize + lane);
+      if (block.failure) {
+        abandon();
+        std::rethrow_exception(std::exchange(block.failure, nullptr));
       }
     }
   }
-  return done;
 }
 
 inline void run_block(bool reverse) {
-  Block& b = block();
-  const int threads = b.threads;
-  const int warps = static_cast<int>(b.warps.size());
-  for (Warp& warp : b.warps) warp.arrived = warp.running = 0;
-  for (int i = 0; i < threads; ++i) {
-    b.fibers[i].state = State::kReady;
-    b.warps[i / kWarpSize].running |= 1u << (i % kWarpSize);
+  const int warps = static_cast<int>(block.warps.size());
+  for (int w = 0; w < warps; ++w) {
+    Warp& warp = block.warps[w];
+    const int lanes = std::min(kWarpSize, block.threads - w * kWarpSize);
+    warp.arrived = warp.at_block_barrier = 0;
+    warp.ready = warp.running = kAllLanes >> (kWarpSize - lanes);
   }
-  int done = 0;
-  while (done < threads) {
-    for (int w = 0; w < warps; ++w) done += run_warp((reverse ? warps - 1 - w : w) * kWarpSize, reverse);
+  for (;;) {
+    for (int w = 0; w < warps; ++w) run_warp(reverse ? warps - 1 - w : w, reverse);
+    int running = 0;
     int waiting = 0;
-    for (int i = 0; i < threads; ++i) waiting += b.fibers[i].state == State::kAtBlockBarrier;
+    for (Warp& warp : block.warps) {
+      running += __builtin_popcount(warp.running);
+      waiting += __builtin_popcount(warp.at_block_barrier);
+      warp.ready = std::exchange(warp.at_block_barrier, 0);
+    }
+    if (running == 0) return;
     // Unlike the hardware, which counts exited threads as arrived, this takes a barrier that some threads skipped for a
     // mistake.
-    if (done != threads && waiting != threads) {
-      abandon(b);
+    if (waiting != block.threads) {
+      abandon();
       throw std::runtime_error("cuda_emulator: threads of a block wait at different barriers, or some left before one");
-    }
-    for (int i = 0; i < threads; ++i) {
-      if (b.fibers[i].state == State::kAtBlockBarrier) b.fibers[i].state = State::kReady;
     }
   }
 }
 
 inline void run_grid(dim3 grid, dim3 shape, size_t shared_bytes, const std::function<void()>& kernel) {
-  Block& b = block();
+  Block& b = block;
   const int threads = static_cast<int>(shape.x * shape.y * shape.z);
   if (static_cast<int>(b.fibers.size()) < threads) b.fibers.resize(threads);
   for (int i = 0; i < threads; ++i) {
@@ -264,21 +259,19 @@ inline void run_grid(dim3 grid, dim3 shape, size_t shared_bytes, const std::func
 template <class T>
 const uint64_t* exchange(unsigned mask, T value) {
   static_assert(sizeof(T) <= sizeof(uint64_t));
-  constexpr unsigned kAll = ~0u;
-  Block& b = block();
-  const int lane = b.current % kWarpSize;
-  Warp& warp = b.warps[b.current / kWarpSize];
-  if (mask != kAll) throw std::runtime_error("cuda_emulator: a warp intrinsic with a mask of less than the whole warp");
-  if (warp.running != kAll) throw std::runtime_error("cuda_emulator: a warp intrinsic names lanes that have left the kernel");
-  std::memcpy(&warp.deposit[lane], &value, sizeof(T));
-  warp.arrived |= 1u << lane;
-  if (warp.arrived != kAll) {
-    switch_away(State::kAtWarpBarrier);
+  Warp& warp = block.warp();
+  if (mask != kAllLanes) throw std::runtime_error("cuda_emulator: a warp intrinsic with a mask of less than the whole warp");
+  if (warp.running != kAllLanes)
+    throw std::runtime_error("cuda_emulator: a warp intrinsic names lanes that have left the kernel");
+  std::memcpy(&warp.deposit[block.lane()], &value, sizeof(T));
+  warp.arrived |= 1u << block.lane();
+  if (warp.arrived != kAllLanes) {
+    switch_away();
     return warp.result;
   }
   warp.arrived = 0;
   std::memcpy(warp.result, warp.deposit, sizeof(warp.result));
-  for (int other = 0; other < kWarpSize; ++other) b.fibers[b.current - lane + other].state = State::kReady;
+  warp.ready = kAllLanes;
   return warp.result;
 }
 
@@ -289,7 +282,12 @@ T read(const uint64_t* words, int lane) {
   return value;
 }
 
-inline int lane() { return block().current % kWarpSize; }
+inline int lane() { return static_cast<int>(block.lane()); }
+
+inline void block_barrier() {
+  block.warp().at_block_barrier |= 1u << block.lane();
+  switch_away();
+}
 
 }  // namespace cuda_emulator
 
@@ -308,6 +306,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   const bool is_valid = grid.x > 0 && shape.x * shape.y * shape.z > 0 && shape.x * shape.y * shape.z <= 1024 &&
                         config->dynamicSmemBytes <= static_cast<size_t>(most_shared);
   if (!is_valid) return cudaErrorInvalidConfiguration;
+  const std::lock_guard<std::mutex> alone(cuda_emulator::one_launch);
   ++cuda_emulator::launches;
   cuda_emulator::run_grid(grid, shape, config->dynamicSmemBytes, [=] { kernel(arguments...); });
   return cudaSuccess;
@@ -320,7 +319,7 @@ using std::isfinite;
 using std::isinf;
 using std::isnan;
 
-inline void __syncthreads() { cuda_emulator::switch_away(cuda_emulator::State::kAtBlockBarrier); }
+inline void __syncthreads() { cuda_emulator::block_barrier(); }
 
 // An exchange of nothing.
 inline void __syncwarp() { cuda_emulator::exchange(~0u, 0); }
