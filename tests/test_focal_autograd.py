@@ -200,7 +200,7 @@ def test_upstream_gradient_scales(backend, loss, generator):
 
 
 @LOSSES
-@pytest.mark.parametrize("upstream", [torch.nan, torch.inf, -torch.inf, 3e38, 1e-40])
+@pytest.mark.parametrize("upstream", [torch.nan, torch.inf, -torch.inf, 3e37, 1e-40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_upstream_gradients_that_are_not_finite_or_huge(backend, loss, generator, dtype, upstream):
     """As in floating-point arithmetic where an element counts, and exactly 0 elsewhere."""
