@@ -46,10 +46,14 @@ ScalarType wide_type(const Tensor& logits) {
   return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// Calls body(first row, rows) for pieces of at most kChunkRows, on as many threads as it pays.
+// Logits of enough work to pay for waking a thread.
+constexpr int64_t kLogitsPerTask = 16384;
+
+// Calls body(first row, rows) for pieces of at most kChunkRows rows, on as many threads as it pays.
 template <class Body>
-void for_chunks(int64_t rows, const Body& body) {
-  const int64_t chunks = (rows + kChunkRows - 1) / kChunkRows, tasks = task_count(chunks, 1);
+void for_chunks(int64_t rows, int64_t columns, const Body& body) {
+  const int64_t chunks = (rows + kChunkRows - 1) / kChunkRows;
+  const int64_t tasks = task_count(chunks, std::max<int64_t>(1, kLogitsPerTask / (kChunkRows * columns)));
   run_tasks(tasks, [&](int64_t task) {
     for (int64_t i = task_begin(chunks, tasks, task); i < task_begin(chunks, tasks, task + 1); ++i)
       body(i * kChunkRows, std::min<int64_t>(kChunkRows, rows - i * kChunkRows));
@@ -175,7 +179,7 @@ std::tuple<Tensor, Tensor, Tensor> group_softmax_forward(Tensor logits, Tensor l
     using In = decltype(tag);
     using Wide = Arithmetic<In>;
     Wide* tables = static_cast<Wide*>(row_tables.mutable_data_ptr());
-    for_chunks(rows, [&](int64_t begin, int64_t count) {
+    for_chunks(rows, layout.columns(), [&](int64_t begin, int64_t count) {
       GroupChunk chunk;
       GroupChunkResult result;
       fill_chunk(layout, int_data(class_columns), labels, weights, begin, count, chunk);
@@ -222,7 +226,7 @@ Tensor group_softmax_backward(Tensor logits, Tensor labels, Tensor class_columns
   Tensor gradient = new_cpu_tensor_like(logits);
   dispatch_floating(logits.scalar_type(), [&](auto tag) {
     using In = decltype(tag);
-    for_chunks(rows, [&](int64_t begin, int64_t count) {
+    for_chunks(rows, layout.columns(), [&](int64_t begin, int64_t count) {
       GroupChunk chunk;
       fill_chunk(layout, int_data(class_columns), labels, weights, begin, count, chunk);
       const int64_t first = begin * layout.columns();
@@ -245,7 +249,7 @@ Tensor group_softmax_scores(Tensor logits, Tensor class_columns, Numbers starts,
   Tensor scores = new_cpu_tensor({rows, size}, logits.scalar_type());
   dispatch_floating(logits.scalar_type(), [&](auto tag) {
     using In = decltype(tag);
-    for_chunks(rows, [&](int64_t begin, int64_t count) {
+    for_chunks(rows, layout.columns(), [&](int64_t begin, int64_t count) {
       std::vector<Arithmetic<In>> probabilities(layout.columns());
       const In* data = static_cast<const In*>(logits.const_data_ptr()) + begin * layout.columns();
       In* out = static_cast<In*>(scores.mutable_data_ptr()) + begin * size;

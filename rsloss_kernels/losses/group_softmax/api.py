@@ -155,10 +155,13 @@ def _sample(
 ) -> Tensor:
     keys = None
     if 0 < ratio < math.inf:
-        if generator is not None and generator.device.type != labels.device.type:
-            raise ValueError(f"{function}: generator must be on the device of logits, {labels.device}, got {generator.device}")
-        shape = (groups.num_groups, labels.shape[0])
-        keys = torch.rand(shape, generator=generator, dtype=torch.float32, device=labels.device)
+        options = {"dtype": torch.float32, "device": labels.device}
+        if generator is not None:
+            # Not given at all where there is none: torch.compile cannot trace a generator, None included.
+            if generator.device.type != labels.device.type:
+                raise ValueError(f"{function}: generator must be on the device of logits, {labels.device}, got {generator.device}")
+            options["generator"] = generator
+        keys = torch.rand((groups.num_groups, labels.shape[0]), **options)
     return _library.operator("group_softmax_sample", backend)(
         labels, groups.class_columns, keys, groups.starts, groups.others, groups.background_group, is_first, ratio
     )
