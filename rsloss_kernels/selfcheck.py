@@ -4,6 +4,7 @@ Small random cases, a few seconds in all, one line per check; the exit code is 0
 where one of these cannot run at all. The bounds are those of the test suite.
 """
 import argparse
+import copy
 import functools
 import itertools
 import os
@@ -64,6 +65,20 @@ def cases(seed: int) -> Iterator[Case]:
         evaluate.__name__ = f"{loss}_finalize"
         return evaluate
 
+    def group_softmax(name: str, groups: rsloss_kernels.ClassGroups, logits: Tensor, labels: Tensor, keys: Tensor) -> Case:
+        """The losses with a sample of the others, and the scores."""
+
+        def run(x: Tensor) -> tuple[Tensor, ...]:
+            own, targets = copy.deepcopy(groups).to(x.device), labels.to(x.device)
+            sample = _library.operator("group_softmax_sample", _backends.resolve("group_softmax_sample", x.device.type))
+            layout = own.starts, own.others, own.background_group
+            weights = sample(targets, own.class_columns, keys.to(x.device), *layout, False, 1.5)
+            losses = rsloss_kernels.group_softmax_loss(x, targets, own, sample_weights=weights, background="last")
+            scores = rsloss_kernels.group_softmax_scores(x.double(), own, background="last")
+            return *losses.unbind(), scores.square().sum()
+
+        return Case(f"group_softmax_loss, {name}", "group_softmax_forward", logits, run)
+
     rank_sort = functools.partial(case, rsloss_kernels.rank_sort_loss, "rank_sort_forward")
     average_precision = functools.partial(case, rsloss_kernels.average_precision_loss, "average_precision_forward")
     alrp = functools.partial(case, rsloss_kernels.alrp_loss, "alrp_finalize")
@@ -96,6 +111,10 @@ def cases(seed: int) -> Iterator[Case]:
     yield ghm_classification("class indices, momentum", logits * 3, labels, quality - 0.3, bins=30, momentum=0.75, **state)
     yield ghm_regression("weights", logits * 0.05, torch.zeros_like(dense), dense.clamp(max=0) + 1, bins=256)
     yield ghm_regression("momentum", logits, dense, mu=0.5, bins=30, momentum=0.9, empty_bins="count", **state)
+    for form in ("softmax", "sigmoid"):
+        groups = rsloss_kernels.ClassGroups([[0, 3], [], [1, 2, 4]], background_form=form)
+        wide = torch.randn(anchors, groups.num_logits, generator=generator, dtype=torch.float64) * 3
+        yield group_softmax(f"background {form}", groups, wide, labels, torch.rand(4, anchors, generator=generator))
 
 
 def evaluate(case: Case, backend: str, device: str, dtype: torch.dtype) -> Outcome:
@@ -127,7 +146,7 @@ def bounds(case: Case, backend: str, dtype: torch.dtype) -> tuple[float, float]:
         bound = 1e-9 if backend in ("cuda", "triton") else 1e-10
         return bound, bound
     rounding = torch.finfo(dtype).eps / 2 if dtype in (torch.float16, torch.bfloat16) else 0.0
-    return 1e-7, (2e-6 if case.operator.startswith("ghm") else 1e-6) + rounding
+    return 1e-7, (2e-6 if case.operator.startswith(("ghm", "group_softmax")) else 1e-6) + rounding
 
 
 def check_all(seed: int, required: list[str]) -> Iterator[tuple[bool, str]]:

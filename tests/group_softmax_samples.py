@@ -12,6 +12,7 @@ import torch
 from rsloss_kernels import ClassGroups, _library
 from torch import Tensor
 
+OPERATORS = ("group_softmax_sample", "group_softmax_forward", "group_softmax_backward", "group_softmax_scores")
 GRADIENT_GATE = 2e-6
 BACKGROUND, OTHERS = "background", "others"
 

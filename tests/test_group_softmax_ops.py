@@ -4,7 +4,7 @@ import dataclasses
 import pytest
 import rsloss_kernels
 import torch
-from group_softmax_samples import GroupSample, as_labels, on_device
+from group_softmax_samples import OPERATORS, GroupSample, as_labels, on_device
 from harness import Backend
 from rsloss_kernels import GroupSoftmaxLoss, _library, group_softmax_loss, group_softmax_scores
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -40,7 +40,9 @@ def operator_calls(backend, inputs, generator) -> dict[str, tuple]:
 
 @SAMPLES
 def test_opcheck(backend, generator, description):
-    for name, arguments in operator_calls(backend, description.draw(generator), generator).items():
+    calls = operator_calls(backend, description.draw(generator), generator)
+    assert set(calls) == set(OPERATORS)
+    for name, arguments in calls.items():
         if name == "group_softmax_forward":
             arguments = (arguments[0].detach().requires_grad_(), *arguments[1:])
         results = torch.library.opcheck(_library.operator(name, backend.name), arguments)
