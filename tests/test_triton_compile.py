@@ -242,7 +242,51 @@ def _focal_variants(impl) -> dict[str, list[dict]]:
     }
 
 
+def _group_softmax_variants(impl) -> dict[str, list[dict]]:
+    """Types of logits, labels, weights and keys, and the layouts of the authors and of the EQL v2 repository, of 1231 classes."""
+    layouts = [
+        {"STARTS": starts, "OTHERS": others, "BACKGROUND_GROUP": place, "BACKGROUND_FIRST": place == 0}
+        for starts, others, place in (
+            ((0, 2, 71, 400, 862, 1236), (1, 2, 71, 400, 862), 0),
+            ((0, 70, 399, 861, 1235, 1236), (0, 70, 399, 861, -1), 4),
+        )
+    ]
+    variants = [
+        {
+            **{"logits_ptr": logit, "labels_ptr": label, "weights_ptr": weight, "class_columns_ptr": "i32"},
+            **{"tables_ptr": wide, "grad_losses_ptr": wide, "losses_ptr": wide, "gradient_ptr": logit, "scores_ptr": logit},
+            **{name: "fp64" for name in ("partials_ptr", "averages_ptr", "statistics_ptr")},
+            **layout,
+            **impl.tile_shape(512, 462 if number < 5 else 12, "cuda"),
+            **impl.OPTIONS,
+        }
+        for number, (logit, label, weight) in enumerate(
+            (
+                *(("fp32", "i64", "fp32"), ("bf16", "i32", "bf16"), ("fp16", "i64", "fp32"), ("fp64", "i32", "fp64")),
+                *(("fp32", "i32", "fp16"), ("bf16", "i64", "fp32"), ("fp64", "i64", "fp32")),
+            )
+        )
+        for layout in layouts[number % 2 :][:1]
+        for wide in ("fp64" if logit == "fp64" else "fp32",)
+    ]
+    samples = [
+        {
+            **{"labels_ptr": label, "class_columns_ptr": "i32", "keys_ptr": keys, "weights_ptr": "fp32"},
+            **{**layout, "BLOCK": impl.SAMPLE_BLOCK["cuda"], **impl.OPTIONS},
+        }
+        for label, keys, layout in (("i64", "fp32", layouts[0]), ("i32", "fp32", layouts[1]), ("i64", None, layouts[1]))
+    ]
+    sums = {"BLOCK": impl.SUMS_BLOCK["cuda"], "num_warps": impl.WARPS}
+    passes = ("forward", "backward", "statistics", "scores")
+    return {
+        "group_softmax_sample_kernel": samples,
+        **{f"group_softmax_{name}_kernel": variants for name in passes},
+        "group_softmax_losses_kernel": [{**variant, **sums} for variant in (variants[0], variants[3])],
+    }
+
+
 def _variants() -> dict[str, list[dict]]:
+    group_softmax = importlib.import_module("rsloss_kernels.losses.group_softmax.triton_impl")
     focal = importlib.import_module("rsloss_kernels.losses.focal.triton_impl")
     ghm = importlib.import_module("rsloss_kernels.losses.ghm.triton_impl")
     common, binning, finalize = (
@@ -254,6 +298,7 @@ def _variants() -> dict[str, list[dict]]:
         **_finalize_variants(common, finalize),
         **_ghm_variants(ghm),
         **_focal_variants(focal),
+        **_group_softmax_variants(group_softmax),
     }
 
 
