@@ -379,12 +379,12 @@ def work(rank: int, world: int, folder: str, seed: int) -> None:
     torch.set_num_threads(1)
     path = pathlib.Path(folder) / f"{rank}.pt"
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=60)
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=300)
     )
     try:
         results = {}
         for size in WORLDS:
-            group = dist.new_group(list(range(size)), timeout=datetime.timedelta(seconds=60))
+            group = dist.new_group(list(range(size)), timeout=datetime.timedelta(seconds=300))
             if rank < size:
                 results[size] = _all_results(group, seed)
             else:
@@ -402,9 +402,10 @@ def work(rank: int, world: int, folder: str, seed: int) -> None:
 
 
 def _all_results(group, seed: int) -> dict:
-    import distributed_ghm  # which imports this file
+    import distributed_equalized  # which import this file
+    import distributed_ghm
 
-    results = {"ghm": distributed_ghm.all_results(group, seed)}
+    results = {"ghm": distributed_ghm.all_results(group, seed), "equalized": distributed_equalized.all_results(group, seed)}
     for name, case in {**CASES, **OVERFLOWS}.items():
         batch = draw(case, seed)
         try:
