@@ -1,4 +1,4 @@
-"""GHM-C and GHM-R in plain PyTorch, float64 inside.
+"""GHM-C and GHM-R in plain PyTorch: bins and losses in float64, gradients of targets 0 and 1 in the dtype of the logits.
 
 Li, Liu, Wang, "Gradient Harmonized Single-stage Detector", AAAI 2019. README.md beside this file has the forms used here and
 every tensor that passes between the operators.
@@ -7,9 +7,12 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad, softplus
 
 # Sums of float64 that are added up apart: among many equal numbers the errors of one long sum do not average out.
 LANES = 64
+# In units of mu: from here on sqrt(d^2 + mu^2) is |d| to the last bit.
+FARTHEST = 1e9
 
 
 def bin_edges(bins: int, mu: float | None, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,15 +35,19 @@ def _edge_roots(bins: int, k: Tensor) -> Tensor:
 
 
 def bin_of(pred: Tensor, target: Tensor, bins: int, mu: float | None) -> Tensor:
-    """The bin of each element by its gradient norm, int64; `pred` and `target` are float64. Of NaN: any."""
+    """The bin of each element by its gradient norm, int32; `pred` and `target` are float64. Of NaN: any."""
     of_norm, of_argument = bin_edges(bins, mu, pred)
     if mu is not None:
-        return torch.bucketize((pred - target).abs(), of_argument, right=True)
+        return _bucketize((pred - target).abs(), of_argument)
     is_binary = (target == 0) | (target == 1)
-    by_logit = torch.bucketize(torch.where(target == 1, -pred, pred), of_argument, right=True)
+    by_logit = _bucketize(torch.where(target == 1, -pred, pred), of_argument)
     small = torch.exp(-pred.abs())
     norm = (small / (1 + small) - torch.where(pred > 0, 1 - target, target)).abs()
-    return torch.where(is_binary, by_logit, torch.bucketize(norm, of_norm, right=True))
+    return torch.where(is_binary, by_logit, _bucketize(norm, of_norm))
+
+
+def _bucketize(values: Tensor, edges: Tensor) -> Tensor:
+    return torch.bucketize(values, edges, right=True, out_int32=True)
 
 
 def element_losses(pred: Tensor, target: Tensor, mu: float | None) -> Tensor:
@@ -58,11 +65,8 @@ def element_losses(pred: Tensor, target: Tensor, mu: float | None) -> Tensor:
     return linear + torch.log1p(torch.exp(torch.where(pred > 0, -pred, pred)))
 
 
-def element_gradients(pred: Tensor, target: Tensor, mu: float | None) -> Tensor:
-    """`dl/dz` of eq. 4, `dl/dd` of eq. 12."""
-    if mu is not None:
-        d = pred - target
-        return torch.where(d.isinf(), d.sign(), d / torch.hypot(d, torch.full_like(d, mu)))
+def soft_gradients(pred: Tensor, target: Tensor) -> Tensor:
+    """`dl/dz` of eq. 4."""
     # 1 - sigma(z) and 1 - t in place of sigma(z) and t where z is above 0: what is subtracted is no larger than it must be.
     small = torch.exp(-pred.abs())
     norm = small / (1 + small) - torch.where(pred > 0, 1 - target, target)
@@ -73,8 +77,12 @@ def as_dense(target: Tensor, pred: Tensor, background_first: bool) -> Tensor:
     """float64, in the shape of `pred`: a label that is no foreground class is a row of zeros."""
     if target.is_floating_point():
         return target.double()
-    columns = torch.arange(pred.shape[-1], device=target.device) + int(background_first)
-    return (target[..., None] == columns).double()
+    return _is_label(target, pred, background_first).double()
+
+
+def _is_label(target: Tensor, pred: Tensor, background_first: bool) -> Tensor:
+    """Class indices -> where the target is 1, in the shape of `pred`."""
+    return target[..., None] == torch.arange(pred.shape[-1], device=target.device) + int(background_first)
 
 
 def valid_elements(pred: Tensor, weights: Tensor | None) -> Tensor:
@@ -84,25 +92,101 @@ def valid_elements(pred: Tensor, weights: Tensor | None) -> Tensor:
     return (weights if weights.dim() == pred.dim() else weights[..., None]).expand(pred.shape) > 0
 
 
-def _levels(preds, targets, weights, background_first):
-    """(pred, target, which are valid, which of those hold NaN) of each level, pred and target float64."""
-    for number, pred in enumerate(preds):
+class _Hard:
+    """Classification with targets 0 and 1 alone: `u` is the logit, negated where the target is 1, in the dtype of the logits."""
+
+    def __init__(self, pred: Tensor, is_one: Tensor):
+        self.u, self.is_one = torch.where(is_one, -pred, pred), is_one
+        wide = self.u.to(torch.promote_types(self.u.dtype, torch.float32))
+        # Not `sigmoid`, which rounds differently at the end of a tensor: processes would differ.
+        small = wide.abs().neg_().exp_()
+        self.sigma = torch.where(wide > 0, 1.0, small).div_(1 + small)
+        self.is_nan = self.u.isnan()
+
+    def bin_of(self, bins: int) -> Tensor:
+        return _bin_near(self.sigma, self.u, bin_edges(bins, None, self.u)[1])
+
+    def losses(self) -> Tensor:
+        return softplus(self.u.double(), threshold=40)  # beyond it exp(-u) is below the last bit of u
+
+    def gradients(self) -> Tensor:
+        return torch.where(self.is_one, -self.sigma, self.sigma)
+
+
+class _Soft:
+    """Classification with any targets, in float64."""
+
+    def __init__(self, pred: Tensor, target: Tensor):
+        self.pred, self.target = pred.double(), target.double()
+        self.is_nan = (self.pred - self.target).isnan()
+
+    def bin_of(self, bins: int) -> Tensor:
+        return bin_of(self.pred, self.target, bins, None)
+
+    def losses(self) -> Tensor:
+        return element_losses(self.pred, self.target, None)
+
+    def gradients(self) -> Tensor:
+        return soft_gradients(self.pred, self.target)
+
+
+class _Offsets:
+    """Regression, in float64."""
+
+    def __init__(self, pred: Tensor, target: Tensor, mu: float):
+        self.mu, self.d = mu, pred.double() - target
+        self.near = self.d.clamp(-FARTHEST * mu, FARTHEST * mu)
+        self.root = (self.near * self.near).add_(mu * mu).sqrt_()
+        self.is_nan = self.d.isnan()
+
+    def bin_of(self, bins: int) -> Tensor:
+        return _bin_near(self.gradients().abs_(), self.d.abs(), bin_edges(bins, self.mu, self.d)[1])
+
+    def losses(self) -> Tensor:
+        # One of the two parts is there for elements that are far.
+        return (self.near / (self.root + self.mu)).mul_(self.near).add_((self.d - self.near).abs_())
+
+    def gradients(self) -> Tensor:
+        return self.near / self.root
+
+
+def _bin_near(norm: Tensor, position: Tensor, edges: Tensor) -> Tensor:
+    """The number of edges that are at or below `position`, int32, where `norm` is right to 1e-4 of itself: one comparison."""
+    bins = len(edges) + 1
+    lowest = (norm * (bins * (1 - 2**-10))).int().clamp_(0, bins - 1)  # NaN is any integer
+    return lowest + (position >= _look_up(pad(edges, (0, 1), value=torch.nan), lowest))  # nothing is above the last bin
+
+
+def _look_up(table: Tensor, index: Tensor) -> Tensor:
+    """`table[index]`, which is slower."""
+    return table.index_select(0, index.flatten()).view(index.shape)
+
+
+def _levels(preds, targets, weights, mu, background_first):
+    """(elements, which are valid, which of those hold NaN) of each level."""
+    for number, (pred, target) in enumerate(zip(preds, targets, strict=True)):
         is_valid = valid_elements(pred, weights[number] if weights else None)
-        target = as_dense(targets[number], pred, background_first)
-        pred = pred.double()
-        yield pred, target, is_valid, is_valid & (pred - target).isnan()
+        if mu is not None:
+            elements = _Offsets(pred, target, mu)
+        elif not target.is_floating_point():
+            elements = _Hard(pred, _is_label(target, pred, background_first))
+        else:
+            is_one = target == 1
+            is_hard = bool((is_one | (target == 0) | ~is_valid).all())
+            elements = _Hard(pred, is_one) if is_hard else _Soft(pred, target)
+        yield elements, is_valid, is_valid & elements.is_nan
 
 
 def ghm_histogram(preds, targets, weights, bins, mu, background_first) -> Tensor:
     histogram = torch.zeros((2, bins + 1), dtype=torch.float64, device=preds[0].device)
-    for pred, target, is_valid, is_nan in _levels(preds, targets, weights, background_first):
-        is_binned = is_valid & ~is_nan
-        pred, target = pred[is_binned], target[is_binned]
-        bin_index = bin_of(pred, target, bins, mu)
-        histogram[0, :bins] += torch.bincount(bin_index, minlength=bins)
-        place = bin_index * LANES + torch.arange(len(bin_index), device=pred.device) % LANES
-        losses = torch.bincount(place, element_losses(pred, target, mu), minlength=bins * LANES)
-        histogram[1, :bins] += losses.view(bins, LANES).sum(-1)
+    for elements, is_valid, is_nan in _levels(preds, targets, weights, mu, background_first):
+        # What is not counted has a bin of its own, behind the others.
+        place = torch.where(is_valid & ~is_nan, elements.bin_of(bins), bins).flatten()
+        lanes = torch.arange(LANES, dtype=torch.int32, device=place.device) * (bins + 1)
+        place = place + lanes.repeat(-(-place.numel() // LANES))[: place.numel()]
+        for row, losses in enumerate((None, elements.losses().flatten())):
+            sums = torch.bincount(place, losses, minlength=LANES * (bins + 1)).view(LANES, bins + 1).sum(0)
+            histogram[row, :bins] += sums[:bins]
         histogram[0, bins] += is_nan.sum()
     return histogram
 
@@ -140,11 +224,12 @@ def ghm_finalize(
 
 
 def ghm_backward(preds, targets, weights, bin_weights, grad_loss, mu, background_first) -> list[Tensor]:
+    factors = bin_weights * grad_loss.double()
     gradients = []
-    levels = _levels(preds, targets, weights, background_first)
-    for level, (pred, target, is_valid, is_nan) in zip(preds, levels, strict=True):
-        weight = bin_weights[bin_of(pred, target, bin_weights.numel(), mu)]
-        gradient = element_gradients(pred, target, mu) * weight * grad_loss.double()
-        gradient = torch.where(is_nan, torch.nan, gradient)
-        gradients.append(torch.where(is_valid, gradient, 0.0).to(level.dtype))
+    levels = _levels(preds, targets, weights, mu, background_first)
+    for level, (elements, is_valid, is_nan) in zip(preds, levels, strict=True):
+        gradient = elements.gradients()
+        gradient = gradient * _look_up(factors.to(gradient.dtype), elements.bin_of(factors.numel()))
+        # NaN is the element's alone, whatever the factor of its bin.
+        gradients.append(torch.where(is_valid, torch.where(is_nan, torch.nan, gradient), 0.0).to(level.dtype))
     return gradients
