@@ -50,6 +50,8 @@ def cases(seed: int) -> Iterator[Case]:
             if isinstance(losses, rsloss_kernels.GHMCorrectedLoss):
                 # So does the state.
                 return losses.loss, losses.acc_sum.sum(), losses.num_updates.sum().double()
+            if isinstance(losses, rsloss_kernels.EqualizedLoss):
+                return losses.loss, losses.pos_grad.sum(), losses.neg_grad.sum()
             return losses if isinstance(losses, tuple) else (losses,)
 
         return Case(f"{loss.__name__}, {name}", operator, logits, run)
@@ -79,11 +81,20 @@ def cases(seed: int) -> Iterator[Case]:
 
         return Case(f"group_softmax_loss, {name}", "group_softmax_forward", logits, run)
 
+    def elements(x: Tensor, targets: Tensor) -> Tensor:
+        """Summed in float64: their own dtype would round the sum."""
+        return rsloss_kernels.sigmoid_focal_loss(x, targets).double().sum()
+
     rank_sort = functools.partial(case, rsloss_kernels.rank_sort_loss, "rank_sort_forward")
     average_precision = functools.partial(case, rsloss_kernels.average_precision_loss, "average_precision_forward")
     alrp = functools.partial(case, rsloss_kernels.alrp_loss, "alrp_finalize")
     ghm_classification = functools.partial(case, rsloss_kernels.ghm_classification_loss, "ghm_histogram")
     ghm_regression = functools.partial(case, rsloss_kernels.ghm_regression_loss, "ghm_histogram")
+    focal = functools.partial(case, rsloss_kernels.sigmoid_focal_loss, "focal_forward")
+    quality_focal = functools.partial(case, rsloss_kernels.quality_focal_loss, "focal_forward")
+    varifocal = functools.partial(case, rsloss_kernels.varifocal_loss, "focal_forward")
+    equalized_focal = functools.partial(case, rsloss_kernels.equalized_focal_loss, "focal_forward")
+    eqlv2 = functools.partial(case, rsloss_kernels.eqlv2_loss, "focal_forward")
 
     anchors, classes = 96, 5
     logits = torch.randn(anchors, classes, generator=generator, dtype=torch.float64)
@@ -111,6 +122,14 @@ def cases(seed: int) -> Iterator[Case]:
     yield ghm_classification("class indices, momentum", logits * 3, labels, quality - 0.3, bins=30, momentum=0.75, **state)
     yield ghm_regression("weights", logits * 0.05, torch.zeros_like(dense), dense.clamp(max=0) + 1, bins=256)
     yield ghm_regression("momentum", logits, dense, mu=0.5, bins=30, momentum=0.9, empty_bins="count", **state)
+    exponents, ratio = torch.rand(classes, generator=generator) * 4, torch.rand(classes, generator=generator)
+    yield focal("dense targets", logits * 3, dense, weight=torch.rand(anchors, generator=generator), reduction="mean")
+    yield focal("class indices, exponents of classes", logits * 3, labels, gamma=exponents, reduction="sum")
+    yield case(elements, "focal_elements", "dense targets", logits, dense)
+    yield quality_focal("class indices", logits * 3, labels, quality, reduction="sum", avg_factor=torch.tensor(3.0))
+    yield varifocal("dense targets", logits * 3, dense, gamma=1.5, reduction="sum")
+    yield equalized_focal("class indices", logits * 3, labels, ratio, avg_factor=7.0)
+    yield eqlv2("class indices", logits * 3, labels.clamp(min=0, max=classes - 1), ratio[1:] + 0.3)
     for form in ("softmax", "sigmoid"):
         groups = rsloss_kernels.ClassGroups([[0, 3], [], [1, 2, 4]], background_form=form)
         wide = torch.randn(anchors, groups.num_logits, generator=generator, dtype=torch.float64) * 3
@@ -141,12 +160,13 @@ def _is_finite(value: float) -> bool:
 
 
 def bounds(case: Case, backend: str, dtype: torch.dtype) -> tuple[float, float]:
-    """Of the loss and of the gradient, which is also rounded to a 16-bit dtype."""
+    """Of the loss and of the gradient, which is also rounded to a 16-bit dtype, as losses of single elements are."""
     if dtype == torch.float64:
         bound = 1e-9 if backend in ("cuda", "triton") else 1e-10
         return bound, bound
     rounding = torch.finfo(dtype).eps / 2 if dtype in (torch.float16, torch.bfloat16) else 0.0
-    return 1e-7, (2e-6 if case.operator.startswith(("ghm", "group_softmax")) else 1e-6) + rounding
+    is_ranking = not case.operator.startswith(("focal", "ghm", "group_softmax"))
+    return 1e-7 + (rounding if case.operator == "focal_elements" else 0.0), (1e-6 if is_ranking else 2e-6) + rounding
 
 
 def check_all(seed: int, required: list[str]) -> Iterator[tuple[bool, str]]:
