@@ -33,6 +33,8 @@ STYLES = {
     "vectorised": ("#8e5bb5", "<", "--"),
     "vectorised, torch.compile": ("#c48bd8", ">", "--"),
     "MMDetection's": ("#b3261e", "v", "--"),
+    "published groups": ("#b3261e", "v", "--"),
+    "plain softmax, eager": ("#1f7a4d", "P", ":"),
     "smooth L1, eager": ("#1f7a4d", "P", ":"),
     "focal, eager": ("#1f7a4d", "P", ":"),
     "focal, torch.compile": ("#6fbf8f", "X", ":"),
@@ -40,7 +42,7 @@ STYLES = {
 }
 OTHER = ("#333333", "x", "-")
 RANKING_AXES = {"n": ("negatives", "N, negatives"), "p": ("positives", "P, positives"), "s": ("segments", "S, equal segments")}
-AXES = {"ghm": {"n": ("size", "N, elements"), "b": ("bins", "bins")}}
+AXES = {"ghm": {"n": ("size", "N, elements"), "b": ("bins", "bins")}, "group_softmax": {"r": ("rows", "rows")}}
 
 
 def axes_of(loss: str) -> dict[str, tuple[str, str]]:

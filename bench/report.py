@@ -25,6 +25,7 @@ TITLES = {
     "ap": "AP loss",
     "alrp": "aLRP loss",
     "ghm": "GHM losses",
+    "group_softmax": "Balanced group softmax",
     "bucketed": "Bucketed against exact Rank & Sort loss",
 }
 BUCKETED = (

@@ -32,7 +32,14 @@ GHM_PROBLEM = {
     "dtype": (str, "type"),
     "device": (str, None),
 }
-PROBLEMS = {"ghm": GHM_PROBLEM}
+GROUP_SOFTMAX_PROBLEM = {
+    "rows": (int, "rows"),
+    "classes": (str, "classes"),
+    "others_ratio": (NUMBER, "ratio"),
+    "dtype": (str, "type"),
+    "device": (str, None),
+}
+PROBLEMS = {"ghm": GHM_PROBLEM, "group_softmax": GROUP_SOFTMAX_PROBLEM}
 CASE_FIELDS = {"elements": int, "provider": str, "skipped": OPTIONAL_TEXT}
 FIELDS = {
     "speed": CASE_FIELDS
