@@ -10,6 +10,7 @@
 //   RSL_EMULATOR_SHARED_BYTES   per block, default 99 KiB
 #pragma once
 
+#include <dlfcn.h>
 #include <setjmp.h>
 #include <ucontext.h>
 
@@ -141,10 +142,14 @@ struct Block {
 inline Block block;
 inline std::mutex one_launch;
 
+// Without the interceptor of a sanitizer, which takes a jump to another stack for the end of the frames on this one.
+using Jump = void (*)(jmp_buf, int);
+inline const Jump jump = reinterpret_cast<Jump>(dlsym(dlopen("libc.so.6", RTLD_LAZY), "_longjmp"));
+
 // To the scheduler, and back when it resumes this fiber.
 inline void switch_away() {
   block.warp().ready &= ~(1u << block.lane());
-  if (_setjmp(block.fibers[block.current].context) == 0) _longjmp(block.scheduler, 1);
+  if (_setjmp(block.fibers[block.current].context) == 0) jump(block.scheduler, 1);
 }
 
 // A fiber outlives the kernel and is used again by the next one: starting a context costs system calls.
@@ -165,7 +170,7 @@ inline void resume(int index) {
   Fiber& fiber = block.fibers[index];
   threadIdx = fiber.thread;
   if (_setjmp(block.scheduler) != 0) return;
-  if (fiber.is_alive) _longjmp(fiber.context, 1);
+  if (fiber.is_alive) jump(fiber.context, 1);
   fiber.is_alive = true;
   getcontext(&block.starter);
   block.starter.uc_stack.ss_sp = fiber.stack.get();
