@@ -11,6 +11,7 @@ constexpr int kFloats = 4;
 #endif
 constexpr int kDoubles = kFloats / 2;
 constexpr uint32_t kAllFloats = (1u << kFloats) - 1;
+constexpr uint32_t kAllDoubles = (1u << kDoubles) - 1;
 
 typedef float FloatVec __attribute__((vector_size(4 * kFloats)));
 typedef int32_t IntVec __attribute__((vector_size(4 * kFloats)));
@@ -96,13 +97,19 @@ static inline FloatVec look_up(const float* table, IntVec at) {
   return _mm512_i32gather_ps(index, table, 4);
 }
 static inline DoubleVec square_root(DoubleVec x) { return _mm512_sqrt_pd(x); }
+static inline uint32_t at_most_mask(DoubleVec a, DoubleVec b) { return _mm512_cmp_pd_mask(a, b, _CMP_LE_OQ); }
+static inline uint32_t greater_mask(DoubleVec a, DoubleVec b) { return _mm512_cmp_pd_mask(a, b, _CMP_GT_OQ); }
 static inline DoubleVec choose(uint32_t mask, DoubleVec yes, DoubleVec no) {
   return _mm512_mask_mov_pd(no, static_cast<__mmask8>(mask), yes);
 }
-// 1 / x to 40 bits at least, for 1 <= x <= 2.
+// 1 / x to 40 bits at least, and to 27, for 1 <= x <= 2.
 static inline DoubleVec reciprocal(DoubleVec x) {
   const DoubleVec estimate = _mm512_rcp14_pd(x), error = 1 - x * estimate;
   return estimate + estimate * (error * error + error);
+}
+static inline DoubleVec rough_reciprocal(DoubleVec x) {
+  const DoubleVec estimate = _mm512_rcp14_pd(x);
+  return estimate + estimate * (1 - x * estimate);
 }
 // A table of 16 doubles, by the low four bits.
 static inline DoubleVec look_up_sixteen(const double* table, LongVec at) {
@@ -234,15 +241,34 @@ static inline int store_picked(uint32_t mask, FloatVec x, float* p) {
 static inline FloatVec choose(uint32_t mask, FloatVec yes, FloatVec no) { return lanes_of(mask) ? yes : no; }
 static inline IntVec choose(uint32_t mask, IntVec yes, IntVec no) { return lanes_of(mask) ? yes : no; }
 static inline FloatVec negate_where(uint32_t mask, FloatVec x) { return choose(mask, -x, x); }
+static inline uint32_t mask_of(LongVec comparison) {
+  uint32_t mask = 0;
+  for (int i = 0; i < kDoubles; ++i) mask |= (comparison[i] != 0 ? 1u : 0u) << i;
+  return mask;
+}
+static inline uint32_t at_most_mask(DoubleVec a, DoubleVec b) { return mask_of(a <= b); }
+static inline uint32_t greater_mask(DoubleVec a, DoubleVec b) { return mask_of(a > b); }
 static inline DoubleVec choose(uint32_t mask, DoubleVec yes, DoubleVec no) { return double_lanes_of(mask) ? yes : no; }
 static inline DoubleVec reciprocal(DoubleVec x) { return 1 / x; }
+static inline DoubleVec rough_reciprocal(DoubleVec x) { return 1 / x; }
 static inline IntVec add_one_where(uint32_t mask, IntVec x) { return x - lanes_of(mask); }
 
 #endif
 
-#if RSL_ISA != 0
-
 // bfloat16 has no rounding instruction on every processor of these sets: round half to even on the bits, NaN stays NaN.
+#if RSL_ISA == 512
+
+static inline void store_floats(BFloat16* p, FloatVec x) {
+  const __m512i bits = reinterpret_cast<__m512i>(x);
+  const __m512i last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  // What arithmetic gave as NaN has a bit of the upper half set; nothing is added to it.
+  const __mmask16 is_number = _mm512_cmp_ps_mask(x, x, _CMP_ORD_Q);
+  const __m512i rounded = _mm512_mask_add_epi32(bits, is_number, _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), last);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+}
+
+#elif RSL_ISA == 256
+
 static inline void store_floats(BFloat16* p, FloatVec x) {
   typedef int16_t ShortVec __attribute__((vector_size(2 * kFloats)));
   const IntVec bits = reinterpret_cast<IntVec>(x);

@@ -57,10 +57,11 @@ struct LabelRule {
 constexpr int64_t kBackgroundRow = -1;
 constexpr int64_t kIgnoredRow = -2;
 
-// The column that a label names, or kBackgroundRow, or kIgnoredRow. In this order nothing overflows, whatever the label.
+// The column that a label names, or kBackgroundRow, or kIgnoredRow. Nothing overflows, whatever the label.
 RSL_HOST_DEVICE int64_t labelled_column(const LabelRule& rule, int64_t label) {
-  if (label < 0 || label == rule.ignore_index) return kIgnoredRow;
-  return label >= rule.first_label && label - rule.first_label < rule.classes ? label - rule.first_label : kBackgroundRow;
+  const bool is_foreground = label >= rule.first_label && label - rule.first_label < rule.classes;
+  const bool is_ignored = label < 0 || label == rule.ignore_index;
+  return is_ignored ? kIgnoredRow : is_foreground ? label - rule.first_label : kBackgroundRow;
 }
 
 // Of one element, not yet multiplied by its own weight. The slope is the derivative by the logit.

@@ -9,7 +9,7 @@
 
 namespace rsloss {
 
-constexpr int kBlock = 512;
+constexpr int kBlock = 1024;
 constexpr int kBlockWords = kBlock / 64;
 constexpr int kLanes = 16;  // of the longest vector
 

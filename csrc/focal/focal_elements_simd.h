@@ -1,51 +1,35 @@
 // Elements in vectors: the formulas of focal.h. Part of focal_simd.h.
 
-// Not yet multiplied by any weight. kSlope false: the slope is not used.
 struct ElementDoubles {
   DoubleVec loss;
   DoubleVec slope;
 };
 
-// e^-|x|, and what follows from it. Beyond 708 it is 0.
-struct SigmoidDoubles {
-  DoubleVec near;  // |x|, 708 at most, also for NaN
-  DoubleVec e;
-  DoubleVec larger;  // of sigma(x) and 1 - sigma(x)
-  DoubleVec smaller;
-  DoubleVec log_part;  // log(1 + e)
-};
-
+// Beyond it e^-|x| is nothing.
 constexpr double kFarthest = 708;
 
-template <bool kExact>
-static inline SigmoidDoubles sigmoid_doubles(DoubleVec x) {
-  const DoubleVec distance = absolute(x), farthest = all_doubles(kFarthest);
-  const DoubleVec near = distance < farthest ? distance : farthest;
-  const DoubleVec e = distance > farthest ? DoubleVec{} : exp_minus_by_table<kExact>(near);
-  const DoubleVec larger = reciprocal(1 + e);
-  return {near, e, larger, e * larger, log_one_plus_by_table<kExact>(e)};
+// A target of 0 (x = z) or 1 (x = -z, and the slope to be negated), times w. near: |x|, at most kFarthest; above: the lanes
+// with x > 0. kGamma -1: any gamma. kExact: to 1e-12; else the loss to 2e-8.
+template <int kGamma, bool kExact>
+static inline ElementDoubles hard_near(DoubleVec near, uint32_t above, DoubleVec gamma, DoubleVec w) {
+  const DoubleVec e = exp_minus_by_table<kExact>(near), log_part = log_one_plus_by_table<kExact>(e);
+  const DoubleVec larger = kExact ? reciprocal(1 + e) : rough_reciprocal(1 + e);
+  const DoubleVec q = choose(~above & kAllDoubles, e * larger, larger), rest = choose(above, e * larger, larger);
+  const DoubleVec softplus = choose(above, log_part + near, log_part);
+  if constexpr (kGamma == 0) return {w * softplus, w * q};
+  if constexpr (kGamma == 1) w *= q, gamma = all_doubles(1);
+  if constexpr (kGamma == 2) w *= q * q, gamma = all_doubles(2);
+  if constexpr (kGamma < 0) {
+    const DoubleVec exponent = gamma * choose(above, log_part, log_part + near), farthest = all_doubles(kFarthest);
+    w *= exp_minus_by_table<kExact>(exponent < farthest ? exponent : farthest);
+  }
+  return {w * softplus, w * (gamma * rest * softplus + q)};
 }
 
-// A target of 0 (x = z) or 1 (x = -z, and the slope to be negated), kGamma -1: any gamma.
-template <int kGamma, bool kExact>
-static inline ElementDoubles hard_doubles(DoubleVec x, DoubleVec gamma) {
-  const SigmoidDoubles sigmoid = sigmoid_doubles<kExact>(x);
-  const LongVec is_above = x > 0.0;
-  const DoubleVec q = is_above ? sigmoid.larger : sigmoid.smaller, rest = is_above ? sigmoid.smaller : sigmoid.larger;
-  // NaN passes through.
-  const DoubleVec softplus = (0.0 > x ? DoubleVec{} : x) + sigmoid.log_part;
-  DoubleVec m = all_doubles(1);
-  if constexpr (kGamma == 0) gamma = DoubleVec{};
-  if constexpr (kGamma == 1) gamma = m, m = q;
-  if constexpr (kGamma == 2) gamma = all_doubles(2), m = q * q;
-  if constexpr (kGamma < 0) {
-    const DoubleVec exponent = gamma * ((is_above ? DoubleVec{} : sigmoid.near) + sigmoid.log_part);
-    const DoubleVec power = exp_minus_by_table<kExact>(exponent < kFarthest ? exponent : all_doubles(kFarthest));
-    m = exponent > kFarthest ? DoubleVec{} : power;
-  }
-  // `rest` is 0 where softplus is above a thousand.
-  const DoubleVec finite = softplus > 1e3 ? all_doubles(1e3) : softplus;
-  return {m * softplus, m * (gamma * rest * finite + q)};
+// The same where |x| is larger, infinite or NaN.
+static inline ElementDoubles hard_far(DoubleVec x, DoubleVec w) {
+  const DoubleVec one = all_doubles(1), none = DoubleVec{};
+  return {w * (0.0 > x ? none : x), w * (0.0 > x ? none : x > 0.0 ? one : x)};
 }
 
 // log(x) for x within [1e-300, 2).
@@ -68,26 +52,29 @@ static inline DoubleVec power_doubles(DoubleVec base, DoubleVec gamma) {
   return gamma == 0.0 ? all_doubles(1) : is_zero ? DoubleVec{} : power;
 }
 
-// Any target; the weights of the class are multiplied in.
-static inline ElementDoubles soft_doubles(FocalModulator modulator, DoubleVec z, DoubleVec t, DoubleVec gamma,
-                                          DoubleVec positive, DoubleVec negative) {
-  const SigmoidDoubles sigmoid = sigmoid_doubles<true>(z);
+// Any target; the weights of the class are multiplied in. A call of its own, as it is long.
+[[gnu::noinline]] static ElementDoubles soft_doubles(FocalModulator modulator, DoubleVec z, DoubleVec t, DoubleVec gamma,
+                                                     DoubleVec positive, DoubleVec negative) {
+  const DoubleVec distance = absolute(z), farthest = all_doubles(kFarthest);
+  const DoubleVec near = distance < farthest ? distance : farthest;
+  const DoubleVec e = distance > farthest ? DoubleVec{} : exp_minus_by_table<true>(near);
+  const DoubleVec larger = reciprocal(1 + e), smaller = e * larger;
   const LongVec is_above = z > 0.0;
   const DoubleVec factor = is_above ? 1 - t : t, other = is_above ? t : 1 - t, none = DoubleVec{};
   // Only one whose factor is 0 stays finite at an infinite logit.
-  const DoubleVec entropy = (factor == 0.0 ? none : factor * absolute(z)) + sigmoid.log_part;
-  const DoubleVec error = is_above ? factor - sigmoid.smaller : sigmoid.smaller - factor;  // p - t
-  const DoubleVec spread = sigmoid.larger * sigmoid.smaller;
+  const DoubleVec entropy = (factor == 0.0 ? none : factor * distance) + log_one_plus_by_table<true>(e);
+  const DoubleVec error = is_above ? factor - smaller : smaller - factor;  // p - t
+  const DoubleVec spread = larger * smaller;
   DoubleVec w = t > 0.0 ? positive : negative, base, base_slope;
   if (modulator == kFocal) {
     w = positive * t + negative * (1 - t);
-    base = sigmoid.larger * factor + sigmoid.smaller * other;
+    base = larger * factor + smaller * other;
     base_slope = spread * (1 - 2 * t);
   } else if (modulator == kQuality) {
     base = absolute(error);
     base_slope = error > 0.0 ? spread : -spread;
   } else {
-    base = is_above ? sigmoid.larger : sigmoid.smaller;
+    base = is_above ? larger : smaller;
     base_slope = spread;
     gamma = t > 0.0 ? none : gamma;
     if (modulator == kVarifocal) w = t > 0.0 ? positive * t : w;
@@ -101,15 +88,15 @@ static inline ElementDoubles soft_doubles(FocalModulator modulator, DoubleVec z,
   return {is_number ? loss : entropy, is_number ? slope : entropy};
 }
 
-// dL/dx of a target of 0 or 1 in floats, for |x| = distance within [0, 86]; right to 1e-6 of it. positive: the lanes with x >
+// dL/dx of a target of 0 or 1 in floats, right to 1e-6 for |x| = distance within [0, 86]. positive: the lanes with x >
 // 0.
 template <int kGamma>
 static inline FloatVec hard_slope(FloatVec distance, uint32_t positive, FloatVec gamma_high, FloatVec gamma_low) {
-  const FloatVec e = exp_minus(distance), larger = reciprocal(1 + e), smaller = e * larger, none = FloatVec{};
-  const FloatVec q = choose(positive, larger, smaller);
+  const FloatVec e = exp_minus(distance), larger = reciprocal(1 + e), none = FloatVec{};
+  const FloatVec q = choose(~positive & kAllFloats, e * larger, larger);
   if constexpr (kGamma == 0) return q;
-  const FloatVec rest = choose(positive, smaller, larger), log_part = log_one_plus(e);
-  const FloatVec softplus = choose(positive, distance, none) + log_part;
+  const FloatVec rest = choose(positive, e * larger, larger), log_part = log_one_plus(e);
+  const FloatVec softplus = choose(positive, log_part + distance, log_part);
   if constexpr (kGamma == 1) return q * (rest * softplus + q);
   if constexpr (kGamma == 2) return q * q * (2 * rest * softplus + q);
   // gamma softplus(-x) as the sum of two floats: what is lost by rounding it would show.

@@ -160,24 +160,21 @@ static void find_dense_and_weights(const FocalLevel& level, int64_t element, Fou
     });
 }
 
-// live: of the first entry that the block has, or null: all are, but for the classes whose weight is 0.
+// live: bits of the entries from the first that the block has.
 static void finish_masks(const FocalLevel& level, int64_t element, const uint64_t* live_negative, const uint64_t* live_positive,
                          const uint64_t* live, const FoundMasks& found, FocalBlock& block) {
+  uint64_t ones = 0, softs = 0;
   for (int word = 0; word < kBlockWords; ++word) {
     const int rest = block.size - word * 64;
     const uint64_t inside = rest >= 64 ? ~uint64_t{0} : rest <= 0 ? 0 : ~uint64_t{0} >> (64 - rest);
-    if (inside == 0) {
-      block.negative[word] = block.one[word] = block.soft[word] = 0;
-      continue;
-    }
     const uint64_t valid = inside & ~found.dropped[word];
     block.negative[word] = valid & ~found.one[word] & ~found.soft[word] & live_negative[word];
-    block.one[word] = valid & found.one[word] & live_positive[word];
-    block.soft[word] = valid & found.soft[word] & live[word];
+    ones |= block.one[word] = valid & found.one[word] & live_positive[word];
+    softs |= block.soft[word] = valid & found.soft[word] & live[word];
   }
   block.has_labels = level.has_labels;
-  block.has_ones = any_bit(block.one);
-  block.has_soft = any_bit(block.soft);
+  block.has_ones = ones != 0;
+  block.has_soft = softs != 0;
   if (level.grads != nullptr)
     dispatch_floating(level.grad_type,
                       [&](auto tag) { multiply_grads(static_cast<const decltype(tag)*>(level.grads) + element, block); });
@@ -200,9 +197,9 @@ static void fill_from_rows(const FocalLevel& level, const FocalTable& table, int
 // What the labels and weights of `size` rows of a map say for all its classes.
 static void read_map_rows(const FocalLevel& level, const FocalTable& table, int64_t first_row, int size, FocalBlock& block) {
   if (level.has_labels) {
-    with_labels(level, [&](auto labels) {
-      for (int i = 0; i < size; ++i)
-        block.row_columns[i] = static_cast<int32_t>(labelled_column(table.rule, labels[first_row + i]));
+    const LabelRule rule = table.rule;
+    with_labels(level, [&, rule](auto labels) {
+      for (int i = 0; i < size; ++i) block.row_columns[i] = static_cast<int32_t>(labelled_column(rule, labels[first_row + i]));
     });
     for (int i = size; i % kFloats != 0; ++i) block.row_columns[i] = kIgnoredRow;
   }
@@ -215,6 +212,15 @@ static void read_map_rows(const FocalLevel& level, const FocalTable& table, int6
     __builtin_memcpy(block.row_weights, block.weights, sizeof block.weights);
   }
 }
+
+// For a class all of whose elements are alike.
+struct AllWords {
+  uint64_t zeros[kBlockWords] = {};
+  uint64_t ones[kBlockWords] = {};
+  constexpr AllWords() {
+    for (uint64_t& word : ones) word = ~uint64_t{0};
+  }
+};
 
 // The elements of class `column` of the rows that were read; the class is not dead.
 static void fill_from_map(const FocalLevel& level, const FocalTable& table, int64_t first_row, int64_t column, int64_t element,
@@ -242,7 +248,7 @@ static void fill_from_map(const FocalLevel& level, const FocalTable& table, int6
     }
   }
   find_dense_and_weights(level, element, found, block);
-  constexpr uint64_t kAll[2][kBlockWords] = {
-      {}, {~uint64_t{0}, ~uint64_t{0}, ~uint64_t{0}, ~uint64_t{0}, ~uint64_t{0}, ~uint64_t{0}, ~uint64_t{0}, ~uint64_t{0}}};
-  finish_masks(level, element, kAll[entry.negative != 0], kAll[entry.positive != 0], kAll[!is_dead(entry)], found, block);
+  static constexpr AllWords kAll;
+  finish_masks(level, element, entry.negative != 0 ? kAll.ones : kAll.zeros, entry.positive != 0 ? kAll.ones : kAll.zeros,
+               kAll.ones, found, block);
 }

@@ -8,8 +8,6 @@
 #include "focal/focal_elements_simd.h"
 #include "focal/focal_masks_simd.h"
 
-constexpr uint32_t kAllDoubles = (1u << kDoubles) - 1;
-
 static inline DoubleVec column_of(const double* column, const FocalBlock& block, int i) {
   return load_vec<DoubleVec>(column + (i & block.wrap));
 }
@@ -17,28 +15,65 @@ static inline FloatVec column_of(const float* column, const FocalBlock& block, i
   return load_floats(column + (i & block.wrap));
 }
 
-// Calls body(first element of the vector, lanes wanted, logits) where any is.
-template <class In, class Body>
-static inline void for_wanted(const In* logits, const FocalBlock& block, const uint64_t* wanted, const Body& body) {
+// Calls body(first element of the vector, lanes wanted) where any is.
+template <class Body>
+static inline void for_wanted(const FocalBlock& block, const uint64_t* wanted, const Body& body) {
   for (int i = 0; i < block.size; i += kFloats) {
     const uint32_t mask = static_cast<uint32_t>(wanted[i / 64] >> i % 64) & kAllFloats;
-    if (mask != 0) body(i, mask, load_doubles(logits + i));
+    if (mask != 0) body(i, mask);
   }
 }
 
-// Calls take(i, lanes, element) with the halves of the vectors of elements, their losses and slopes multiplied by all weights.
-// kPositive: the targets are 1, else 0.
+// A vector of logits as hard_near takes them, 0 where they are not near. kNegated: x = -z.
+struct NearLogits {
+  DoublePair near;
+  uint32_t above;
+  uint32_t is_near;
+};
+
+template <bool kNegated, class In>
+static inline NearLogits load_near(const In* logits) {
+  const FloatVec z = load_floats(logits), distance = absolute(z), none = FloatVec{};
+  const uint32_t is_near = at_most_mask(distance, all_floats(static_cast<float>(kFarthest)));
+  const FloatVec near = choose(is_near, distance, none);
+  return {{low_doubles(near), high_doubles(near)}, kNegated ? greater_mask(none, z) : greater_mask(z, none), is_near};
+}
+
+template <bool kNegated>
+static inline NearLogits load_near(const double* logits) {
+  const DoublePair z = load_doubles(logits);
+  const DoubleVec low = absolute(z.low), high = absolute(z.high), farthest = all_doubles(kFarthest), none = DoubleVec{};
+  const uint32_t low_near = at_most_mask(low, farthest), high_near = at_most_mask(high, farthest);
+  const uint32_t low_above = kNegated ? greater_mask(none, z.low) : greater_mask(z.low, none);
+  const uint32_t high_above = kNegated ? greater_mask(none, z.high) : greater_mask(z.high, none);
+  return {{choose(low_near, low, none), choose(high_near, high, none)},
+          low_above | high_above << kDoubles,
+          low_near | high_near << kDoubles};
+}
+
+// Calls take(i, lanes, low, high) with the halves of the vectors of elements, their losses and slopes multiplied by all
+// weights. kPositive: the targets are 1, else 0.
 template <int kGamma, bool kExact, bool kPositive, class In, class Take>
 static inline void sweep_hard(const In* logits, const FocalBlock& block, const uint64_t* wanted, const Take& take) {
-  for_wanted(logits, block, wanted, [&](int first, uint32_t lanes, DoublePair z) {
-    const auto half = [&](int i, DoubleVec logit) {
-      const DoubleVec gamma = kGamma < 0 ? column_of(block.columns.gamma, block, i) : DoubleVec{};
-      DoubleVec w = column_of(kPositive ? block.columns.positive : block.columns.negative, block, i);
-      if (block.weight != nullptr) w *= load_vec<DoubleVec>(block.weight + i);
-      const ElementDoubles element = hard_doubles<kGamma, kExact>(kPositive ? -logit : logit, gamma);
-      return ElementDoubles{w * element.loss, kPositive ? -w * element.slope : w * element.slope};
+  for_wanted(block, wanted, [&](int first, uint32_t lanes) {
+    const NearLogits x = load_near<kPositive>(logits + first);
+    const auto weight_of = [&](int i) {
+      const DoubleVec w = column_of(kPositive ? block.columns.positive : block.columns.negative, block, i);
+      return block.weight == nullptr ? w : w * load_vec<DoubleVec>(block.weight + i);
     };
-    take(first, lanes, half(first, z.low), half(first + kDoubles, z.high));
+    const auto with_sign = [](const ElementDoubles& x) { return ElementDoubles{x.loss, kPositive ? -x.slope : x.slope}; };
+    const auto half = [&](int i, DoubleVec near, uint32_t above) {
+      const DoubleVec gamma = kGamma < 0 ? column_of(block.columns.gamma, block, i) : DoubleVec{};
+      return with_sign(hard_near<kGamma, kExact>(near, above, gamma, weight_of(i)));
+    };
+    take(first, lanes & x.is_near, half(first, x.near.low, x.above & kAllDoubles),
+         half(first + kDoubles, x.near.high, x.above >> kDoubles));
+    const uint32_t far = lanes & ~x.is_near;
+    if (__builtin_expect(far != 0, 0)) {
+      const DoublePair z = load_doubles(logits + first);
+      take(first, far, with_sign(hard_far(kPositive ? -z.low : z.low, weight_of(first))),
+           with_sign(hard_far(kPositive ? -z.high : z.high, weight_of(first + kDoubles))));
+    }
   });
 }
 
@@ -46,9 +81,10 @@ template <class In, class Take>
 static inline void sweep_soft(const FocalTable& table, const In* logits, const FocalBlock& block, const uint64_t* wanted,
                               const Take& take) {
   const ClassColumns& columns = block.columns;
-  for_wanted(logits, block, wanted, [&](int first, uint32_t lanes, DoublePair z) {
+  for_wanted(block, wanted, [&](int first, uint32_t lanes) {
+    const DoublePair z = load_doubles(logits + first);
     const auto half = [&](int i, DoubleVec logit) {
-      ElementDoubles element =
+      const ElementDoubles element =
           soft_doubles(table.modulator, logit, load_vec<DoubleVec>(block.target + i), column_of(columns.gamma, block, i),
                        column_of(columns.positive, block, i), column_of(columns.negative, block, i));
       if (block.weight == nullptr) return element;
@@ -78,13 +114,14 @@ static inline void add_to_class_sums(double* sums, const FocalBlock& block, int 
 }
 
 template <int kGamma, bool kClassSums, class In>
-static void sum_block(const FocalTable& table, const In* logits, const FocalBlock& block, DoublePair& total) {
+[[gnu::flatten]] static void sum_block(const FocalTable& table, const In* logits, const FocalBlock& block, DoublePair& result) {
   constexpr bool kExact = sizeof(In) == 8;
+  DoublePair total = result;
   const auto add_to = [&](double* sums) {
     return [&, sums](int i, uint32_t lanes, const ElementDoubles& low, const ElementDoubles& high) {
       const uint32_t low_lanes = lanes & kAllDoubles, high_lanes = lanes >> kDoubles;
-      total.low += choose(low_lanes, low.loss, DoubleVec{});
-      total.high += choose(high_lanes, high.loss, DoubleVec{});
+      total.low = choose(low_lanes, total.low + low.loss, total.low);
+      total.high = choose(high_lanes, total.high + high.loss, total.high);
       if constexpr (kClassSums) {
         add_to_class_sums(sums, block, i, low_lanes, low);
         add_to_class_sums(sums, block, i + kDoubles, high_lanes, high);
@@ -93,6 +130,7 @@ static void sum_block(const FocalTable& table, const In* logits, const FocalBloc
   };
   sweep_hard<kGamma, kExact, false>(logits, block, block.negative, add_to(block.negative_sums));
   if (block.has_ones) sweep_ones<kGamma, kExact>(table, logits, block, block.one, add_to(block.positive_sums));
+  result = total;
   if (!block.has_soft) return;
   const auto add_positive = add_to(block.positive_sums), add_negative = add_to(block.negative_sums);
   sweep_soft(table, logits, block, block.soft,
@@ -104,6 +142,7 @@ static void sum_block(const FocalTable& table, const In* logits, const FocalBloc
                if (positive != 0) add_positive(i, positive, low, high);
                if (positive != lanes) add_negative(i, lanes & ~positive, low, high);
              });
+  result = total;
 }
 
 template <class Out>
@@ -122,23 +161,23 @@ static inline void clear_output(Out* output, int size) {
 }
 
 // Through double, the elements of the masks alone.
-template <bool kGradient, class In>
-static void write_wide(const FocalTable& table, const In* logits, const FocalBlock& block, const uint64_t* zeros,
-                       const uint64_t* ones, In* output) {
+template <bool kGradient, int kGamma, class In>
+[[gnu::flatten]] static void write_wide(const FocalTable& table, const In* logits, const FocalBlock& block,
+                                        const uint64_t* zeros, const uint64_t* ones, In* output) {
   constexpr bool kExact = sizeof(In) == 8;
   const auto write = [&](int i, uint32_t lanes, const ElementDoubles& low, const ElementDoubles& high) {
     if constexpr (kGradient) store_where(output, i, lanes, low.slope, high.slope);
     else store_where(output, i, lanes, low.loss, high.loss);
   };
-  sweep_hard<-1, kExact, false>(logits, block, zeros, write);
-  if (any_bit(ones)) sweep_ones<-1, kExact>(table, logits, block, ones, write);
+  sweep_hard<kGamma, kExact, false>(logits, block, zeros, write);
+  if (any_bit(ones)) sweep_ones<kGamma, kExact>(table, logits, block, ones, write);
   if (block.has_soft) sweep_soft(table, logits, block, block.soft, write);
 }
 
 // Slopes in float of targets of 0, where the others become 0, or of 1. What is beyond the range of floats is left over.
 template <int kGamma, bool kPositive, class In>
-static inline void write_float(const In* logits, const FocalBlock& block, const uint64_t* wanted, uint64_t* left_over,
-                               In* output) {
+[[gnu::flatten]] static void write_float(const In* logits, const FocalBlock& block, const uint64_t* wanted, uint64_t* left_over,
+                                         In* output) {
   const ClassColumns& columns = block.columns;
   for (int i = 0; i < block.size; i += kFloats) {
     const uint32_t mask = static_cast<uint32_t>(wanted[i / 64] >> i % 64) & kAllFloats;
@@ -157,7 +196,7 @@ static inline void write_float(const In* logits, const FocalBlock& block, const 
       const DoublePair v = load_doubles(block.weight + i);
       w *= to_floats(v.low, v.high);
     }
-    const FloatVec slope = w * hard_slope<kGamma>(choose(is_small, absolute(z), limit), positive, gamma_high, gamma_low);
+    const FloatVec slope = w * hard_slope<kGamma>(absolute(z), positive, gamma_high, gamma_low);
     store_floats(output + i, choose(lanes, kPositive ? -slope : slope, kPositive ? load_floats(output + i) : none));
   }
 }
@@ -166,7 +205,7 @@ template <int kGamma, class In>
 static void write_gradient(const FocalTable& table, const In* logits, const FocalBlock& block, In* output) {
   if constexpr (sizeof(In) == 8) {
     clear_output(output, block.size);
-    write_wide<true>(table, logits, block, block.negative, block.one, output);
+    write_wide<true, kGamma>(table, logits, block, block.negative, block.one, output);
   } else {
     uint64_t zeros[kBlockWords] = {}, ones[kBlockWords] = {};
     write_float<kGamma, false>(logits, block, block.negative, zeros, output);
@@ -174,7 +213,7 @@ static void write_gradient(const FocalTable& table, const In* logits, const Foca
       if (modulates_positives(table)) write_float<kGamma, true>(logits, block, block.one, ones, output);
       else write_float<0, true>(logits, block, block.one, ones, output);
     }
-    if (block.has_soft || any_bit(zeros) || any_bit(ones)) write_wide<true>(table, logits, block, zeros, ones, output);
+    if (block.has_soft || any_bit(zeros) || any_bit(ones)) write_wide<true, -1>(table, logits, block, zeros, ones, output);
   }
 }
 
@@ -299,7 +338,7 @@ static void write_strips(const FocalLevel& level, const FocalTable& table, const
         write_gradient<decltype(gamma)::value>(table, data, block, result);
       } else {
         clear_output(result, block.size);
-        write_wide<false>(table, data, block, block.negative, block.one, result);
+        write_wide<false, -1>(table, data, block, block.negative, block.one, result);
       }
       if (result == padded_output) __builtin_memcpy(output + element, result, static_cast<size_t>(block.size) * sizeof(In));
     };
