@@ -19,70 +19,80 @@ CHUNK_ON_GPU = 2**23
 LANES = 64
 
 
-class Chunk(NamedTuple):
-    """A part of a level seen as [outer, C, inner]; everything but the place is float64 or bool."""
-
-    place: tuple[slice, slice, slice]
-    logits: Tensor  # [outer, C, inner]
-    targets: Tensor  # [outer, C, inner]
-    is_positive: Tensor  # [outer, C, inner], for the class sums
-    weights: Tensor  # [outer, C, inner] or 0-d
-    is_ignored: Tensor  # [outer, C, inner]
-
-
 class Classes(NamedTuple):
     """The columns of the class table; `gamma` is a number where all classes have the same, for which powers are cheap."""
 
     gamma: Tensor | float
     a: Tensor  # [C, 1]
     b: Tensor  # [C, 1]
+    has_free: bool  # whether any of `a` and `b` is 0
+
+
+class Chunk(NamedTuple):
+    """A part of a level seen as [outer, C, inner]. `weights` and `is_ignored` may be None, for 1 and for no element."""
+
+    place: tuple[slice, slice, slice]
+    logits: Tensor  # float64 [outer, C, inner]
+    targets: Tensor  # float64 [outer, C, inner]
+    is_positive: Tensor  # [outer, C, inner], for the class sums
+    weights: Tensor | None  # float64 [outer, C or 1, inner]
+    is_ignored: Tensor | None  # [outer, C or 1, inner]
+
+    def weighted(self, values: Tensor) -> Tensor:
+        """Times the weights, 0 where ignored, whatever stands there."""
+        values = values if self.weights is None else values * self.weights
+        return values if self.is_ignored is None else torch.where(self.is_ignored, 0.0, values)
+
+
+class Elements:
+    """`L` and `dL/dz` of elements, none of which is ignored."""
+
+    def __init__(self, z: Tensor, t: Tensor, classes: Classes, modulator: int):
+        is_above = z > 0
+        small = torch.exp(-z.abs())
+        larger = 1 / (1 + small)
+        smaller = small * larger
+        slope = torch.where(is_above, 1 - t, -t)
+        self.t, self.classes, self.modulator = t, classes, modulator
+        self.entropy = torch.where(slope == 0, 0.0, slope * z) + torch.log1p(small)
+        # p - t, from 1 - p and 1 - t where z is above 0: what is subtracted is no larger than it must be.
+        self.distance = slope + torch.where(is_above, -smaller, smaller)
+        if modulator == Modulator.QUALITY:
+            self.base = self.distance.abs()
+        else:
+            p, not_p = torch.where(is_above, larger, smaller), torch.where(is_above, smaller, larger)
+            self.base = p * (1 - t) + not_p * t if modulator == Modulator.FOCAL else torch.where(t > 0, 1.0, p)
+        self.variance = smaller * larger
+        gamma = classes.gamma
+        is_plain = not isinstance(gamma, Tensor) and gamma == 0
+        self.factor = self._class_weight() if is_plain else self._class_weight() * self.base**gamma
+
+    def _class_weight(self) -> Tensor:
+        if self.modulator == Modulator.FOCAL:
+            return torch.lerp(self.classes.b, self.classes.a, self.t)
+        of_positives = self.classes.a * self.t if self.modulator == Modulator.VARIFOCAL else self.classes.a
+        return torch.where(self.t > 0, of_positives, self.classes.b)
+
+    def losses(self) -> Tensor:
+        return self.factor * self.entropy
+
+    def slopes(self) -> Tensor:
+        # The derivative of the logarithm of the base.
+        if self.modulator == Modulator.QUALITY:
+            rate = torch.where(self.distance == 0, 0.0, self.variance / self.distance)
+        elif self.modulator == Modulator.FOCAL:
+            rate = torch.where(self.base == 0, 0.0, self.variance * (1 - 2 * self.t) / self.base)
+        else:
+            rate = torch.where(self.t > 0, 0.0, 1 - self.base)
+        # An infinite cross entropy no longer changes with the modulator.
+        of_modulator = torch.where(rate == 0, 0.0, self.classes.gamma * rate * self.entropy)
+        return self.factor * (of_modulator + self.distance)
 
 
 def _columns(class_table: Tensor) -> Classes:
     gamma, a, b = class_table[:, :, None]
     shared = gamma.flatten()[0]
-    return Classes(shared.item() if bool((gamma == shared).all()) else gamma, a, b)
-
-
-def elements(z: Tensor, t: Tensor, classes: Classes, modulator: int) -> tuple[Tensor, Tensor]:
-    """`L` and `dL/dz` of each element, of one another's shape; none is ignored."""
-    is_above = z > 0
-    small = torch.exp(-z.abs())
-    larger = 1 / (1 + small)
-    smaller = small * larger
-    p, not_p = torch.where(is_above, larger, smaller), torch.where(is_above, smaller, larger)
-
-    slope = torch.where(is_above, 1 - t, -t)
-    entropy = torch.where(slope == 0, 0.0, slope * z) + torch.log1p(small)
-    # p - t, from 1 - p and 1 - t where z is above 0: what is subtracted is no larger than it must be.
-    distance = torch.where(is_above, slope - smaller, slope + smaller)
-
-    # The modulator is base^gamma; rate is the derivative of log(base).
-    gamma = classes.gamma
-    if modulator == Modulator.QUALITY:
-        base = distance.abs()
-        rate = torch.where(distance == 0, 0.0, smaller * larger / distance)
-    elif modulator == Modulator.FOCAL:
-        base = p * (1 - t) + not_p * t
-        rate = torch.where(base == 0, 0.0, smaller * larger * (1 - 2 * t) / base)
-    else:
-        base, rate = torch.where(t > 0, 1.0, p), torch.where(t > 0, 0.0, not_p)
-    weight = _class_weight(t, classes, modulator)
-    factor = weight if _is_zero(gamma) else weight * base**gamma
-    # An infinite cross entropy no longer changes with the modulator.
-    of_modulator = torch.where(rate == 0, 0.0, gamma * rate * entropy)
-    return factor * entropy, factor * (of_modulator + distance)
-
-
-def _is_zero(gamma: Tensor | float) -> bool:
-    return not isinstance(gamma, Tensor) and gamma == 0
-
-
-def _class_weight(t: Tensor, classes: Classes, modulator: int) -> Tensor:
-    if modulator == Modulator.FOCAL:
-        return classes.a * t + classes.b * (1 - t)
-    of_positives = classes.a * t if modulator == Modulator.VARIFOCAL else classes.a
-    return torch.where(t > 0, of_positives, classes.b)
+    return Classes(shared.item() if bool((gamma == shared).all()) else gamma, a, b, bool((class_table[1:] == 0).any()))
 
 
 def as_3d(level: Tensor, num_classes: int, maps: bool) -> Tensor:
@@ -122,8 +132,8 @@ def _read_chunk(
     columns: Tensor, classes: Classes, ignore_index: int | None,
 ) -> Chunk:  # fmt: skip
     z, t = logits[place].double(), targets[place]
-    v = z.new_ones(()) if weights is None else weights[place].double()
-    is_ignored = (v == 0) | (t < 0)
+    v = None if weights is None else weights[place].double()
+    is_ignored = t < 0
     if t.is_floating_point():
         t = t.double()
         is_positive = t > 0
@@ -132,12 +142,19 @@ def _read_chunk(
             # In 64 bits: the number would be narrowed to the labels' 32.
             is_ignored = is_ignored | (t.long() == ignore_index)
         is_positive = t == columns
-        t = is_positive.double() if qualities is None else torch.where(is_positive, qualities[place].double(), 0.0)
-        is_ignored = is_ignored | (t < 0)
-    # What nothing is paid for: the targets are 0, 1, or any.
-    is_free = (t == 0) & (classes.b == 0) | (t == 1) & (classes.a == 0) | (classes.a == 0) & (classes.b == 0)
-    is_ignored = is_ignored | is_free
-    z, t, v = (torch.where(is_ignored, 0.0, value) for value in (z, t, v))
+        t = is_positive.double()
+        if qualities is not None:
+            t = torch.where(is_positive, qualities[place].double(), 0.0)
+            is_ignored = is_ignored | (t < 0)
+    if v is not None:
+        is_ignored = is_ignored | (v == 0)
+    if classes.has_free:
+        a, b = classes.a == 0, classes.b == 0
+        # What nothing is paid for: the targets are 0, 1, or any.
+        is_ignored = is_ignored | (t == 0) & b | (t == 1) & a | a & b
+    if not bool(is_ignored.any()):
+        return Chunk(place, z, t, is_positive, v, None)
+    z, t = torch.where(is_ignored, 0.0, z), torch.where(is_ignored, 0.0, t)
     return Chunk(place, z, t, is_positive, v, is_ignored)
 
 
@@ -167,10 +184,10 @@ def focal_forward(
     sums = class_table.new_zeros((2, class_table.shape[1]) if class_sums else (0,))
     for classes, chunks in _read(logits, targets, qualities, weights, class_table, maps, background_first, ignore_index):
         for chunk in chunks:
-            losses, slopes = elements(chunk.logits, chunk.targets, classes, modulator)
-            total += _sum((losses * chunk.weights).flatten())
+            elements = Elements(chunk.logits, chunk.targets, classes, modulator)
+            total += _sum(chunk.weighted(elements.losses()).flatten())
             if class_sums:
-                pulls = (slopes * chunk.weights).abs().transpose(0, 1).flatten(1)  # [C, outer * inner]
+                pulls = chunk.weighted(elements.slopes()).abs().transpose(0, 1).flatten(1)  # [C, outer * inner]
                 is_positive = chunk.is_positive.transpose(0, 1).flatten(1)
                 sums += _sum(torch.stack([torch.where(is_positive, pulls, 0.0), torch.where(is_positive, 0.0, pulls)]))
     loss_type = torch.float64 if logits[0].dtype == torch.float64 else torch.float32
@@ -186,8 +203,8 @@ def focal_elements(
     for output, (classes, chunks) in zip(outputs, levels, strict=True):
         seen = as_3d(output, class_table.shape[1], maps)
         for chunk in chunks:
-            losses, _ = elements(chunk.logits, chunk.targets, classes, modulator)
-            seen[chunk.place] = torch.where(chunk.is_ignored, 0.0, losses * chunk.weights * factor)
+            losses = Elements(chunk.logits, chunk.targets, classes, modulator).losses() * factor
+            seen[chunk.place] = chunk.weighted(losses)
     return outputs
 
 
@@ -202,7 +219,7 @@ def focal_backward(
         seen = as_3d(output, class_table.shape[1], maps)
         upstream = grads[0].double() * factor if is_of_loss else as_3d(grads[number], class_table.shape[1], maps)
         for chunk in chunks:
-            _, slopes = elements(chunk.logits, chunk.targets, classes, modulator)
             scaled = upstream if is_of_loss else upstream[chunk.place].double() * factor
-            seen[chunk.place] = torch.where(chunk.is_ignored, 0.0, slopes * chunk.weights * scaled)
+            slopes = Elements(chunk.logits, chunk.targets, classes, modulator).slopes()
+            seen[chunk.place] = chunk.weighted(slopes * scaled)
     return outputs
