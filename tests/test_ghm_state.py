@@ -403,3 +403,16 @@ def test_state_without_momentum_is_that_of_the_batch(backend, generator):
         assert got.losses[0] == loss.evaluate(backend, *arguments).losses[0]
         assert_state(got.statistics, truth, options)
         assert torch.equal(got.statistics[0].long(), truth.counts) and (got.statistics[1] == 3).all()
+
+
+@LOSSES
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_weight_of_nan_leaves_no_trace(backend, loss, generator, reduction):
+    pred, target = torch.randn((6, 4), generator=generator), (torch.rand((6, 4), generator=generator) < 0.3).float()
+    results = []
+    for weight in (0.0, float("nan")):
+        weights = torch.ones(6, 4)
+        weights[2, 1] = weight
+        results.append(run(backend, loss.module(reduction=reduction), pred, target, weights))
+    for got, wanted in zip(*results, strict=True):
+        assert got.isfinite().all() and torch.equal(got, wanted)

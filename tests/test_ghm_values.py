@@ -219,6 +219,20 @@ def test_bins_of_distances_on_and_beside_the_edges(backend, bins, mu, dtype):
         assert density.counts.tolist() == wanted
 
 
+@pytest.mark.parametrize("bins", [10, 256])
+def test_bins_of_bfloat16_distances_beside_the_edges(backend, bins):
+    """The three bfloat16 numbers around each edge."""
+    squares = [fractions.Fraction(0.02) ** 2 * k * k / ((bins - k) * (bins + k)) for k in range(1, bins)]
+    nearest = torch.tensor([float(square) for square in squares], dtype=torch.float64).sqrt().bfloat16().view(torch.int16)
+    d = (nearest[:, None] + torch.arange(-1, 2)).to(torch.int16).view(torch.bfloat16)
+    wanted = [0] * bins
+    for distance in d.flatten().tolist():
+        wanted[bisect.bisect_right(squares, fractions.Fraction(distance) ** 2)] += 1
+    with rsloss_kernels.use_backend(backend.name):
+        counts = rsloss_kernels.gradient_density(d.to(backend.device), torch.zeros_like(d).to(backend.device), mu=0.02, bins=bins).counts
+    assert counts.tolist() == wanted
+
+
 @pytest.mark.parametrize("mu", [0.02, 3.7, 1e-30, 1e30])
 @pytest.mark.parametrize("bins", [2, 10, 256])
 def test_distances_of_exactly_an_edge_belong_to_the_upper_bin(backend, bins, mu):

@@ -100,7 +100,8 @@ inline void check_ghm_per_bin(const char* op, const char* name, const Tensor& te
 inline void check_ghm_state(const char* op, const std::optional<Tensor>& acc_sum, const std::optional<Tensor>& num_updates,
                             const Tensor& pred, int64_t bins, double momentum) {
   STD_TORCH_CHECK(momentum >= 0 && momentum < 1, op, ": momentum must be within [0, 1), got ", momentum);
-  STD_TORCH_CHECK(acc_sum || momentum == 0, op, ": acc_sum must be given with a momentum above 0, ", momentum, ", got None");
+  STD_TORCH_CHECK(acc_sum || momentum == 0, op, ": acc_sum must be given, momentum ", momentum,
+                  " needs it, at first torch.zeros(", bins, "), got None");
   STD_TORCH_CHECK(acc_sum || !num_updates, op, ": acc_sum must be given with num_updates, got None");
   if (acc_sum) {
     const ScalarType type = acc_sum->scalar_type();

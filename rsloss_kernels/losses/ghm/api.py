@@ -77,11 +77,12 @@ def ghm_classification_loss(
 
     Args:
         logits: any shape, class logits; float16, bfloat16, float32 or float64. For class indices the last dimension is the C classes.
-        target: dense, with the shape of `logits`, any real dtype (integral one-hot too), values within [0, 1]; or class indices, an
-            integral dtype with the shape of `logits` less its last dimension. No label is ignored: one that is no foreground class,
-            negative ones included, is a row of zeros, as in MMDetection; give what is to be ignored the weight 0.
-        weight: floating, integral or bool, with the shape of `logits` or that less its last dimension. Elements whose weight is above 0 count,
-            all alike; others may hold anything.
+        target: dense, with the shape of `logits`, any real dtype (integral one-hot too, for which a float32 copy is made), values within
+            [0, 1]; or class indices, an integral dtype with the shape of `logits` less its last dimension. No label is ignored: one that
+            is no foreground class, negative ones included, is a row of zeros, as in MMDetection; give what is to be ignored the weight 0.
+        weight: floating, integral or bool (both as a float16 copy), with the shape of `logits` or that less its last dimension; of weights
+            that `expand` has repeated over the classes one per row is read. Elements whose weight is above 0 count, all alike; others
+            may hold anything.
         bins: of the gradient norm, 1..256.
         momentum: of the elements in each bin, within [0, 1); above 0 it needs `acc_sum`.
         acc_sum: float32 or float64 [bins], the running number of elements in each bin before this call, at first zeros.

@@ -242,7 +242,8 @@ class GHMR(_GradientHarmonizing):
         )
 
     def _normaliser(self, request: api.Request, histogram: Tensor, pred: Tensor, label_weight: Tensor | None) -> Tensor:
-        own = histogram.new_full((), pred.numel()) if label_weight is None else label_weight.double().sum()
+        # A weight of NaN is not valid, and leaves no trace.
+        own = histogram.new_full((), pred.numel()) if label_weight is None else label_weight.double().nansum()
         return distributed.sum_over_group(own, request.group)
 
     def extra_repr(self) -> str:
