@@ -44,15 +44,20 @@ MOST_REGISTERS = {
     "average_precision_errors_kernel": 64,
     "average_precision_interpolate_kernel": 64,
     "alrp_pairs_kernel": 64,
+    "focal_forward_kernel": 128,
+    "focal_combine_kernel": 64,
+    "focal_elements_kernel": 96,
     "ghm_histogram_kernel": 128,
     "ghm_combine_kernel": 64,
     "ghm_finalize_kernel": 64,
     "ghm_backward_kernel": 128,
 }
-# Of those, instances for float32 and narrower; float64 takes twice as many. Three blocks of 256 threads are resident with 80.
-MOST_REGISTERS_OF_FLOATS = {"ghm_histogram_kernel": 80, "ghm_backward_kernel": 64}
+# Of those, instances for float32 and narrower; float64 takes twice as many, class sums of the focal losses too. Three blocks of 256
+# threads are resident with 80.
+MOST_REGISTERS_OF_FLOATS = {"ghm_histogram_kernel": 80, "ghm_backward_kernel": 64, "focal_elements_kernel": 80}
 # Instances of each kernel: one per type of the logits or targets, two per type where loads may be unaligned, twice as many where
-# segments have a path of their own. GHM: in float and in double, three forms of targets each.
+# segments have a path of their own. GHM: in float and in double, three forms of targets each. Focal: in float, classes across and along
+# what a thread loads, and in double; with class sums and without, or losses and gradients.
 INSTANCES = {
     "ranking_mask_kernel": 6,
     "ranking_collect_kernel": 6,
@@ -73,6 +78,8 @@ INSTANCES = {
     "average_precision_errors_kernel": 2,
     "average_precision_interpolate_kernel": 2,
     "alrp_pairs_kernel": 2,
+    "focal_forward_kernel": 6,
+    "focal_elements_kernel": 6,
     "ghm_histogram_kernel": 6,
     "ghm_backward_kernel": 6,
 }
@@ -110,7 +117,7 @@ def resource_usage(report: str) -> list[tuple[str, bool, int, int, int]]:
     usage = []
     for part in report.split("Compiling entry function")[1:]:
         mangled = part.split("'")[1]
-        kernel = re.search(r"\d((?:ranking|rank_sort|average_precision|alrp|ghm)_\w*?_kernel)(If)?", mangled)
+        kernel = re.search(r"\d((?:ranking|rank_sort|average_precision|alrp|focal|ghm)_\w*?_kernel)(If)?", mangled)
         stack, stores, loads = map(int, re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes", part).groups())
         registers = int(re.search(r"Used (\d+) registers", part)[1])
         usage.append((kernel[1] if kernel else mangled, bool(kernel and kernel[2]), registers, stack, stores + loads))
@@ -157,7 +164,7 @@ def test_glue_compiles_against_the_stable_headers(source):
 
 def test_every_source_is_compiled():
     stages = ("backward", "bin", "collect", "finalize", "rank", "value")
-    losses = ("alrp", "ap", "ghm", "rank_sort")
+    losses = ("alrp", "ap", "focal", "ghm", "rank_sort")
     kernels = [*(f"{loss}_kernels.cu" for loss in losses), *(f"ranking_{stage}_kernels.cu" for stage in stages)]
     assert [path.name for path in KERNEL_FILES] == kernels
     assert [path.name for path in GLUE_FILES] == [*(f"{loss}_cuda.cpp" for loss in losses), "ranking_cuda.cpp"]

@@ -71,7 +71,7 @@ struct FocalElement {
 };
 
 RSL_HOST_DEVICE double modulating_power(double base, double gamma) {
-  return gamma == 0 ? 1 : gamma == 1 ? base : gamma == 2 ? base * base : pow(base, gamma);
+  return gamma == 0 ? 1 : gamma == 1 ? base : gamma == 2 ? base * base : exp(gamma * log(base));
 }
 
 // A target of 0 (x = z) or 1 (x = -z, and the caller negates the slope) with its weight w.
@@ -112,13 +112,11 @@ RSL_HOST_DEVICE FocalElement soft_focal_element(FocalModulator modulator, double
 
 // Any element that counts.
 RSL_HOST_DEVICE FocalElement focal_element(FocalModulator modulator, double z, double t, const ClassEntry& entry) {
-  if (t == 0) return hard_focal_element(z, entry.gamma, entry.negative);
-  if (t == 1) {
-    const bool is_modulated = modulator == kFocal || modulator == kQuality;
-    const FocalElement element = hard_focal_element(-z, is_modulated ? entry.gamma : 0, entry.positive);
-    return {element.loss, -element.slope};
-  }
-  return soft_focal_element(modulator, z, t, entry);
+  if (t != 0 && t != 1) return soft_focal_element(modulator, z, t, entry);
+  const bool is_positive = t == 1, is_modulated = !is_positive || modulator == kFocal || modulator == kQuality;
+  const FocalElement element = hard_focal_element(is_positive ? -z : z, is_modulated ? entry.gamma : 0,
+                                                  is_positive ? entry.positive : entry.negative);
+  return {element.loss, is_positive ? -element.slope : element.slope};
 }
 
 }  // namespace rsloss

@@ -199,26 +199,6 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<T>)
                         });
 }
 
-bool is_label(Type type) { return type == Type::kInt32 || type == Type::kInt64; }
-
-int64_t bytes_of(Type type) {
-  switch (type) {
-    case Type::kHalf:
-    case Type::kBFloat16:
-      return 2;
-    case Type::kFloat:
-    case Type::kInt32:
-      return 4;
-    default:
-      return 8;
-  }
-}
-
-Column column_of(const void* data, Type type) {
-  const uintptr_t alignment = static_cast<uintptr_t>(std::min<int64_t>(16, kQuad * bytes_of(type)));
-  return {data, type, reinterpret_cast<uintptr_t>(data) % alignment == 0};
-}
-
 GhmStream stream_of(const GhmProblem& problem, const GhmDeviceLevel& level, int64_t grid) {
   GhmStream stream = {};
   stream.preds = column_of(level.preds, problem.preds_type);

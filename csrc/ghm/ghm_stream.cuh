@@ -2,81 +2,11 @@
 // of them are valid. Types are told apart at run time, once per step; labels are followed without a division.
 #pragma once
 
-#include "common/cuda_device.cuh"
+#include "common/quads.cuh"
 #include "ghm/ghm_kernels.cuh"
 #include "ghm/ghm_two_float.cuh"
 
 namespace rsloss {
-
-constexpr int kQuad = 4;
-constexpr unsigned kWholeQuad = (1u << kQuad) - 1;
-
-template <class Word>
-struct alignas(sizeof(Word) * kQuad <= 16 ? sizeof(Word) * kQuad : 16) Quad {
-  Word at[kQuad];
-};
-
-// A tensor of one number per element. is_aligned: whole quads can be loaded and stored at once.
-struct Column {
-  const void* data;
-  Type type;
-  bool is_aligned;
-};
-
-// The bits of four elements: those of one type behind one another. All columns are loaded before any is looked into, so that
-// their loads are on their way together.
-template <int kWords>
-struct alignas(16) RawQuad {
-  uint32_t words[kWords];
-};
-
-template <class Word, int kWords>
-__device__ __forceinline__ void load_words(const Column& column, int64_t first, int count, RawQuad<kWords>* raw) {
-  const Word* const words = static_cast<const Word*>(column.data) + first;
-  if (column.is_aligned && count == kQuad) {
-    const Quad<Word> quad = *reinterpret_cast<const Quad<Word>*>(words);
-    memcpy(raw->words, quad.at, sizeof(quad));
-    return;
-  }
-  Word at[kQuad];
-#pragma unroll
-  for (int v = 0; v < kQuad; ++v) at[v] = v < count ? words[v] : 0;
-  memcpy(raw->words, at, sizeof(at));
-}
-
-// Elements [first, first + count), count at most 4; the others are 0. kWords: 4 do not hold doubles.
-template <int kWords>
-__device__ __forceinline__ RawQuad<kWords> load_raw(const Column& column, int64_t first, int count) {
-  RawQuad<kWords> raw;
-  if (column.type == Type::kFloat) {
-    load_words<uint32_t>(column, first, count, &raw);
-  } else if (kWords == 4 || column.type != Type::kDouble) {
-    load_words<uint16_t>(column, first, count, &raw);
-  } else if constexpr (kWords == 8) {
-    load_words<uint64_t>(column, first, count, &raw);
-  }
-  return raw;
-}
-
-__device__ __forceinline__ uint16_t half_word(const uint32_t* words, int v) {
-  return static_cast<uint16_t>(words[v / 2] >> (v % 2 * 16));
-}
-
-template <class T, int kWords>
-__device__ __forceinline__ void numbers_of(const RawQuad<kWords>& raw, Type type, T (&numbers)[kQuad]) {
-#pragma unroll
-  for (int v = 0; v < kQuad; ++v) {
-    if (type == Type::kFloat) {
-      numbers[v] = bits_as<float>(raw.words[v]);
-    } else if (type == Type::kHalf) {
-      numbers[v] = widen(bits_as<__half>(half_word(raw.words, v)));
-    } else if (kWords == 4 || type != Type::kDouble) {
-      numbers[v] = widen(bits_as<__nv_bfloat16>(half_word(raw.words, v)));
-    } else if constexpr (kWords == 8) {
-      numbers[v] = bits_as<double>(static_cast<uint64_t>(raw.words[2 * v + 1]) << 32 | raw.words[2 * v]);
-    }
-  }
-}
 
 // Bit v: whether element v is above 0.
 template <class T>
@@ -87,38 +17,6 @@ __device__ __forceinline__ unsigned above_zero(const T (&numbers)[kQuad]) {
     if (numbers[v] > 0) mask |= 1u << v;
   }
   return mask;
-}
-
-template <class T>
-__device__ __forceinline__ void store_numbers(const Column& column, int64_t first, int count, const T (&numbers)[kQuad]) {
-  const auto store = [&](auto narrow_to) {
-    using Element = decltype(narrow_to);
-    Element* const elements = static_cast<Element*>(const_cast<void*>(column.data)) + first;
-    Quad<Element> quad;
-#pragma unroll
-    for (int v = 0; v < kQuad; ++v) quad.at[v] = narrowed<Element>(static_cast<Arithmetic<Element>>(numbers[v]));
-    if (column.is_aligned && count == kQuad) {
-      *reinterpret_cast<Quad<Element>*>(elements) = quad;
-    } else {
-#pragma unroll
-      for (int v = 0; v < kQuad; ++v) {
-        if (v < count) elements[v] = quad.at[v];
-      }
-    }
-  };
-  switch (column.type) {
-    case Type::kDouble:
-      if constexpr (sizeof(T) == sizeof(double)) store(double{});
-      break;
-    case Type::kFloat:
-      store(float{});
-      break;
-    case Type::kHalf:
-      store(__half{});
-      break;
-    default:
-      store(__nv_bfloat16{});
-  }
 }
 
 // A level as its kernels see it.
@@ -175,11 +73,6 @@ class RowWalk {
   int64_t row_;
   int64_t column_;
 };
-
-__device__ __forceinline__ int64_t load_label(const Column& labels, int64_t row) {
-  return labels.type == Type::kInt64 ? static_cast<const int64_t*>(labels.data)[row]
-                                     : static_cast<const int32_t*>(labels.data)[row];
-}
 
 __device__ __forceinline__ bool is_valid_row(const Column& weights, int64_t row) {
   return load_as_double(weights.data, weights.type, row) > 0;

@@ -2,30 +2,10 @@
 // show, and only the last steps are float64, of which most GPUs have little. No exp or log of the library.
 #pragma once
 
-#include <cstring>
-
-#include "common/cuda_launch.h"
+#include "common/two_float.cuh"
 
 namespace rsloss {
 
-template <class To, class From>
-__device__ __forceinline__ To bits_as(From from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  memcpy(&to, &from, sizeof(to));
-  return to;
-}
-
-// To about one unit in the last place; every use either corrects it or needs no more.
-__device__ __forceinline__ float approximate_reciprocal(float x) {
-#ifdef RSL_CUDA_EMULATOR
-  return 1 / x;
-#else
-  float result;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
-  return result;
-#endif
-}
 __device__ __forceinline__ float approximate_reciprocal_root(float x) {
 #ifdef RSL_CUDA_EMULATOR
   return 1 / sqrtf(x);
@@ -34,17 +14,6 @@ __device__ __forceinline__ float approximate_reciprocal_root(float x) {
   asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
 #endif
-}
-
-// round(x * factor), |x * factor| below 2^22: the last bits of a sum with 1.5 * 2^23.
-constexpr float kRound = 12582912.0f;
-struct Rounded {
-  float value;
-  int integer;
-};
-__device__ __forceinline__ Rounded round_product(float x, float factor) {
-  const float sum = fmaf(x, factor, kRound);
-  return {sum - kRound, bits_as<int>(sum) - bits_as<int>(kRound)};
 }
 
 // exp(-a) and log(1 + exp(-a)) for a >= 0.
@@ -82,10 +51,7 @@ __device__ __forceinline__ SoftPlus softplus(float a) {
   // m - 2 quotient is exact, as they differ by less than a factor of two.
   const float rest = fmaf(-quotient, e, fmaf(-2.0f, quotient, m)) + fmaf(-s, m_low, m_low);
   const float squared = s * s;
-  float terms = fmaf(squared, 0.280251473f, 0.279990137f);
-  terms = fmaf(squared, terms, 0.400217056f);
-  terms = fmaf(squared, terms, 0.666664124f);
-  const float low = fmaf(rest, 2 * reciprocal, quotient * squared * terms);
+  const float low = fmaf(rest, 2 * reciprocal, quotient * squared * atanh_terms(squared));
   return {e, static_cast<double>(2 * quotient) + static_cast<double>(low),
           bits_as<double>(static_cast<uint64_t>(1023 - n.integer) << 52)};
 }

@@ -4,6 +4,7 @@
 memory, which must be reported.
 """
 import ctypes
+import itertools
 import pathlib
 import sys
 
@@ -89,10 +90,47 @@ def harmonize_all(generator: torch.Generator) -> None:
             harmonizing(preds, soft, [], bins, 1e30)
 
 
+def focal(generator: torch.Generator) -> None:
+    """Every layout and type, classes that fill no quad, ends inside of quads, labels and targets that mean nothing."""
+    ops = torch.ops.rsloss_kernels
+    half, single, double = torch.float16, torch.float32, torch.float64
+    layouts = [([(70, 8), (0, 8), (1, 8)], False, 8), ([(41, 3)], False, 3), ([(3, 301)], False, 301), ([(257, 1)], False, 1)]
+    layouts += [([(2, 9, 5, 3), (1, 6, 1, 1)], True, 3), ([(1, 20, 8)], True, 20)]
+    types = [(single, single), (half, single), (torch.bfloat16, half), (single, double), (double, double)]
+    for ((shapes, maps, classes), (logits_type, other_type)), offset in itertools.product(itertools.product(layouts, types), (0, 1)):
+
+        def numbers(shape, dtype, scale=1.0, offset=offset):
+            flat = torch.randn(torch.Size(shape).numel() + offset, generator=generator, dtype=double)[offset:] * scale
+            return (flat.to(dtype) if offset else flat.to(dtype).clone()).view(shape)
+
+        rows = [(shape[0], shape[1] // classes, *shape[2:]) if maps else shape[:-1] for shape in shapes]
+        logits = [numbers(shape, logits_type, 6) for shape in shapes]
+        logits[0].view(-1)[:3] = torch.tensor([torch.inf, -torch.inf, torch.nan])
+        labels = [torch.randint(-2, classes + 3, row, generator=generator) for row in rows]
+        labels[0].view(-1)[:2] = torch.tensor([2**63 - 1, -(2**63)])
+        dense = [numbers(shape, other_type).clamp(-0.1, 1) for shape in shapes]
+        dense[0].view(-1)[:2] = torch.tensor([torch.nan, torch.inf])
+        by_row, by_element = [numbers(row, other_type) for row in rows], [numbers(shape, other_type) for shape in shapes]
+        table = torch.rand((3, classes), generator=generator, dtype=double)
+        if offset:
+            table[0] = 2
+        cases = [(labels, [], []), (labels, by_row, by_row), (dense, [], by_element)]
+        for modulator, (targets, qualities, weights) in enumerate(cases):
+            arguments = (logits, targets, qualities, weights, table, None)
+            options = (modulator, maps, offset == 1, 1, 2.0)
+            for class_sums in (False, True):
+                ops.focal_forward.cuda(*arguments, *options, class_sums)
+            losses = ops.focal_elements.cuda(*arguments, *options)
+            ops.focal_backward.cuda(*arguments, [torch.ones(())], *options)
+            results = ops.focal_backward.cuda(*arguments, losses, *options)
+            assert all(result.shape == level.shape for result, level in zip(results, logits, strict=True))
+
+
 def main() -> None:
     load_emulated_cuda(sanitize=True)
     generator = torch.Generator().manual_seed(0)
     harmonize_all(generator)
+    focal(generator)
     half, single, double = torch.float16, torch.float32, torch.float64
     runs = [(single, [0], 0.5, 4), (single, [1], 0.0, 0), (half, [63, 64, 65], 0.5, 5), (single, [63, 64, 65], 0.0, 64)]
     runs += [(torch.bfloat16, [3001], 0.5, 5), (single, [3001], 0.5, 64), (double, [3001], 0.5, 64)]
