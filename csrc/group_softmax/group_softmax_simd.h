@@ -155,33 +155,51 @@ static inline FloatVec at_least(FloatVec least, FloatVec x) {
 // from the largest.
 static inline bool has_float_range(double largest) { return largest >= -20 && largest <= kLargestFloatExponent; }
 
+constexpr double kFarthestAbove = 80;
+
 // What is lower counts as this low.
 static inline FloatVec farthest_from(float largest) {
   return all_floats(largest > 0 ? largest - kLargestFloatExponent : -kLargestFloatExponent);
 }
 
-// Sets sum, remainder and equal. Pairs of floats, which a sum must be of to be right to 1e-8; the largest logits are counted.
-template <class In>
-static inline void sum_floats(const In* z, int count, PairSums& sums) {
-  const float largest = static_cast<float>(sums.largest);
-  const ExponentShift shift = shift_near(largest);
-  const FloatVec farthest = farthest_from(largest), top = all_floats(largest), zero{};
-  DoubleVec high_sum{}, other_sum{};
-  FloatVec low_sum{};
-  int at_top = 0;
-  for_floats(z, count, [&](int, FloatVec x, int) {
+// Exponentials of z - t as pairs of floats, which a sum must be of to be right to 1e-8, and the largest logit. One column may
+// be left out: `skipped`, within the group or -1.
+struct FloatSums {
+  DoubleVec high{};
+  DoubleVec other{};
+  FloatVec low{};
+  FloatVec largest = all_floats(-kFloatInfinity);
+
+  template <bool kSkips>
+  inline void add(FloatVec x, float magic, FloatVec farthest, uint32_t skipped) {
     // NaN stays, and is in `low`.
-    const FloatPair e = exp_pair(at_least(farthest, x), shift.magic);
-    const uint32_t is_top = equal_mask(x, top);
-    const FloatVec high = choose(is_top, zero, e.high);
-    high_sum += low_doubles(high);
-    other_sum += high_doubles(high);
-    low_sum += choose(is_top, zero, e.low);
-    at_top += __builtin_popcount(is_top);
-  });
-  sums.sum = sum_lanes((high_sum + other_sum) + (low_doubles(low_sum) + high_doubles(low_sum)));
-  sums.remainder = shift.remainder;
-  sums.equal = at_top - 1;
+    const FloatPair e = exp_pair(at_least(farthest, x), magic);
+    const FloatVec e_high = kSkips ? choose(skipped, FloatVec{}, e.high) : e.high;
+    high += low_doubles(e_high);
+    other += high_doubles(e_high);
+    low += kSkips ? choose(skipped, FloatVec{}, e.low) : e.low;
+    largest = x > largest ? x : largest;
+  }
+
+  inline double sum() const { return sum_lanes((high + other) + (low_doubles(low) + high_doubles(low))); }
+};
+
+template <class In>
+static inline FloatSums sum_floats(const In* z, int count, int skipped, ExponentShift shift, float target) {
+  FloatSums sums;
+  const FloatVec farthest = farthest_from(target);
+  // Vectors before that of the column, that one, and those behind.
+  const int begin = skipped < 0 ? count : skipped / kFloats * kFloats;
+  for (int i = 0; i + kFloats <= begin; i += kFloats) sums.add<false>(load_floats(z + i), shift.magic, farthest, 0);
+  if (skipped < 0) {
+    if (count % kFloats) sums.add<false>(load_some(z + count - count % kFloats, count % kFloats), shift.magic, farthest, 0);
+    return sums;
+  }
+  const int left = count - begin < kFloats ? count - begin : kFloats;
+  sums.add<true>(load_some(z + begin, left), shift.magic, farthest, 1u << (skipped - begin));
+  for_floats(z + begin + left, count - begin - left,
+             [&](int, FloatVec x, int) { sums.add<false>(x, shift.magic, farthest, 0); });
+  return sums;
 }
 
 // The logit in a column, or the constant of others without one.
@@ -205,38 +223,42 @@ static inline PairSums sum_pair(const GroupLayout& layout, int group, const In* 
     const double second = has_constant ? 0 : static_cast<double>(widen(row[start + 1]));
     const double largest = first > second ? first : second, distance = largest - (first > second ? second : first);
     const bool is_whole = first == first && second == second && largest < kDoubleInfinity && target > -kDoubleInfinity;
-    return {largest, largest - target, is_whole ? distance : __builtin_nan(""), 0, 0};
-  }
-  const double largest = largest_of(row + start, count, has_constant);
-  PairSums sums{largest, largest - target, __builtin_nan(""), 0, 0};
-  if (!(largest < kDoubleInfinity && target > -kDoubleInfinity)) return sums;
-  if (count + (has_constant ? 1 : 0) == 1) {
-    sums.sum = 0;
-    return sums;
+    return {largest, largest - target, is_whole ? distance : __builtin_nan(""), 0, false};
   }
   if constexpr (sizeof(In) < 8) {
-    if (!has_constant && has_float_range(largest)) {
-      sum_floats(row + start, count, sums);
-      if (!(sums.sum + sums.equal < kSmallestFloatRest)) return sums;
-      sums.remainder = sums.equal = 0;
+    if (!has_constant && target >= -60 && target <= kLargestFloatExponent) {
+      const int at = layout.target_in(group, column) - start;
+      const ExponentShift shift = shift_near(static_cast<float>(target));
+      const FloatSums floats = sum_floats(row + start, count, at, shift, static_cast<float>(target));
+      const double largest = static_cast<double>(largest_lane(floats.largest)), rest = floats.sum();
+      // Exponentials of what is so far above the target leave the range of float; what was cut off must not count.
+      const bool is_in_range = largest <= kLargestFloatExponent && largest - target <= kFarthestAbove;
+      const double least = target >= -20 ? kSmallestFloatRest : 1;
+      if (is_in_range && !(rest < least)) return {largest, largest - target, rest, shift.remainder, true};
     }
   }
-  sums.sum = wide_rest(row + start, count, has_constant, largest);
+  const double largest = largest_of(row + start, count, has_constant);
+  PairSums sums{largest, largest - target, __builtin_nan(""), 0, false};
+  if (!(largest < kDoubleInfinity && target > -kDoubleInfinity)) return sums;
+  const bool is_alone = count + (has_constant ? 1 : 0) == 1;
+  sums.sum = is_alone ? 0 : wide_rest(row + start, count, has_constant, largest);
   return sums;
 }
 
 // What follows from the sums of a group's pairs; tables: of the group, at first largest, gap and sum.
-static void finish_pairs(const double* weights, bool has_two_entries, const double* remainders, const double* equals,
+static void finish_pairs(const double* weights, bool has_two_entries, const double* remainders, const double* of_target,
                          double* const* tables, double& loss) {
   DoubleVec total{};
   const DoubleVec zero{}, nan = all_doubles(__builtin_nan(""));
   for (int i = 0; i < kChunkRows; i += kDoubles) {
     const DoubleVec top = load_vec<DoubleVec>(tables[kLargest] + i), gap = load_vec<DoubleVec>(tables[kScale] + i);
-    const DoubleVec given = load_vec<DoubleVec>(tables[kComplement] + i);
-    const DoubleVec grown = exp_of_remainder(load_vec<DoubleVec>(remainders + i)) * given + load_vec<DoubleVec>(equals + i);
-    const DoubleVec rest = has_two_entries ? exp_minus(given) : grown, sum = 1 + rest;
-    const DoubleVec scale = 1 / sum, complement = (gap == 0.0 ? rest : sum - exp_minus(gap)) / sum;
-    const DoubleVec cross_entropy = gap + log_one_plus_any(rest), weight = load_vec<DoubleVec>(weights + i);
+    const DoubleVec given = load_vec<DoubleVec>(tables[kComplement] + i), weight = load_vec<DoubleVec>(weights + i);
+    const DoubleVec rest = has_two_entries ? exp_minus(given) : given * exp_of_remainder(load_vec<DoubleVec>(remainders + i));
+    const DoubleVec sum = 1 + rest, below = exp_minus(gap);
+    const LongVec is_of_target = load_vec<DoubleVec>(of_target + i) != 0.0;
+    const DoubleVec scale = 1 / (is_of_target ? sum * below : sum);
+    const DoubleVec complement = ((is_of_target | (gap == 0.0)) ? rest : sum - below) / sum;
+    const DoubleVec cross_entropy = (is_of_target ? zero : gap) + log_one_plus_any(rest);
     const LongVec is_read = weight != 0.0, is_sound = given == given;
     total += is_read ? weight * (is_sound ? cross_entropy : nan) : zero;
     store_vec(tables[kLargest] + i, is_read ? (is_sound ? top : nan) : zero);
@@ -260,15 +282,15 @@ static void forward_chunk(const GroupChunk& chunk, const In* logits, GroupChunkR
       result.tables[kScale][pair] = sums.gap;
       result.tables[kComplement][pair] = sums.sum;
       result.remainder[pair] = sums.remainder;
-      result.equal[pair] = sums.equal;
+      result.of_target[pair] = sums.is_of_target ? 1 : 0;
     }
   }
   for (int group = 0; group < layout.groups; ++group) {
     const int first = group * kChunkRows;
     double* const tables[kRowTables] = {result.tables[kLargest] + first, result.tables[kScale] + first,
                                         result.tables[kComplement] + first};
-    finish_pairs(chunk.weights + first, entries_of(layout, group) == 2, result.remainder + first, result.equal + first, tables,
-                 result.loss[group]);
+    finish_pairs(chunk.weights + first, entries_of(layout, group) == 2, result.remainder + first, result.of_target + first,
+                 tables, result.loss[group]);
   }
 }
 
@@ -365,15 +387,15 @@ template <class In>
 static inline double softmax_of(const GroupLayout& layout, int group, const In* row, Arithmetic<In>* out) {
   const int start = layout.starts[group], count = layout.starts[group + 1] - start;
   const bool has_constant = layout.others[group] < 0;
-  PairSums sums{largest_of(row + start, count, has_constant), 0, 0, 0, 0};
-  const double largest = sums.largest;
+  const double largest = largest_of(row + start, count, has_constant);
   const bool is_whole = largest < kDoubleInfinity && largest > -kDoubleInfinity;
   if constexpr (sizeof(In) < 8) {
     if (has_float_range(largest) && !has_constant) {
-      sum_floats(row + start, count, sums);
-      const double grown = exp_of_remainder(all_doubles(sums.remainder))[0];
-      const double scale = 1 / (1 + (sums.sum * grown + sums.equal));
-      write_softmax(row + start, count, static_cast<float>(largest), scale, out + start);
+      const float top = static_cast<float>(largest);
+      const ExponentShift shift = shift_near(top);
+      const double sum =
+          sum_floats(row + start, count, -1, shift, top).sum() * exp_of_remainder(all_doubles(shift.remainder))[0];
+      write_softmax(row + start, count, top, 1 / sum, out + start);
       return 0;
     }
   }
