@@ -152,7 +152,7 @@ Tensor group_softmax_sample(Tensor labels, Tensor class_columns, std::optional<T
   Tensor weights = new_cpu_tensor({groups, rows}, ScalarType::Float);
   float* data = static_cast<float*>(weights.mutable_data_ptr());
   const float* key_data = keys ? static_cast<const float*>(keys->const_data_ptr()) : nullptr;
-  const int64_t tasks = rows * groups < 16384 ? 1 : task_count(groups, 1);
+  const int64_t tasks = rows * groups < 8192 ? 1 : task_count(groups, 1);
   run_tasks(tasks, [&](int64_t task) {
     for (int64_t group = task_begin(groups, tasks, task); group < task_begin(groups, tasks, task + 1); ++group) {
       float* out = data + group * rows;
