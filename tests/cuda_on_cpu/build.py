@@ -45,7 +45,8 @@ def compile_library(
     name: str, files: list[pathlib.Path], sanitize: bool = False, flags: Sequence[str] = ()
 ) -> pathlib.Path:
     """Compiles `files` into one library, cached by their content, all headers and the flags; once for all processes."""
-    flags = [*_FLAGS, *flags, "-O1", f"-fsanitize={SANITIZERS}", "-fno-omit-frame-pointer"] if sanitize else [*_FLAGS, *flags, "-O2"]
+    sanitizing = ["-O1", f"-fsanitize={SANITIZERS}", "-fno-omit-frame-pointer"]
+    flags = [*_FLAGS, *(sanitizing if sanitize else ["-O2"]), *flags]
     common = hashlib.sha256(" ".join([torch.__version__, *flags]).encode())
     for path in sorted([*CSRC.glob("*/*.h"), *CSRC.glob("*/*.cuh"), *HERE.glob("*.h")]):
         common.update(path.read_bytes())
