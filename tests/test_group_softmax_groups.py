@@ -71,7 +71,18 @@ def test_a_checkpoint_of_another_loss_leaves_the_groups():
     model = torch.nn.ModuleDict({"loss": GroupSoftmaxLoss(ClassGroups([[0], [1, 2]]))})
     with pytest.warns(UserWarning, match="ClassGroups: the checkpoint is of a model with another loss"):
         model.load_state_dict({})
-    assert model["loss"].groups.groups == [[0], [1, 2]]
+    # Part of the tables is as good as none.
+    other = GroupSoftmaxLoss(ClassGroups([[1], [0, 2]])).state_dict()
+    with pytest.warns(UserWarning, match="it has no class_columns, group_starts, group_others|another loss"):
+        model.load_state_dict({"loss.groups.class_columns": other["groups.class_columns"]})
+    groups = model["loss"].groups
+    assert groups.groups == [[0], [1, 2]] and groups.class_columns.tolist() == [groups.column_of(number) for number in range(4)]
+
+
+def test_class_weights_keep_their_precision():
+    factors = torch.tensor([1 / 3, 2 / 3], dtype=torch.float64)
+    module = GroupSoftmaxLoss(ClassGroups([[0, 1]]), class_weights=factors).half()
+    assert torch.equal(module.class_weights, factors) and set(module.state_dict()) == set(module.groups.state_dict(prefix="groups."))
 
 
 BROKEN = {

@@ -35,7 +35,7 @@ def group_softmax_loss(
             0: the row is not read there. The authors' weights.
         others_ratio: at least 0; None or infinity keep all others, 0 none. k = floor(foreground rows * ratio) are kept, uniformly
             without replacement.
-        generator: of the random numbers, on the device of `logits`; None: PyTorch's own.
+        generator: of the random numbers, on the device of `logits`; None: PyTorch's own, as it must be inside torch.compile.
         background: "first" (0 background, classes 1..C) or "last" (classes 0..C-1, C background).
         class_weights: [C], floating: factors of the weights of foreground rows in the group of their class (the authors'
             class-reweighted form); others and the background group stay as they are.

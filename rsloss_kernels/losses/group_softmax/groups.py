@@ -130,19 +130,24 @@ class ClassGroups(StatefulLoss):
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
         loaded = [state_dict.get(prefix + name) for name in _BUFFERS]
-        if all(isinstance(value, Tensor) for value in loaded):
-            reason = _why_no_groups(*(value.tolist() for value in loaded), self.num_classes)
+        is_whole = all(isinstance(value, Tensor) for value in loaded)
+        if is_whole:
+            tables = [value.long().tolist() for value in loaded]
+            reason = _why_no_groups(*tables, self.num_classes)
             if reason is not None:
                 error_msgs.append(f"{type(self).__name__}: {reason}")
                 return
             for name, value in zip(_BUFFERS, loaded, strict=True):
                 if value.shape != getattr(self, name).shape:
                     setattr(self, name, getattr(self, name).new_empty(value.shape))
+        else:
+            # Only together do they mean anything.
+            state_dict = {name: value for name, value in state_dict.items() if name.removeprefix(prefix) not in _BUFFERS}
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        if all(isinstance(value, Tensor) for value in loaded):
-            self._read_buffers(*(value.tolist() for value in loaded))
+        if is_whole:
+            self._read_buffers(*tables)
 
     def extra_repr(self) -> str:
         sizes = [len(group) for group in self.groups]

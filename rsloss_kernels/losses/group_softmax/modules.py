@@ -3,16 +3,17 @@ import math
 import numbers
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rsloss_kernels import _checks
+from rsloss_kernels._state import StatefulLoss
 from rsloss_kernels.losses.group_softmax import api
 from rsloss_kernels.losses.group_softmax.groups import ClassGroups
 
 REDUCTIONS = ("none", "mean", "sum")
 
 
-class GroupSoftmaxLoss(nn.Module):
+class GroupSoftmaxLoss(StatefulLoss):
     """`group_softmax_loss` as a module: the loss of a detector's classification head.
 
     Where MMDetection (3) asks a loss, the head learns from it how many channels its classifier has, what the scores are, and the
@@ -24,8 +25,8 @@ class GroupSoftmaxLoss(nn.Module):
         loss_weight: factor of the loss.
         background: "first" (0 background, classes 1..C) or "last" (classes 0..C-1, C background).
         class_weights: [C], floating; factors of the weights of foreground rows in the group of their class. A buffer outside of the
-            checkpoints.
-        generator: of the random numbers of the sampling; None: PyTorch's own.
+            checkpoints, which keeps its dtype whatever the model is cast to.
+        generator: of the random numbers of the sampling; None: PyTorch's own (inside torch.compile always).
 
     Raises TypeError, ValueError: wrong types or ranges.
     """
