@@ -29,36 +29,51 @@ __attribute__((noinline)) static Floats gradient_searched(const GradientPass<flo
   return load(results);
 }
 
+// What a pass reads again and again, out of reach of its stores.
+struct LineTable {
+  CellGrid grid;
+  const CellLine* cells;
+};
+
 // cells: inside the grid; addresses: with the part, in the table.
-RSL_INLINE Floats gradient_lanes(const GradientPass<float>& pass, Floats x, const int32_t* cells, const int32_t* addresses,
-                                 uint32_t relevant) {
-  const Entries entries = gather_pairs(pass.cells, addresses);
+RSL_INLINE Floats gradient_lanes(const GradientPass<float>& pass, const LineTable& table, Floats x, const int32_t* cells,
+                                 const int32_t* addresses, uint32_t relevant) {
+  const Entries entries = gather_pairs(table.cells, addresses);
   const Floats value = as_floats(entries.first), slope = as_floats(entries.second);
   const Floats t =
-      multiply_subtract(at_most(broadcast(pass.grid.top), x), broadcast(pass.grid.scale), starts_of(pass.grid, cells));
+      multiply_subtract(at_most(broadcast(table.grid.top), x), broadcast(table.grid.scale), starts_of(table.grid, cells));
   const Floats result = multiply_add(slope, t, value);
   const uint32_t searched = relevant & is_nan(value);
   return __builtin_expect(searched != 0, 0) ? gradient_searched(pass, x, addresses, searched, result) : result;
 }
 
-// A block of words: the cells of all its logits first, then the lines. Returns how many elements got one.
+// A block of words: the lines of one and the cells of the next at a time. Returns how many elements got a line.
 template <bool kMixed, class In>
 static int gradient_of_many(const In* logits, const uint64_t* negatives, int count, const Lanes& lanes,
                             const GradientPass<float>& pass, In* gradient) {
   alignas(64) int32_t cells[kBlock], mixed_addresses[kMixed ? kBlock : 1];
   const int32_t* addresses = kMixed ? mixed_addresses : cells;
+  const LineTable table{pass.grid, pass.cells};
   Floats lowest = broadcast(pass.lowest);
+  const auto find_cells = [&](int i) __attribute__((always_inline)) {
+    store_cells(table.grid, load(logits + i), cells + i);
+    if constexpr (kMixed) add_cells(cells + i, lanes.first_cell + i, mixed_addresses + i);
+  };
+  for (int i = 0; i < 64; i += kLanes) find_cells(i);
   int written = 0;
-  for (int i = 0; i < count; i += kLanes) store_cells(pass.grid, load(logits + i), cells + i);
-  if constexpr (kMixed)
-    for (int i = 0; i < count; ++i) mixed_addresses[i] = cells[i] + lanes.first_cell[i];
-  for (int i = 0; i < count; i += kLanes) {
-    const Floats x = load(logits + i);
-    if constexpr (kMixed) lowest = load(lanes.lowest + i);
-    const uint32_t relevant = static_cast<uint32_t>(negatives[i / 64] >> i % 64) & kAllLanes & not_below(x, lowest);
-    store(gradient + i,
-          relevant ? select(relevant, gradient_lanes(pass, x, cells + i, addresses + i, relevant)) : broadcast(0));
-    written += __builtin_popcount(relevant);
+  for (int word = 0; word * 64 < count; ++word) {
+    // Behind the last word the first one again.
+    const int next = word * 64 + 64 < count ? word * 64 + 64 : 0;
+#pragma GCC unroll 8
+    for (int lane = 0; lane < 64; lane += kLanes) {
+      find_cells(next + lane);
+      const int i = word * 64 + lane;
+      const Floats x = load(logits + i);
+      if constexpr (kMixed) lowest = load(lanes.lowest + i);
+      const uint32_t relevant = static_cast<uint32_t>(negatives[word] >> lane) & kAllLanes & not_below(x, lowest);
+      store(gradient + i, select(relevant, gradient_lanes(pass, table, x, cells + i, addresses + i, relevant)));
+      written += __builtin_popcount(relevant);
+    }
   }
   return written;
 }
@@ -70,6 +85,7 @@ static int gradient_of_few(const In* logits, const uint64_t* negatives, int coun
   alignas(64) float values[kBlock + kLanes], results[kBlock + kLanes];
   alignas(64) int32_t cells[kBlock + kLanes], addresses[kBlock + kLanes];
   alignas(64) uint64_t masks[kMixedWords];
+  const LineTable table{pass.grid, pass.cells};
   Floats lowest = broadcast(pass.lowest);
   int written = 0;
   for (int word = 0; word * 64 < count; ++word) {
@@ -88,11 +104,11 @@ static int gradient_of_few(const In* logits, const uint64_t* negatives, int coun
   // What is left of the last vector is looked up too.
   store(values + written, broadcast(0));
   if constexpr (kMixed) store(addresses + written, broadcast(0));
-  for (int i = 0; i < written; i += kLanes) store_cells(pass.grid, load(values + i), cells + i);
+  for (int i = 0; i < written; i += kLanes) store_cells(table.grid, load(values + i), cells + i);
   if constexpr (kMixed)
     for (int i = 0; i < written; ++i) addresses[i] += cells[i];
   for (int i = 0; i < written; i += kLanes)
-    store(results + i, gradient_lanes(pass, load(values + i), cells + i, (kMixed ? addresses : cells) + i, kAllLanes));
+    store(results + i, gradient_lanes(pass, table, load(values + i), cells + i, (kMixed ? addresses : cells) + i, kAllLanes));
   const float* next = results;
   for (int word = 0; word * 64 < count; ++word) {
     for (int i = 0; i < 64; i += kLanes) {

@@ -4,6 +4,21 @@
 // Inlined whatever the compiler thinks of the size: a call, and constants loaded anew, cost as much as the work.
 #define RSL_INLINE static inline __attribute__((always_inline))
 
+#if RSL_ISA != 0
+
+// Two pairs, whose indices are read together.
+RSL_INLINE __m128d load_two_pairs(const double* pairs, const int32_t* at) {
+  uint64_t both;
+  __builtin_memcpy(&both, at, sizeof both);
+  return _mm_loadh_pd(_mm_load_sd(pairs + static_cast<uint32_t>(both)), pairs + (both >> 32));
+}
+
+RSL_INLINE __m256d load_four_pairs(const double* pairs, const int32_t* at, const int32_t* further) {
+  return _mm256_insertf128_pd(_mm256_castpd128_pd256(load_two_pairs(pairs, at)), load_two_pairs(pairs, further), 1);
+}
+
+#endif
+
 #if RSL_ISA == 512
 
 constexpr int kLanes = 16;
@@ -38,9 +53,12 @@ static inline Floats select(uint32_t mask, Floats x) { return _mm512_maskz_mov_p
 static inline void compress(float* p, Floats x, uint32_t mask) {
   _mm512_storeu_ps(p, _mm512_maskz_compress_ps(static_cast<__mmask16>(mask), x));
 }
-// The other way round; 0 in lanes that are not set.
+// The other way round; 0 in lanes that are not set. The load stays apart: expanding from memory that was never touched, for no
+// lane, takes a thousand cycles.
 static inline Floats expand(const float* p, uint32_t mask) {
-  return _mm512_maskz_expand_ps(static_cast<__mmask16>(mask), _mm512_loadu_ps(p));
+  Floats x = _mm512_loadu_ps(p);
+  __asm__("" : "+v"(x));
+  return _mm512_maskz_expand_ps(static_cast<__mmask16>(mask), x);
 }
 
 struct Entries {
@@ -48,23 +66,20 @@ struct Entries {
   __m512i second;  // high 32 bits
 };
 
+RSL_INLINE __m512 load_eight_pairs(const double* pairs, const int32_t* at) {
+  const __m512d low = _mm512_castpd256_pd512(load_four_pairs(pairs, at, at + 4));
+  return _mm512_castpd_ps(_mm512_insertf64x4(low, load_four_pairs(pairs, at + 8, at + 12), 1));
+}
+
 // 16 pairs of 32-bit values, two to a register: faster than the gather instructions, which take a load a lane anyway. The
-// indices come from memory, and must have been written well before: a vector store does not forward to narrower loads at once.
+// indices, none of them negative, come from memory two at a time, and must have been written well before: a vector store does
+// not forward to narrower loads at once.
 RSL_INLINE Entries gather_pairs(const void* base, const int32_t* at) {
   const double* pairs = static_cast<const double*>(base);
-  const auto two = [&](int i) { return _mm_castpd_ps(_mm_loadh_pd(_mm_load_sd(pairs + at[i]), pairs + at[i + 1])); };
-  __m128 first[4], second[4];
-  for (int i = 0; i < 4; ++i) {
-    const __m128 low = two(4 * i), high = two(4 * i + 2);
-    first[i] = _mm_shuffle_ps(low, high, _MM_SHUFFLE(2, 0, 2, 0));
-    second[i] = _mm_shuffle_ps(low, high, _MM_SHUFFLE(3, 1, 3, 1));
-  }
-  const auto join = [](const __m128* part) {
-    const __m256 low = _mm256_insertf128_ps(_mm256_castps128_ps256(part[0]), part[1], 1);
-    const __m256 high = _mm256_insertf128_ps(_mm256_castps128_ps256(part[2]), part[3], 1);
-    return _mm512_castps_si512(_mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1));
-  };
-  return {join(first), join(second)};
+  // Two of every four: shuffles within 128 bits bring them in order.
+  const __m512 some = load_eight_pairs(pairs, at), others = load_eight_pairs(pairs, at + 2);
+  return {_mm512_castps_si512(_mm512_shuffle_ps(some, others, _MM_SHUFFLE(2, 0, 2, 0))),
+          _mm512_castps_si512(_mm512_shuffle_ps(some, others, _MM_SHUFFLE(3, 1, 3, 1)))};
 }
 
 RSL_INLINE Floats positions(const CellGrid& grid, Floats x) {
@@ -75,6 +90,10 @@ RSL_INLINE Floats positions(const CellGrid& grid, Floats x) {
 
 RSL_INLINE void store_cells(const CellGrid& grid, Floats x, int32_t* cells) {
   _mm512_storeu_si512(cells, _mm512_cvttps_epi32(positions(grid, x)));
+}
+
+RSL_INLINE void add_cells(const int32_t* a, const int32_t* b, int32_t* sums) {
+  _mm512_storeu_si512(sums, _mm512_add_epi32(_mm512_loadu_si512(a), _mm512_loadu_si512(b)));
 }
 
 // Both terms of the fused subtraction are exact, so this is what the scalar code computes. Offsets of crowded cells may be
@@ -160,20 +179,13 @@ struct Entries {
   __m256i second;
 };
 
-// 8 pairs of 32-bit values, two to a register: faster than the gather instructions, which take a load a lane anyway.
+// 8 pairs of 32-bit values, like 16 above.
 RSL_INLINE Entries gather_pairs(const void* base, const int32_t* at) {
   const double* pairs = static_cast<const double*>(base);
-  const auto two = [&](int i) { return _mm_castpd_ps(_mm_loadh_pd(_mm_load_sd(pairs + at[i]), pairs + at[i + 1])); };
-  __m128 first[2], second[2];
-  for (int i = 0; i < 2; ++i) {
-    const __m128 low = two(4 * i), high = two(4 * i + 2);
-    first[i] = _mm_shuffle_ps(low, high, _MM_SHUFFLE(2, 0, 2, 0));
-    second[i] = _mm_shuffle_ps(low, high, _MM_SHUFFLE(3, 1, 3, 1));
-  }
-  const auto join = [](const __m128* part) {
-    return _mm256_castps_si256(_mm256_insertf128_ps(_mm256_castps128_ps256(part[0]), part[1], 1));
-  };
-  return {join(first), join(second)};
+  const __m256 some = _mm256_castpd_ps(load_four_pairs(pairs, at, at + 4));
+  const __m256 others = _mm256_castpd_ps(load_four_pairs(pairs, at + 2, at + 6));
+  return {_mm256_castps_si256(_mm256_shuffle_ps(some, others, _MM_SHUFFLE(2, 0, 2, 0))),
+          _mm256_castps_si256(_mm256_shuffle_ps(some, others, _MM_SHUFFLE(3, 1, 3, 1)))};
 }
 
 RSL_INLINE Floats positions(const CellGrid& grid, Floats x) {
@@ -184,6 +196,11 @@ RSL_INLINE Floats positions(const CellGrid& grid, Floats x) {
 
 RSL_INLINE void store_cells(const CellGrid& grid, Floats x, int32_t* cells) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(cells), _mm256_cvttps_epi32(positions(grid, x)));
+}
+
+RSL_INLINE void add_cells(const int32_t* a, const int32_t* b, int32_t* sums) {
+  const auto load_integers = [](const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); };
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums), _mm256_add_epi32(load_integers(a), load_integers(b)));
 }
 
 // AVX2 converts doubles to int32 only: the high and the low part of the offset go separately, both exact.
