@@ -101,17 +101,17 @@ void sweep_by_quality(const ByQuality& by, const std::vector<SegmentRange>& rang
   for (const SegmentRange& range : ranges)
     nodes.push_back({static_cast<int32_t>(range.begin), static_cast<int32_t>(range.end)});
   // Large nodes first, all that there are at a time, until there are enough for the threads.
-  for (bool is_done = tasks == 1; !is_done;) {
+  const auto is_large = [&](Node node) { return tasks * (node.end - node.begin) > count && middle_of(by, node) < node.end; };
+  while (tasks > 1 && std::any_of(nodes.begin(), nodes.end(), is_large)) {
     std::vector<Node> halves(2 * nodes.size());
     run_tasks(static_cast<int64_t>(nodes.size()), [&](int64_t i) {
       const Node node = nodes[i];
-      const int32_t middle = 2 * tasks * (node.end - node.begin) > count ? middle_of(by, node) : node.end;
+      const int32_t middle = is_large(node) ? middle_of(by, node) : node.end;
       if (middle < node.end) split(node, middle);
       halves[2 * i] = {node.begin, middle};
       halves[2 * i + 1] = {middle, node.end};
     });
     halves.erase(std::remove_if(halves.begin(), halves.end(), [](Node node) { return node.begin == node.end; }), halves.end());
-    is_done = halves.size() == nodes.size();
     nodes.swap(halves);
   }
   run_tasks(tasks, [&](int64_t task) {
@@ -152,6 +152,7 @@ std::vector<QualitySums> compare_qualities(const Windows& windows, const ByQuali
   const int64_t count = windows.count;
   const std::vector<double> all = sum_over_positives(windows, [](int64_t) { return 1.0; });
   const std::vector<double> all_quality = sum_over_positives(windows, [&](int64_t j) { return quality[j]; });
+  // By position, like the nodes: tasks that write to the same cache lines wait for each other.
   std::vector<double> worse(count), worse_quality(count);
   const Members room(windows, by, [&](int32_t r) { return quality[r]; });
   sweep_by_quality(
@@ -162,22 +163,23 @@ std::vector<QualitySums> compare_qualities(const Windows& windows, const ByQuali
       },
       [&](Node node) {
         for (int32_t p = node.begin; p < node.end; ++p) {
-          worse[room.members[p].rank] = room.members[p].sum;
-          worse_quality[room.members[p].rank] = room.members[p].product;
+          worse[room.members[p].position] = room.members[p].sum;
+          worse_quality[room.members[p].position] = room.members[p].product;
         }
-        RSL_ISA_CALL(add_worse_in_leaf, by.logit.data(), by.quality.data(), by.group_begin.data(), by.rank.data(), node.begin,
-                     node.end, windows.slope, worse.data(), worse_quality.data());
+        RSL_ISA_CALL(add_worse_in_leaf, by.logit.data(), by.quality.data(), by.group_begin.data(), node.begin, node.end,
+                     windows.slope, worse.data(), worse_quality.data());
       });
   std::vector<QualitySums> sums(count);
   for (int64_t i = 0; i < count; ++i) {
-    const double better = all[i] - worse[i];
+    const int32_t p = by.position[i];
+    const double better = all[i] - worse[p];
     sums[i] = clamp_sums(
-        {worse[i], quality[i] * worse[i] - worse_quality[i], better, all_quality[i] - worse_quality[i] - quality[i] * better});
+        {worse[p], quality[i] * worse[p] - worse_quality[p], better, all_quality[i] - worse_quality[p] - quality[i] * better});
   }
   return sums;
 }
 
-// The sum over better positives i of weight_i H(s_j - s_i), for every positive j.
+// The sum over better positives i of weight_i H(s_j - s_i), for every positive j, by position.
 std::vector<double> pull_of_better(const Windows& windows, const ByQuality& by, const std::vector<double>& weight) {
   const int64_t count = windows.count;
   std::vector<double> by_quality(count + kPadding), pull(count);
@@ -194,9 +196,9 @@ std::vector<double> pull_of_better(const Windows& windows, const ByQuality& by, 
                      &room.scratch[node.begin], &room.prefix[4 * int64_t{node.begin}]);
       },
       [&](Node node) {
-        for (int32_t p = node.begin; p < node.end; ++p) pull[room.members[p].rank] = room.members[p].product;
-        RSL_ISA_CALL(add_pull_in_leaf, by.logit.data(), by_quality.data(), by.group_end.data(), by.rank.data(), node.begin,
-                     node.end, windows.slope, pull.data());
+        for (int32_t p = node.begin; p < node.end; ++p) pull[room.members[p].position] = room.members[p].product;
+        RSL_ISA_CALL(add_pull_in_leaf, by.logit.data(), by_quality.data(), by.group_end.data(), node.begin, node.end,
+                     windows.slope, pull.data());
       });
   return pull;
 }
@@ -222,7 +224,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rank_sort_finalize(Tensors logits, Te
     terms.second[i] = term.sorting_gradient;
   }
   const std::vector<double> pull = pull_of_better(positives.windows, by, weight);
-  for (int64_t i = 0; i < count; ++i) terms.second[i] += pull[i];
+  for (int64_t i = 0; i < count; ++i) terms.second[i] += pull[by.position[i]];
   Tensor gradients = positives.gradients(terms);
   return {positives.loss(ranking_error), positives.loss(sorting_error), gradients, positives.lines(terms)};
 }

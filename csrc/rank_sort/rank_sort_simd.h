@@ -119,20 +119,20 @@ static int64_t split_adding_pull(Member* members, int64_t count, int32_t middle,
 }
 
 // For the positions [first, end) of a leaf: sums over the worse ones inside the leaf, [first, group_begin_i).
-static void add_worse_in_leaf(const double* s, const double* y, const int32_t* group_begin, const int32_t* rank, int32_t first,
-                              int32_t end, double slope, double* worse, double* worse_quality) {
+static void add_worse_in_leaf(const double* s, const double* y, const int32_t* group_begin, int32_t first, int32_t end,
+                              double slope, double* worse, double* worse_quality) {
   for (int32_t p = first; p < end; ++p) {
     const PairSums sums = pair_sums(s[p], 1, slope, s + first, y + first, group_begin[p] - first);
-    worse[rank[p]] += sums.plain;
-    worse_quality[rank[p]] += sums.weighted;
+    worse[p] += sums.plain;
+    worse_quality[p] += sums.weighted;
   }
 }
 
 // The pull of the better ones inside the leaf, [group_end_j, end), on every positive j of it.
-static void add_pull_in_leaf(const double* s, const double* weight, const int32_t* group_end, const int32_t* rank,
-                             int32_t first, int32_t end, double slope, double* pull) {
+static void add_pull_in_leaf(const double* s, const double* weight, const int32_t* group_end, int32_t first, int32_t end,
+                             double slope, double* pull) {
   for (int32_t p = first; p < end; ++p) {
     const int32_t from = group_end[p];
-    pull[rank[p]] += pair_sums(s[p], -1, slope, s + from, weight + from, end - from).weighted;
+    pull[p] += pair_sums(s[p], -1, slope, s + from, weight + from, end - from).weighted;
   }
 }

@@ -39,28 +39,46 @@ void gather_elements(const Tensor& tensor, const std::vector<int64_t>& index, in
   });
 }
 
-// Fills the mask of one tensor from dense targets; returns the flat indices of the positives, ascending.
-std::vector<int64_t> scan_dense(const Tensor& targets, uint64_t* negatives) {
+// What is found in a tensor, or in a task's share of it. A task collects it in a variable of its own and counts while the mask
+// is in its cache: cache lines that go from thread to thread cost more than all the rest.
+struct Found {
+  std::vector<int64_t> positives;  // flat indices, ascending
+  int64_t negatives = 0;
+};
+
+Found join(std::vector<Found>& shares) {
+  Found all = std::move(shares[0]);
+  for (size_t i = 1; i < shares.size(); ++i) {
+    all.positives.insert(all.positives.end(), shares[i].positives.begin(), shares[i].positives.end());
+    all.negatives += shares[i].negatives;
+  }
+  return all;
+}
+
+// Fills the mask of one tensor from dense targets.
+Found scan_dense(const Tensor& targets, uint64_t* negatives) {
   const int64_t count = targets.numel(), words = mask_words(count);
   const int64_t tasks = task_count(words, kWordsPerTask);
-  std::vector<std::vector<int64_t>> found(tasks);
+  std::vector<Found> found(tasks);
   dispatch_floating(targets.scalar_type(), [&](auto tag) {
     using In = decltype(tag);
     const In* data = static_cast<const In*>(targets.const_data_ptr());
     run_tasks(tasks, [&](int64_t task) {
       uint64_t positives[kScanWords];
+      Found mine;
       const int64_t end = task_begin(words, tasks, task + 1);
       for (int64_t word = task_begin(words, tasks, task); word < end; word += kScanWords) {
         const int64_t block = std::min(kScanWords, end - word);
         RSL_ISA_CALL(scan_targets, data + word * 64, std::min(block * 64, count - word * 64), negatives + word, positives);
         for (int64_t i = 0; i < block; ++i)
           for (uint64_t bits = positives[i]; bits != 0; bits &= bits - 1)
-            found[task].push_back((word + i) * 64 + __builtin_ctzll(bits));
+            mine.positives.push_back((word + i) * 64 + __builtin_ctzll(bits));
+        mine.negatives += RSL_ISA_CALL(count_bits, negatives + word, block);
       }
+      found[task] = std::move(mine);
     });
   });
-  for (int64_t task = 1; task < tasks; ++task) found[0].insert(found[0].end(), found[task].begin(), found[task].end());
-  return std::move(found[0]);
+  return join(found);
 }
 
 void clear_bits(uint64_t* words, int64_t begin, int64_t end) {
@@ -71,16 +89,17 @@ void clear_bits(uint64_t* words, int64_t begin, int64_t end) {
 
 // The same from class indices. Tasks own multiples of 64 rows, so that no two touch the same word.
 template <class Label>
-std::vector<int64_t> scan_labels(const Label* labels, int64_t rows, int64_t classes, bool background_first,
-                                 uint64_t* negatives) {
+Found scan_labels(const Label* labels, int64_t rows, int64_t classes, bool background_first, uint64_t* negatives) {
   const int64_t words = mask_words(rows * classes), groups = (rows + 63) / 64;
   std::memset(negatives, 0xff, words * 8);
   clear_bits(negatives, rows * classes, words * 64);
   const int64_t tasks = task_count(rows, 1 << 15);
-  std::vector<std::vector<int64_t>> found(tasks);
+  std::vector<Found> found(tasks);
   run_tasks(tasks, [&](int64_t task) {
+    Found mine;
+    const int64_t begin = 64 * task_begin(groups, tasks, task);
     const int64_t end = std::min(rows, 64 * task_begin(groups, tasks, task + 1));
-    for (int64_t row = 64 * task_begin(groups, tasks, task); row < end; ++row) {
+    for (int64_t row = begin; row < end; ++row) {
       const int64_t label = static_cast<int64_t>(labels[row]);
       if (label < 0) {
         clear_bits(negatives, row * classes, (row + 1) * classes);
@@ -90,16 +109,17 @@ std::vector<int64_t> scan_labels(const Label* labels, int64_t rows, int64_t clas
       if (column >= 0 && column < classes) {
         const int64_t index = row * classes + column;
         negatives[index / 64] &= ~(uint64_t{1} << index % 64);
-        found[task].push_back(index);
+        mine.positives.push_back(index);
       }
     }
+    mine.negatives = RSL_ISA_CALL(count_bits, negatives + begin * classes / 64, mask_words((end - begin) * classes));
+    found[task] = std::move(mine);
   });
-  for (int64_t task = 1; task < tasks; ++task) found[0].insert(found[0].end(), found[task].begin(), found[task].end());
-  return std::move(found[0]);
+  return join(found);
 }
 
 // Takes what belongs to no segment out of the mask and of the positives of one tensor.
-void drop_ignored(const SegmentMap& segments, size_t level, int64_t count, uint64_t* words, std::vector<int64_t>& positives) {
+void drop_ignored(const SegmentMap& segments, size_t level, int64_t count, uint64_t* words, Found& found) {
   const int64_t tasks = task_count(mask_words(count), kWordsPerTask);
   run_tasks(tasks, [&](int64_t task) {
     const int64_t begin = 64 * task_begin(mask_words(count), tasks, task);
@@ -111,7 +131,9 @@ void drop_ignored(const SegmentMap& segments, size_t level, int64_t count, uint6
   const auto is_ignored = [&](int64_t index) {
     return segments.run_at(level, index, index + 1).segment == segments.num_segments();
   };
+  std::vector<int64_t>& positives = found.positives;
   positives.erase(std::remove_if(positives.begin(), positives.end(), is_ignored), positives.end());
+  found.negatives = RSL_ISA_CALL(count_bits, words, mask_words(count));
 }
 
 }  // namespace
@@ -127,9 +149,9 @@ std::tuple<Tensor, Tensor, Tensor> ranking_collect(Tensors logits, Tensors targe
   STD_TORCH_CHECK(!max_positives || *max_positives >= 0, "ranking_collect: max_positives must be None or at least 0, got ",
                   max_positives.value_or(0));
   Tensor negatives = new_cpu_tensor({mask_bytes(logits)}, ScalarType::Byte);
-  std::vector<std::vector<int64_t>> found;
+  std::vector<Found> found;
   uint64_t* words = static_cast<uint64_t*>(negatives.mutable_data_ptr());
-  int64_t found_count = 0;
+  int64_t found_count = 0, negative_count = 0;
   for (size_t level = 0; level < logits.size(); ++level) {
     const Tensor& target = targets[level];
     const int64_t count = logits[level].numel();
@@ -148,26 +170,27 @@ std::tuple<Tensor, Tensor, Tensor> ranking_collect(Tensors logits, Tensors targe
     }
     if (ignores_elements) drop_ignored(map, level, count, words, found.back());
     words += mask_words(count);
-    found_count += static_cast<int64_t>(found.back().size());
+    found_count += static_cast<int64_t>(found.back().positives.size());
+    negative_count += found.back().negatives;
   }
   const int64_t capacity = max_positives.value_or(found_count);
   Tensor positives = new_cpu_tensor({kRecordRows, capacity}, ScalarType::Double);
   double* records = static_cast<double*>(positives.mutable_data_ptr());
   int64_t slot = 0, first_index = 0;
   for (size_t level = 0; level < logits.size(); ++level) {
+    const std::vector<int64_t>& index = found[level].positives;
     const bool dense = !is_label(targets[level].scalar_type());
-    const int64_t count = std::min<int64_t>(static_cast<int64_t>(found[level].size()), capacity - slot);
+    const int64_t count = std::min<int64_t>(static_cast<int64_t>(index.size()), capacity - slot);
     double *logit = records + kLogit * capacity + slot, *value = records + kQuality * capacity + slot;
-    gather_elements(logits[level], found[level], 1, count, logit);
-    if (dense) gather_elements(targets[level], found[level], 1, count, value);
+    gather_elements(logits[level], index, 1, count, logit);
+    if (dense) gather_elements(targets[level], index, 1, count, value);
     else if (quality.empty()) std::fill(value, value + count, 1.0);
-    else gather_elements(quality[level], found[level], logits[level].size(logits[level].dim() - 1), count, value);
+    else gather_elements(quality[level], index, logits[level].size(logits[level].dim() - 1), count, value);
     for (int64_t i = 0; i < count; ++i) {
       if (!std::isfinite(logit[i]) || !std::isfinite(value[i])) logit[i] = kNaN;
-      const int64_t index = found[level][i];
       records[kSegment * capacity + slot + i] =
-          map.is_single() ? 0 : static_cast<double>(map.run_at(level, index, index + 1).segment);
-      records[kIndex * capacity + slot + i] = static_cast<double>(first_index + index);
+          map.is_single() ? 0 : static_cast<double>(map.run_at(level, index[i], index[i] + 1).segment);
+      records[kIndex * capacity + slot + i] = static_cast<double>(first_index + index[i]);
     }
     slot += count;
     first_index += logits[level].numel();
@@ -181,8 +204,7 @@ std::tuple<Tensor, Tensor, Tensor> ranking_collect(Tensors logits, Tensors targe
   Tensor counts = new_cpu_tensor({kCounts}, ScalarType::Long);
   int64_t* count = static_cast<int64_t*>(counts.mutable_data_ptr());
   count[kFound] = found_count;
-  count[kNegatives] =
-      RSL_ISA_CALL(count_bits, static_cast<const uint64_t*>(negatives.const_data_ptr()), mask_bytes(logits) / 8);
+  count[kNegatives] = negative_count;
   count[kElements] = count_elements(logits);
   return {positives, negatives, counts};
 }
