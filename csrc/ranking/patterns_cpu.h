@@ -14,6 +14,7 @@
 namespace rsloss {
 
 constexpr int64_t kPatterns = 1 << 16;
+constexpr int64_t kStretch = 64;  // neighbouring patterns that are treated at once where they are alike
 
 // Clearing, adding up and walking the counts, and filling the table, cost about as much as a quarter of a million elements
 // save. A count of all elements fits 32 bits. All processes of a group must decide alike.
@@ -31,6 +32,13 @@ inline In from_pattern(uint16_t pattern) {
   In value;
   std::memcpy(&value, &pattern, sizeof value);
   return value;
+}
+
+template <class In>
+inline uint16_t pattern_of(In value) {
+  uint16_t pattern;
+  std::memcpy(&pattern, &value, sizeof pattern);
+  return pattern;
 }
 
 // Adds the elements whose bits are set to counts [2, kPatterns]; neighbours go to different rows, so that runs of equal values
@@ -56,9 +64,29 @@ inline void count_patterns(const uint16_t* logits, int64_t count, const uint64_t
   }
 }
 
-// Counts of the patterns among the negatives of all tensors: half a megabyte per thread, of which there are two at most.
+// How often every pattern occurs: the sum of the rows, [rows, kPatterns].
+struct Histogram {
+  int64_t rows;
+  std::unique_ptr<uint32_t[]> counts;
+
+  int64_t count(int64_t pattern) const {
+    int64_t sum = 0;
+    for (int64_t row = 0; row < rows; ++row) sum += counts[row * kPatterns + pattern];
+    return sum;
+  }
+
+  // Whether none of the kStretch patterns from `first` on occurs.
+  bool is_empty(int64_t first) const {
+    uint32_t any = 0;
+    for (int64_t row = 0; row < rows; ++row)
+      for (int64_t i = first; i < first + kStretch; ++i) any |= counts[row * kPatterns + i];
+    return any == 0;
+  }
+};
+
+// Counts the patterns among the negatives of all tensors: half a megabyte per thread, of which there are two at most.
 template <class In>
-std::unique_ptr<uint32_t[]> histogram(const Tensors& logits, const uint64_t* words) {
+Histogram histogram(const Tensors& logits, const uint64_t* words) {
   const int64_t tasks = std::min<int64_t>(2, task_count(mask_words(count_elements(logits)), kWordsPerTask));
   std::unique_ptr<uint32_t[]> counts(new uint32_t[2 * tasks * kPatterns]);
   run_tasks(tasks, [&](int64_t task) { std::fill_n(&counts[2 * task * kPatterns], 2 * kPatterns, 0); });
@@ -71,19 +99,21 @@ std::unique_ptr<uint32_t[]> histogram(const Tensors& logits, const uint64_t* wor
     });
     words += level_words;
   }
-  for (int64_t row = 1; row < 2 * tasks; ++row)
-    for (int64_t i = 0; i < kPatterns; ++i) counts[i] += counts[row * kPatterns + i];
-  return counts;
+  return {2 * tasks, std::move(counts)};
 }
 
 // Adds all counted values to the bins of `edges`, [edges + 1]; returns the number of NaN.
 template <class In>
-int64_t bin_histogram(const uint32_t* counts, const std::vector<float>& edges, OffsetScale scale, BinSums* sums) {
+int64_t bin_histogram(const Histogram& counted, const std::vector<float>& edges, OffsetScale scale, BinSums* sums) {
   int64_t nan_count = 0;
   size_t bin = 0;
   for (int64_t i = 0; i < kPatterns; ++i) {
+    if (i % kStretch == 0 && counted.is_empty(std::min(pattern_at(i), pattern_at(i + kStretch - 1)))) {
+      i += kStretch - 1;
+      continue;
+    }
     const uint16_t pattern = pattern_at(i);
-    const int64_t count = counts[pattern];
+    const int64_t count = counted.count(pattern);
     if (count == 0) continue;
     const float value = widen(from_pattern<In>(pattern));
     if (value != value) {
@@ -104,22 +134,31 @@ template <class In>
 std::unique_ptr<In[]> pattern_gradients(const double* lines, int64_t columns, int64_t slots, double upstream) {
   std::unique_ptr<In[]> table(new In[kPatterns]);
   const double *value = lines + columns, *slope = lines + 2 * columns;
+  const auto value_of = [](int64_t i) { return static_cast<double>(widen(from_pattern<In>(pattern_at(i)))); };
+  // By the line of which `below` breakpoints lie at or below the pattern. The last line is flat, up to infinity.
+  const auto gradient = [&](int64_t i, int64_t below) {
+    double result = below > 0 ? value[below - 1] : 0;
+    if (below > 0 && slope[below - 1] != 0) result += slope[below - 1] * (value_of(i) - lines[below - 1]);
+    return In(static_cast<float>(upstream * result));
+  };
+  constexpr int64_t kStretches = kPatterns / kStretch;
   const int64_t tasks = task_count(kPatterns, kPatterns / 8);
   run_tasks(tasks, [&](int64_t task) {
-    int64_t below = -1;
-    for (int64_t i = task_begin(kPatterns, tasks, task); i < task_begin(kPatterns, tasks, task + 1); ++i) {
-      const uint16_t pattern = pattern_at(i);
-      const double s = widen(from_pattern<In>(pattern));
-      if (s != s) {
-        table[pattern] = from_pattern<In>(pattern);
+    for (int64_t stretch = task_begin(kStretches, tasks, task); stretch < task_begin(kStretches, tasks, task + 1); ++stretch) {
+      const int64_t begin = stretch * kStretch, last = begin + kStretch - 1;
+      // Behind NaN comes -inf, below all breakpoints.
+      int64_t below = value_of(begin) == value_of(begin) ? std::upper_bound(lines, lines + slots, value_of(begin)) - lines : 0;
+      // A line is monotone, and so is rounding: patterns between two with the same gradient have it too.
+      if (value_of(begin) <= value_of(last) && !(below < slots && lines[below] <= value_of(last)) &&
+          pattern_of(gradient(begin, below)) == pattern_of(gradient(last, below))) {
+        std::fill_n(&table[std::min(pattern_at(begin), pattern_at(last))], kStretch, gradient(begin, below));
         continue;
       }
-      if (below < 0) below = std::upper_bound(lines, lines + slots, s) - lines;
-      while (below < slots && lines[below] <= s) ++below;
-      // The last line is flat, up to infinity.
-      double gradient = below > 0 ? value[below - 1] : 0;
-      if (below > 0 && slope[below - 1] != 0) gradient += slope[below - 1] * (s - lines[below - 1]);
-      table[pattern] = In(static_cast<float>(upstream * gradient));
+      for (int64_t i = begin; i <= last; ++i) {
+        const double s = value_of(i);
+        while (below < slots && lines[below] <= s) ++below;
+        table[pattern_at(i)] = s == s ? gradient(i, below) : from_pattern<In>(pattern_at(i));
+      }
     }
   });
   return table;
@@ -147,8 +186,11 @@ inline void look_up_patterns(const uint16_t* logits, int64_t count, const uint64
   }
 }
 
-template <class In>
-void write_pattern_gradients(const Tensors& logits, const uint64_t* words, const In* table, const Tensors& gradients) {
+// positives.write(offset, begin, end, gradient) writes what no table holds.
+template <class In, class Positives>
+void write_pattern_gradients(const Tensors& logits, const uint64_t* words, const In* table, const Positives& positives,
+                             const Tensors& gradients) {
+  int64_t offset = 0;
   for (size_t level = 0; level < logits.size(); ++level) {
     const uint16_t* data = static_cast<const uint16_t*>(logits[level].const_data_ptr());
     uint16_t* gradient = static_cast<uint16_t*>(gradients[level].mutable_data_ptr());
@@ -158,8 +200,10 @@ void write_pattern_gradients(const Tensors& logits, const uint64_t* words, const
       const int64_t begin = task_begin(level_words, tasks, task), end = task_begin(level_words, tasks, task + 1);
       look_up_patterns(data + begin * 64, std::min(end * 64, count) - begin * 64, words + begin,
                        reinterpret_cast<const uint16_t*>(table), gradient + begin * 64);
+      positives.write(offset, begin * 64, std::min(end * 64, count), static_cast<In*>(gradients[level].mutable_data_ptr()));
     });
     words += level_words;
+    offset += count;
   }
 }
 

@@ -125,6 +125,27 @@ struct GradientTables {
   std::unique_ptr<CellLine[]> cells;  // [parts, cells of the grid]
 };
 
+// The gradients of the positives. Records come sorted by logit, so their flat indices are in any order.
+struct PositiveGradients {
+  const double* records;
+  int64_t capacity;
+  double first;   // upstream gradient of the first loss
+  double second;  // and of the second one
+
+  // Those of the elements [begin, end) of a tensor in which the first one has number `offset`. Who wrote the others there
+  // writes these too, as long as the cache lines are at hand.
+  template <class In>
+  void write(int64_t offset, int64_t begin, int64_t end, In* gradient) const {
+    const double from = static_cast<double>(offset + begin), to = static_cast<double>(offset + end);
+    for (int64_t slot = 0; slot < capacity; ++slot) {
+      const double index = records[kGradientIndex * capacity + slot];
+      if (!(index >= from && index < to)) continue;
+      const double value = first * records[kFirst * capacity + slot] + second * records[kSecond * capacity + slot];
+      gradient[static_cast<int64_t>(index) - offset] = In(static_cast<Arithmetic<In>>(value));
+    }
+  }
+};
+
 template <class In>
 void fill_nan(const Tensor& tensor) {
   In* data = static_cast<In*>(tensor.mutable_data_ptr());
@@ -133,8 +154,10 @@ void fill_nan(const Tensor& tensor) {
 
 template <class In>
 void stream_gradient(const Tensors& logits, const uint64_t* words, const SegmentMap& segments,
-                     const GradientTables<Arithmetic<In>>& tables, const Tensors& gradients) {
+                     const GradientTables<Arithmetic<In>>& tables, const PositiveGradients& positives,
+                     const Tensors& gradients) {
   using T = Arithmetic<In>;
+  int64_t offset = 0;
   const GradientPass<T> pass = tables.pass();
   const PartLookup<T> lookup(segments, tables.parted, num_cells(tables.grid));
   for (size_t level = 0; level < logits.size(); ++level) {
@@ -147,8 +170,9 @@ void stream_gradient(const Tensors& logits, const uint64_t* words, const Segment
                    gradient + begin * 64);
     };
     run_tasks(tasks, [&](int64_t task) {
+      const int64_t first = task_begin(level_words, tasks, task), last = task_begin(level_words, tasks, task + 1);
       segments.for_spans(
-          level, task_begin(level_words, tasks, task), task_begin(level_words, tasks, task + 1),
+          level, first, last,
           [&](int64_t segment, int64_t begin, int64_t end) {
             write(begin, end, nullptr, pass_of_part(pass, tables.parted.part(segment)));
           },
@@ -156,8 +180,10 @@ void stream_gradient(const Tensors& logits, const uint64_t* words, const Segment
             const MixedSpan span = lookup.span(level, begin * 64);
             write(begin, end, &span, pass);
           });
+      positives.write(offset, first * 64, std::min(last * 64, count), gradient);
     });
     words += level_words;
+    offset += count;
   }
 }
 
@@ -181,21 +207,6 @@ double largest_gradient(const double* records, int64_t capacity, double ratio) {
   return largest;
 }
 
-// Writes the gradients of the positives; records come sorted by logit, so the flat indices are in any order.
-template <class In>
-void scatter_positives(const double* records, int64_t capacity, double first, double second, const Tensors& gradients) {
-  std::vector<int64_t> begin{0};
-  for (const Tensor& level : gradients) begin.push_back(begin.back() + level.numel());
-  for (int64_t slot = 0; slot < capacity; ++slot) {
-    const double stored = records[kGradientIndex * capacity + slot];
-    if (!(stored >= 0 && stored < static_cast<double>(begin.back()))) continue;
-    const int64_t index = static_cast<int64_t>(stored);
-    const size_t level = static_cast<size_t>(std::upper_bound(begin.begin(), begin.end(), index) - begin.begin() - 1);
-    const double value = first * records[kFirst * capacity + slot] + second * records[kSecond * capacity + slot];
-    static_cast<In*>(gradients[level].mutable_data_ptr())[index - begin[level]] = In(static_cast<Arithmetic<In>>(value));
-  }
-}
-
 Tensors ranking_backward(Tensors logits, Tensor negatives, Tensor gradients, Tensor lines, Tensor counts,
                          std::optional<Tensor> segments, int64_t num_segments, std::optional<Tensor> grad_first,
                          std::optional<Tensor> grad_second) {
@@ -215,6 +226,7 @@ Tensors ranking_backward(Tensors logits, Tensor negatives, Tensor gradients, Ten
     }
     const double* records = static_cast<const double*>(gradients.const_data_ptr());
     const uint64_t* words = static_cast<const uint64_t*>(negatives.const_data_ptr());
+    const PositiveGradients positives{records, capacity, first, second};
     const double ratio = first != 0 && std::isfinite(second / first) ? second / first : 0;
     using T = Arithmetic<In>;
     const double* table = static_cast<const double*>(lines.const_data_ptr());
@@ -224,16 +236,14 @@ Tensors ranking_backward(Tensors logits, Tensor negatives, Tensor gradients, Ten
     if constexpr (sizeof(In) == 2) {
       if (takes_patterns(map, elements)) {
         const auto by_pattern = pattern_gradients<In>(table, 2 * capacity, 2 * count_ranks(ranges), first);
-        write_pattern_gradients<In>(logits, words, by_pattern.get(), results);
-        scatter_positives<In>(records, capacity, first, second, results);
+        write_pattern_gradients<In>(logits, words, by_pattern.get(), positives, results);
         return;
       }
     }
     const GradientTables<T> tables(table, 2 * capacity, ranges, PartedEdges<T>(table, ranges, num_segments, map.has_ids()),
                                    first, largest_gradient(records, capacity, ratio), elements);
-    stream_gradient<In>(logits, words, map, tables, results);
+    stream_gradient<In>(logits, words, map, tables, positives, results);
     if (tables.factor != 1) scale_negatives<In>(words, tables.factor, results);
-    scatter_positives<In>(records, capacity, first, second, results);
   });
   return results;
 }

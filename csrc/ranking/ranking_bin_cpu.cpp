@@ -58,17 +58,20 @@ void sort_records(const double* records, double* ranked, int64_t capacity, int64
   if (num_segments > 1) group_by_segment(keys, records + kSegment * capacity, num_segments);
   // Records come in flat order, except behind an all-gather; ties of the logit go by quality, then by flat index.
   for (auto begin = keys.begin(); begin != keys.end();) {
-    const auto end = std::find_if(begin, keys.end(), [&](const SortKey& key) {
-      return key.bits != begin->bits || segment[key.slot] != segment[begin->slot];
-    });
-    std::sort(begin, end, [&](const SortKey& a, const SortKey& b) {
-      return quality[a.slot] != quality[b.slot] ? quality[a.slot] < quality[b.slot] : index[a.slot] < index[b.slot];
-    });
+    auto end = begin + 1;
+    while (end != keys.end() && end->bits == begin->bits && segment[end->slot] == segment[begin->slot]) ++end;
+    if (end - begin > 1) {
+      std::sort(begin, end, [&](const SortKey& a, const SortKey& b) {
+        return quality[a.slot] != quality[b.slot] ? quality[a.slot] < quality[b.slot] : index[a.slot] < index[b.slot];
+      });
+    }
     begin = end;
   }
-  for (const bool padding : {false, true})
-    for (int64_t slot = 0; slot < capacity; ++slot)
-      if (std::isnan(records[slot]) && (index[slot] < 0) == padding) keys.push_back({0, static_cast<int32_t>(slot)});
+  if (static_cast<int64_t>(keys.size()) < capacity) {
+    for (const bool padding : {false, true})
+      for (int64_t slot = 0; slot < capacity; ++slot)
+        if (std::isnan(records[slot]) && (index[slot] < 0) == padding) keys.push_back({0, static_cast<int32_t>(slot)});
+  }
   for (int row = 0; row < kRecordRows; ++row)
     for (int64_t slot = 0; slot < capacity; ++slot) ranked[row * capacity + slot] = records[row * capacity + keys[slot].slot];
 }
@@ -191,7 +194,8 @@ int64_t bin_patterns(const Tensors& logits, const uint64_t* words, const std::ve
                      const Breakpoints& points, OffsetScale scale, int64_t* counts, int64_t* offsets) {
   const PartedEdges<float> parted(points.edges.data(), ranges, 1, false);
   std::vector<BinSums> sums(parted.edges.size() + 1);
-  const int64_t nan_count = bin_histogram<In>(histogram<In>(logits, words).get(), parted.edges, scale, sums.data());
+  const Histogram counted = histogram<In>(logits, words);
+  const int64_t nan_count = bin_histogram<In>(counted, parted.edges, scale, sums.data());
   write_bins(
       points, ranges, [&](int64_t bin) { return sums[bin].count; }, [&](int64_t bin) { return sums[bin].sum; }, counts,
       offsets);
@@ -213,16 +217,19 @@ int64_t stream_negatives(const Tensors& logits, const uint64_t* words, const Seg
   const int64_t worthwhile = std::max<int64_t>(2, local_elements / (4 * num_sums));
   const int64_t tasks = limit_by_memory(std::min(task_count(mask_words(local_elements), kWordsPerTask), worthwhile),
                                         num_sums * static_cast<int64_t>(sizeof(BinSums)));
-  std::vector<BinSums> sums(static_cast<size_t>(tasks * num_sums));
+  const std::unique_ptr<BinSums[]> sums(new BinSums[tasks * num_sums]);
   std::vector<int64_t> nan_counts(tasks, 0);
   for (size_t level = 0; level < logits.size(); ++level) {
     const In* data = static_cast<const In*>(logits[level].const_data_ptr());
     const int64_t count = logits[level].numel(), level_words = mask_words(count);
     run_tasks(tasks, [&](int64_t task) {
-      const BinPass<T> pass = tables.pass(sums.data() + task * num_sums);
+      BinSums* mine = &sums[task * num_sums];
+      if (level == 0) std::memset(mine, 0, static_cast<size_t>(num_sums) * sizeof(BinSums));
+      const BinPass<T> pass = tables.pass(mine);
+      int64_t nan_count = 0;
       const auto bin = [&](int64_t begin, int64_t end, const MixedSpan* span, const BinPass<T>& of_part) {
-        nan_counts[task] += RSL_ISA_CALL(bin_negatives, data + begin * 64, std::min(end * 64, count) - begin * 64,
-                                         words + begin, span, of_part);
+        nan_count += RSL_ISA_CALL(bin_negatives, data + begin * 64, std::min(end * 64, count) - begin * 64, words + begin, span,
+                                  of_part);
       };
       segments.for_spans(
           level, task_begin(level_words, tasks, task), task_begin(level_words, tasks, task + 1),
@@ -233,6 +240,7 @@ int64_t stream_negatives(const Tensors& logits, const uint64_t* words, const Seg
             const MixedSpan span = lookup.span(level, begin * 64);
             bin(begin, end, &span, pass);
           });
+      nan_counts[task] += nan_count;
     });
     words += level_words;
   }
@@ -245,7 +253,7 @@ int64_t stream_negatives(const Tensors& logits, const uint64_t* words, const Seg
   }
   write_bins(
       points, ranges, [&](int64_t bin) { return sums[bin].count + sums[num_sums / 2 + bin].count; },
-      [&](int64_t bin) { return tables.near_sum(sums.data(), bin); }, counts, offsets);
+      [&](int64_t bin) { return tables.near_sum(sums.get(), bin); }, counts, offsets);
   return nan_counts[0];
 }
 
