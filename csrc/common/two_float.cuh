@@ -73,6 +73,19 @@ __device__ __forceinline__ TwoFloat product_of(TwoFloat a, TwoFloat b) {
   return {high, fmaf(a.low, b.high, fmaf(a.high, b.low, fmaf(a.high, b.high, -high)))};
 }
 
+// A sum in two floats.
+class CompensatedSum {
+ public:
+  __device__ __forceinline__ void add(TwoFloat x) {
+    const TwoFloat sum = sum_of(sum_.high, x);
+    sum_ = {sum.high, sum_.low + sum.low};
+  }
+  __device__ __forceinline__ double value() const { return value_of(sum_); }
+
+ private:
+  TwoFloat sum_ = {0, 0};
+};
+
 // exp(-a) by a table of 2^(-j / 32), which leaves an exponent of at most 0.011, for 0 <= a <= 87: right to 1.5e-9. At the lower
 // end low is no normal number.
 class ExponentialTable {

@@ -25,19 +25,6 @@ __device__ __forceinline__ HardClass hard_class(double gamma, double weight) {
   return {two_float(gamma), is_held ? two_float(weight) : TwoFloat{NAN, NAN}};
 }
 
-// A sum in two floats.
-class CompensatedSum {
- public:
-  __device__ __forceinline__ void add(TwoFloat x) {
-    const TwoFloat sum = sum_of(sum_.high, x);
-    sum_ = {sum.high, sum_.low + sum.low};
-  }
-  __device__ __forceinline__ double value() const { return value_of(sum_); }
-
- private:
-  TwoFloat sum_ = {0, 0};
-};
-
 class FocalElements {
  public:
   __device__ __forceinline__ FocalElements(const ExponentialTable& exponentials, int power)
