@@ -114,8 +114,8 @@ RSL_HOST_DEVICE FocalElement soft_focal_element(FocalModulator modulator, double
 RSL_HOST_DEVICE FocalElement focal_element(FocalModulator modulator, double z, double t, const ClassEntry& entry) {
   if (t != 0 && t != 1) return soft_focal_element(modulator, z, t, entry);
   const bool is_positive = t == 1, is_modulated = !is_positive || modulator == kFocal || modulator == kQuality;
-  const FocalElement element = hard_focal_element(is_positive ? -z : z, is_modulated ? entry.gamma : 0,
-                                                  is_positive ? entry.positive : entry.negative);
+  const FocalElement element =
+      hard_focal_element(is_positive ? -z : z, is_modulated ? entry.gamma : 0, is_positive ? entry.positive : entry.negative);
   return {element.loss, is_positive ? -element.slope : element.slope};
 }
 

@@ -29,6 +29,18 @@ struct FocalLevel {
   bool row_weights;
 };
 
+// A map in strips: kBlock of its rows at most, and some of the classes.
+struct MapStrips {
+  int64_t row_parts;
+  int64_t class_step;
+  int64_t class_parts;
+};
+
+inline MapStrips map_strips(const FocalLayout& layout) {
+  const int64_t rows = layout.inner < kBlock ? layout.inner : kBlock, step = rows > 0 ? 16 * kBlock / rows : 1;
+  return {(layout.inner + kBlock - 1) / kBlock, step, (layout.classes + step - 1) / step};
+}
+
 // How a pass multiplies and modulates, by class. The weights are those of the table times the factor of the pass.
 struct ClassColumns {
   double* gamma;

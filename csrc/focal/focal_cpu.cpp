@@ -162,8 +162,10 @@ std::vector<Chunk> cut_into_chunks(const Arguments& arguments, const std::vector
   std::vector<Chunk> chunks;
   for (size_t i = 0; i < levels.size(); ++i) {
     const FocalLayout& layout = levels[i].layout;
-    const int64_t rows = std::max<int64_t>(table.rows_per_block, 1), pieces = (layout.inner + kBlock - 1) / kBlock;
-    const int64_t strips = level_is_map(levels[i]) ? layout.outer * pieces : (layout.outer + rows - 1) / rows;
+    const int64_t rows = std::max<int64_t>(table.rows_per_block, 1);
+    const MapStrips parts = map_strips(layout);
+    const int64_t strips =
+        level_is_map(levels[i]) ? layout.outer * parts.row_parts * parts.class_parts : (layout.outer + rows - 1) / rows;
     if (strips == 0) continue;
     const int64_t of_strip = std::max<int64_t>(1, arguments.logits[i].numel() / strips),
                   step = (wanted + of_strip - 1) / of_strip;

@@ -235,7 +235,7 @@ static void set_class(const FocalTable& table, int64_t c, FocalBlock& block) {
                    block.own_rounded[1], block.own_rounded[2], block.own_rounded[3]};
 }
 
-// Of a level in strips: some rows, as many as the table says, or kBlock rows of a map with all their classes.
+// Of a level in strips: some rows, as many as the table says, or a part of a map.
 static inline bool is_map(const FocalLevel& level) { return level.layout.inner > 1 || level.layout.classes == 1; }
 
 // Calls body(first element) for the blocks of the strips [begin, end). sums: null, or [2, size of the columns], to which they
@@ -266,14 +266,17 @@ static inline void for_row_blocks(const FocalLevel& level, const FocalTable& tab
 template <class Body, class Skip>
 static inline void for_map_blocks(const FocalLevel& level, const FocalTable& table, int64_t begin, int64_t end, double* sums,
                                   FocalBlock& block, const Body& body, const Skip& skip) {
-  const int64_t classes = level.layout.classes, inner = level.layout.inner, strips = (inner + kBlock - 1) / kBlock;
+  const int64_t classes = level.layout.classes, inner = level.layout.inner;
+  const MapStrips strips = map_strips(level.layout);
   block.wrap = kLanes - 1;
   block.positive_sums = block.own[3], block.negative_sums = block.own[4];
   for (int64_t strip = begin; strip < end; ++strip) {
-    const int64_t outer = strip / strips, first = strip % strips * kBlock, row = outer * inner + first;
+    const int64_t part = strip / strips.class_parts, first_class = strip % strips.class_parts * strips.class_step;
+    const int64_t last_class = first_class + strips.class_step < classes ? first_class + strips.class_step : classes;
+    const int64_t outer = part / strips.row_parts, first = part % strips.row_parts * kBlock, row = outer * inner + first;
     const int size = static_cast<int>(inner - first < kBlock ? inner - first : kBlock);
     read_map_rows(level, table, row, size, block);
-    for (int64_t c = 0; c < classes; ++c) {
+    for (int64_t c = first_class; c < last_class; ++c) {
       const int64_t element = (outer * classes + c) * inner + first;
       if (is_dead(class_entry(table.table, classes, c))) {
         skip(element, size);
