@@ -34,6 +34,8 @@ STYLES = {
     "vectorised, torch.compile": ("#c48bd8", ">", "--"),
     "MMDetection's": ("#b3261e", "v", "--"),
     "published groups": ("#b3261e", "v", "--"),
+    "published EFL": ("#b3261e", "v", "--"),
+    "published EQL v2": ("#b3261e", "v", "--"),
     "plain softmax, eager": ("#1f7a4d", "P", ":"),
     "smooth L1, eager": ("#1f7a4d", "P", ":"),
     "focal, eager": ("#1f7a4d", "P", ":"),
@@ -42,7 +44,11 @@ STYLES = {
 }
 OTHER = ("#333333", "x", "-")
 RANKING_AXES = {"n": ("negatives", "N, negatives"), "p": ("positives", "P, positives"), "s": ("segments", "S, equal segments")}
-AXES = {"ghm": {"n": ("size", "N, elements"), "b": ("bins", "bins")}, "group_softmax": {"r": ("rows", "rows")}}
+AXES = {
+    "focal": {"n": ("size", "N, elements"), "c": ("classes", "C, classes")},
+    "ghm": {"n": ("size", "N, elements"), "b": ("bins", "bins")},
+    "group_softmax": {"r": ("rows", "rows")},
+}
 
 
 def axes_of(loss: str) -> dict[str, tuple[str, str]]:

@@ -24,6 +24,7 @@ TITLES = {
     "rank_sort": "Rank & Sort loss",
     "ap": "AP loss",
     "alrp": "aLRP loss",
+    "focal": "Sigmoid focal loss, EFL and EQL v2",
     "ghm": "GHM losses",
     "group_softmax": "Balanced group softmax",
     "bucketed": "Bucketed against exact Rank & Sort loss",

@@ -39,7 +39,16 @@ GROUP_SOFTMAX_PROBLEM = {
     "dtype": (str, "type"),
     "device": (str, None),
 }
-PROBLEMS = {"ghm": GHM_PROBLEM, "group_softmax": GROUP_SOFTMAX_PROBLEM}
+FOCAL_PROBLEM = {
+    "loss": (str, "loss"),
+    "distribution": (str, "logits"),
+    "size": (int, "N"),
+    "classes": (int, "C"),
+    "form": (str, "targets"),
+    "dtype": (str, "type"),
+    "device": (str, None),
+}
+PROBLEMS = {"focal": FOCAL_PROBLEM, "ghm": GHM_PROBLEM, "group_softmax": GROUP_SOFTMAX_PROBLEM}
 CASE_FIELDS = {"elements": int, "provider": str, "skipped": OPTIONAL_TEXT}
 FIELDS = {
     "speed": CASE_FIELDS

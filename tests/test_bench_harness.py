@@ -16,7 +16,19 @@ sys.path.append(str(ROOT))
 
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
-from bench import bench_bucketed, bench_ghm, ghm_problems, harness, plot, report, results, run, targets  # noqa: E402
+from bench import (  # noqa: E402
+    bench_bucketed,
+    bench_focal,
+    bench_ghm,
+    focal_problems,
+    ghm_problems,
+    harness,
+    plot,
+    report,
+    results,
+    run,
+    targets,
+)
 from bench.logits import Case, make_inputs  # noqa: E402
 
 
@@ -218,6 +230,30 @@ def test_accuracy_rows_of_ghm_notice_a_wrong_gradient(entry):
     assert of_loss < 1e-7 and of_gradient < 2e-6
     assert targets.errors(bench_ghm.LOSS, "reference", inputs, (loss * (1 + 1e-5), gradient))[0] > 5e-6
     assert targets.errors(bench_ghm.LOSS, "reference", inputs, (loss, gradient * (1 + 1e-5)))[1] > 5e-6
+
+
+@pytest.mark.parametrize("entry", bench_focal.ACCURACY)
+def test_accuracy_rows_of_the_element_wise_losses_notice_a_wrong_gradient(entry):
+    inputs = focal_problems.make_inputs(focal_problems.Case(entry[0], 40_000, *entry[2:]))
+    loss, gradient = bench_focal.LOSS.truth(inputs)
+    of_loss, of_gradient = targets.errors(bench_focal.LOSS, "reference", inputs, (loss, gradient))
+    assert of_loss < 1e-7 and of_gradient < 2e-6
+    assert targets.errors(bench_focal.LOSS, "reference", inputs, (loss * (1 + 1e-5), gradient))[0] > 5e-6
+    assert targets.errors(bench_focal.LOSS, "reference", inputs, (loss, gradient * (1 + 1e-5)))[1] > 5e-6
+
+
+def test_benchmark_of_the_element_wise_losses_writes_what_its_readers_take(tmp_path):
+    out = tmp_path / "results" / "box"
+    options = "--metric speed --budget 0.01 --seeds 0 --device cpu --threads 1 --sizes 4000 8000 --classes 10".split()
+    for kind, others in (("EFL", {"published EFL", "focal, eager"}), ("EQLv2", {"published EQL v2", "focal, eager"})):
+        command = ["focal", "--loss", kind, *options, "--out", str(out), "--providers", "reference", "published", "eager"]
+        assert run.main(command) == 0
+        records = results.read(out / "focal.json")["sections"]["speed"]["records"]
+        assert {record["provider"] for record in records} == {"copy floor", "focal [reference]", *others}
+        assert len(records) == 8 and all(record["median_ms"] > 0 and record["loss"] == kind for record in records)
+    assert "| EQLv2 | trained | 8,000 | 10 | index | float32 |" in report.tables(tmp_path / "results")
+    with pytest.raises(SystemExit, match="takes no dense targets"):
+        run.main(["focal", "--loss", "EFL", "--form", "dense", "--out", str(out)])
 
 
 def test_bucketed_is_exact_for_a_hard_step_only():

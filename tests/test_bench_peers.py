@@ -10,6 +10,7 @@ sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))
 
 from bench.peers import brute_force  # noqa: E402
 from bench.peers.bucketed import bucketed_average_precision_loss, bucketed_rank_sort_loss  # noqa: E402
+from bench.peers.equalized import PublishedEqualizedFocal, PublishedEQLv2, modulated_truth  # noqa: E402
 from bench.peers.focal import compiled_focal_loss, focal_loss  # noqa: E402
 from bench.peers.ghm import PublishedGHMC, PublishedGHMR, ghm_truth, one_hot_targets  # noqa: E402
 from bench.peers.published_loop import (  # noqa: E402
@@ -229,3 +230,48 @@ def test_truth_of_ghm_equals_golden(case):
     torch.testing.assert_close(scale * loss, wanted["s0_loss"].reshape(()), rtol=1e-10, atol=1e-14)
     if "s0_grad" in wanted:
         assert_gradient(scale * case.hyper["gout"] * gradient, wanted["s0_grad"])
+
+
+def of_kind(family, kind):
+    return [pytest.param(case, id=case.name) for case in golden_vectors.cases(family) if case.manifest["kind"] == kind]
+
+
+@pytest.mark.parametrize("case", of_kind("efl", "efl_seq"))
+def test_published_efl_equals_golden(case):
+    inputs, hyper, wanted = case.inputs(), case.hyper, case.outputs("efl")
+    loss = PublishedEqualizedFocal(hyper["num_classes"] - 1, hyper["focal_gamma"], hyper["focal_alpha"], hyper["scale_factor"])
+    for step in range(hyper["steps"]):
+        levels = [inputs[f"s{step}_level{level}"].double().requires_grad_() for level in range(hyper["fpn_levels"])]
+        given, labels = float(inputs[f"s{step}_normalizer"]), inputs[f"s{step}_target"].flatten()
+        is_divided = given == given and hyper["reduction"] == "mean"
+        # The classes come first here, the background last.
+        labels = torch.where(labels > 0, labels - 1, torch.where(labels == 0, hyper["num_classes"] - 1, -1))
+        value = hyper["loss_weight"] * loss(levels, labels, given if is_divided else 1.0)
+        gradients = torch.autograd.grad(value, levels)
+        torch.testing.assert_close(value.detach(), wanted[f"s{step}_loss"].reshape(()), rtol=1e-5, atol=0)
+        recorded = {level: wanted[f"s{step}_grad_level{level}"] for level in range(len(levels)) if f"s{step}_grad_level{level}" in wanted}
+        for level, gradient in recorded.items():
+            assert_gradient(gradients[level], gradient, 1e-5)
+        for name in ("pos_grad", "neg_grad", "pos_neg"):
+            torch.testing.assert_close(getattr(loss, name).double(), wanted[f"s{step}_after_{name}"], rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("case", of_kind("eqlv2", "eqlv2_seq"))
+def test_published_eqlv2_equals_golden(case):
+    inputs, hyper, wanted = case.inputs(), case.hyper, case.outputs("eqlv2")
+    loss = PublishedEQLv2(hyper["num_classes"], hyper["gamma"], hyper["mu"], hyper["alpha"])
+    for step in range(hyper["steps"]):
+        logits = inputs[f"s{step}_pred"].double()
+        value = hyper["loss_weight"] * loss(logits, inputs[f"s{step}_target"])
+        torch.testing.assert_close(value, wanted[f"s{step}_loss"].reshape(()), rtol=1e-5, atol=0)
+        for name in ("pos_grad", "neg_grad", "pos_neg"):
+            torch.testing.assert_close(getattr(loss, name).double(), wanted[f"s{step}_after_{name}"], rtol=1e-5, atol=1e-9)
+
+
+def test_modulated_truth_equals_focal_loss_and_its_derivative():
+    logits = torch.linspace(-12, 12, 2001, dtype=torch.float64).requires_grad_()
+    targets = (torch.arange(2001) % 3 == 0).double()
+    loss = focal_loss(logits, targets)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    table = torch.tensor([2.0, 0.25, 0.75], dtype=torch.float64)
+    torch.testing.assert_close(modulated_truth(logits, targets, *table), (loss.detach(), gradient), rtol=1e-9, atol=1e-15)
