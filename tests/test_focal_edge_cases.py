@@ -153,6 +153,7 @@ def test_largest_finite_logits(backend, loss, dtype):
         assert got.losses[0].isfinite() and got.gradient.isfinite().all()
 
 
+@pytest.mark.slow_interpreter
 @PLAIN
 @DTYPES
 def test_subnormal_logits_and_signed_zeros(backend, loss, dtype):

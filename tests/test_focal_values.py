@@ -57,6 +57,7 @@ def test_samples(backend, loss, generator, sample):
     loss.assert_agrees(backend, *inputs.arguments, label=sample.name, upstream=-0.375, **inputs.options)
 
 
+@pytest.mark.slow_interpreter
 @PLAIN
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
@@ -79,6 +80,7 @@ def test_16_bit_logits_lose_only_the_rounding_of_the_gradient(backend, loss, gen
             loss.assert_agrees(backend, *inputs.arguments, label=f"{distribution} {form}", **inputs.options)
 
 
+@pytest.mark.slow_interpreter
 @PLAIN
 @pytest.mark.parametrize("other", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_targets_and_weights_of_any_floating_dtype(backend, loss, generator, other):
@@ -124,6 +126,7 @@ def test_class_indices_are_one_hot_targets(backend, loss, generator):
     assert torch.equal(got.gradient, expected.gradient) and got.losses == expected.losses
 
 
+@pytest.mark.slow_interpreter
 @PLAIN
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0, 3.5])
 def test_equal_exponents_of_classes_are_one_exponent(backend, loss, generator, gamma):
@@ -157,6 +160,7 @@ def test_logits_of_100_are_finite(backend, loss, dtype):
         assert got.losses[0].isfinite() and got.gradient.isfinite().all() and got.losses[0] > 0
 
 
+@pytest.mark.slow_interpreter
 @PLAIN
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("logit", [-4.59512, 0.0, 2.7])
@@ -405,6 +409,7 @@ def beside(ours, theirs, backend, pred, target, *others, gate=1e-6, **options):
     assert gradients[1].any()
 
 
+@pytest.mark.slow_interpreter
 @pytest.mark.parametrize(
     "reduction, avg_factor", [("mean", None), ("mean", 7.5), ("mean", 0.0), ("sum", None), ("none", None), ("none", 3.0)]
 )
