@@ -29,11 +29,18 @@ from bench.peers.brute_force import (  # noqa: E402
 )
 from bench.peers.ghm import ghm_truth  # noqa: E402
 from rsloss_kernels import (  # noqa: E402
+    ClassGroups,
+    _backends,
+    _library,
     alrp_loss,
     average_precision_loss,
+    equalized_focal_loss,
     ghm_classification_loss,
     ghm_regression_loss,
+    group_softmax_loss,
+    quality_focal_loss,
     rank_sort_loss,
+    sigmoid_focal_loss,
     use_backend,
 )
 
@@ -51,7 +58,7 @@ MANY = [(20_000, 20_000), (20_000, 65_536), (65_536, 65_536)]
 class Loss:
     """call: of the logits, the inputs and options; truth: of logits, dense targets and inputs. The losses, then the gradient.
 
-    ranks: without a positive it is 0, and its options are those of the ranking losses.
+    ranks: without a positive it is 0, and its options are those of the ranking losses. dtypes: of the sweep.
     """
 
     call: Callable[..., object]
@@ -60,6 +67,7 @@ class Loss:
     ranks: bool = True
     forms: tuple[str, ...] = ("dense", "index")
     gradient_limit: float = 1e-6
+    dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16", "float64")
 
 
 def _alrp_truth(logits: Tensor, dense: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -75,6 +83,58 @@ def _ghm_classification(logits: Tensor, inputs: Inputs) -> tuple[Tensor, ...]:
     return ghm_classification_loss(logits, target, inputs.quality, bins=BINS, momentum=0.75, **state)
 
 
+def _rows(logits: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Logits and targets; flat ones as of one class."""
+    return (logits, inputs.targets) if logits.dim() > 1 else (logits[:, None], inputs.targets[:, None])
+
+
+def _focal(logits: Tensor, inputs: Inputs) -> Tensor:
+    return sigmoid_focal_loss(*_rows(logits, inputs), reduction="sum")
+
+
+def _quality_focal(logits: Tensor, inputs: Inputs) -> Tensor:
+    return quality_focal_loss(*_rows(logits, inputs), inputs.quality, beta=1.5, reduction="sum")
+
+
+def _equalized_focal(logits: Tensor, inputs: Inputs) -> tuple[Tensor, ...]:
+    """Another exponent for every class, and the sums over classes."""
+    return equalized_focal_loss(logits, inputs.targets, torch.linspace(0, 1, logits.shape[-1], device=logits.device))
+
+
+@functools.cache
+def _groups(num_logits: int, device: str) -> ClassGroups:
+    """Five groups with a column of others each: so many classes that the logits of the other losses fit."""
+    counts = [(1, 20, 200, 2000)[number % 4] for number in range(num_logits - 6)]
+    groups = ClassGroups.from_counts(counts).to(device)
+    assert groups.num_logits == num_logits
+    return groups
+
+
+def _group_softmax(logits: Tensor, inputs: Inputs) -> Tensor:
+    """The qualities of the rows serve as keys, many of them equal, so that a replay samples what the eager run does."""
+    groups = _groups(logits.shape[1], str(logits.device))
+    sample = _library.operator("group_softmax_sample", _backends.resolve("group_softmax_sample", logits.device.type))
+    keys = inputs.quality.float().expand(len(groups.others), -1).contiguous()
+    options = (groups.starts, groups.others, groups.background_group, False, 1.5)
+    weights = sample(inputs.targets, groups.class_columns, keys, *options)
+    return group_softmax_loss(logits, inputs.targets, groups, sample_weights=weights, background="last").sum()
+
+
+def _reference_truth(call: Callable[[Tensor, Inputs], object]) -> Callable[[Tensor, Tensor, Inputs], tuple[Tensor, ...]]:
+    """The reference on the logits in float64."""
+
+    def truth(logits: Tensor, _: Tensor, inputs: Inputs) -> tuple[Tensor, ...]:
+        leaf = logits.double().requires_grad_()
+        quality = None if inputs.quality is None else inputs.quality.to(logits.device)
+        with use_backend("reference"):
+            outputs = call(leaf, replace(inputs, targets=inputs.targets.to(logits.device), quality=quality))
+        loss = outputs if isinstance(outputs, Tensor) else outputs[0]
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        return loss.detach(), gradient
+
+    return truth
+
+
 STATE = {"acc_sum": torch.float32, "num_updates": torch.int64}
 LOSSES = {
     "rank_sort": Loss(
@@ -86,9 +146,13 @@ LOSSES = {
         lambda logits, inputs, **options: average_precision_loss(logits, inputs.targets, **options),
         1,
         lambda logits, dense, _: brute_force_average_precision(logits, dense, DELTA),
+        dtypes=("float32",),
     ),
     "alrp": Loss(
-        lambda logits, inputs, **options: alrp_loss(logits, inputs.targets, inputs.regression, **options), 1, _alrp_truth
+        lambda logits, inputs, **options: alrp_loss(logits, inputs.targets, inputs.regression, **options),
+        1,
+        _alrp_truth,
+        dtypes=("float32",),
     ),
     "ghm_classification": Loss(
         _ghm_classification,
@@ -105,6 +169,22 @@ LOSSES = {
         ranks=False,
         forms=("dense",),
         gradient_limit=2e-6,
+    ),
+    "sigmoid_focal": Loss(_focal, 1, _reference_truth(_focal), ranks=False, gradient_limit=2e-6),
+    "quality_focal": Loss(
+        _quality_focal, 1, _reference_truth(_quality_focal), ranks=False, gradient_limit=2e-6, dtypes=("float32",)
+    ),
+    "equalized_focal": Loss(
+        _equalized_focal,
+        1,
+        _reference_truth(_equalized_focal),
+        ranks=False,
+        forms=("index",),
+        gradient_limit=2e-6,
+        dtypes=("float32", "float64"),
+    ),
+    "group_softmax": Loss(
+        _group_softmax, 1, _reference_truth(_group_softmax), ranks=False, forms=("index",), gradient_limit=2e-6
     ),
 }
 
@@ -210,12 +290,10 @@ def check_capture(name: str, form: str, dtype: str, elements: int = 50_000, segm
 
 
 def check_small(name: str, device: str) -> str:
-    """Small problems in every form against the truth; in every dtype, but of the ranking losses, which share their streams, the first."""
+    """Small problems in every form against the truth; of losses that share their streams one is tried in every dtype."""
     count = 0
-    is_every = name == next(iter(LOSSES)) or not LOSSES[name].ranks
-    dtypes = ("float32", "float16", "bfloat16", "float64") if is_every else ("float32",)
     for form in LOSSES[name].forms:
-        for dtype in dtypes:
+        for dtype in LOSSES[name].dtypes:
             for positives, negatives in SIZES:
                 if form == "index":
                     negatives = max(negatives, 80 * positives)
@@ -259,6 +337,13 @@ def all_checks(arguments: argparse.Namespace) -> list[tuple[str, Callable[[], st
         ("ghm_classification", "dense", "float32"),
         ("ghm_regression", "dense", "float32"),
         ("ghm_regression", "dense", "float64"),
+        ("sigmoid_focal", "index", "float32"),
+        ("sigmoid_focal", "dense", "float64"),
+        ("quality_focal", "index", "float32"),
+        ("quality_focal", "dense", "float32"),
+        ("equalized_focal", "index", "float32"),
+        ("group_softmax", "index", "float32"),
+        ("group_softmax", "index", "float64"),
     ]
     # 16-bit logits of this many elements are counted and looked up by value.
     with_labels = [name for name, loss in LOSSES.items() if "index" in loss.forms]

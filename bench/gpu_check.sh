@@ -93,13 +93,20 @@ benchmark() {
   local status=$?
   "$python" bench/run.py ghm --device cuda --metric both --timing both --budget 0.1 --seeds 0 --out "$out" \
     --form index --sizes 1e6 2e7 --bins 10 30 || status=1
+  "$python" bench/run.py focal --device cuda --metric both --timing both --budget 0.1 --seeds 0 --out "$out" \
+    --form index --sizes 1e6 2e7 --classes 80 || status=1
+  "$python" bench/run.py group_softmax --device cuda --metric both --timing both --budget 0.1 --seeds 0 --out "$out" \
+    --rows 512 8192 || status=1
   return "$status"
 }
 
 must_show() {
   "$python" bench/run.py rank_sort --device cuda --must-show --budget 0.5 --out "$out"
   local status=$?
-  "$python" bench/run.py ghm --device cuda --must-show --budget 0.5 --seeds 0 --out "$out" || status=1
+  local loss
+  for loss in ghm focal group_softmax; do
+    "$python" bench/run.py "$loss" --device cuda --must-show --budget 0.4 --seeds 0 --out "$out" || status=1
+  done
   return "$status"
 }
 
@@ -127,8 +134,8 @@ export compute_sanitizer
 
 inside "environment" 15 environment
 inside "build" 115 build
-LINES_SHOWN=32 inside "capture, replay, no host sync" 60 '"$python" bench/gpu_capture.py'
-inside "very many positives" 40 '"$python" bench/gpu_capture.py --many'
+LINES_SHOWN=60 inside "capture, replay, no host sync" 65 '"$python" bench/gpu_capture.py'
+inside "very many positives" 25 '"$python" bench/gpu_capture.py --many'
 inside "tests, cuda and triton required" 105 'tests cuda,triton'
 if [ -n "$compute_sanitizer" ]; then
   inside "compute-sanitizer memcheck" 45 'sanitizer memcheck'
@@ -136,13 +143,13 @@ if [ -n "$compute_sanitizer" ]; then
 else
   leave_out "compute-sanitizer" "not installed"
 fi
-LINES_SHOWN=90 inside "rows that must hold" 50 must_show
-inside "benchmark" 55 benchmark
-LINES_SHOWN=60 inside "16-bit logits" 25 narrow_types
+LINES_SHOWN=90 inside "rows that must hold" 60 must_show
+inside "benchmark" 60 benchmark
+LINES_SHOWN=60 inside "16-bit logits" 20 narrow_types
 inside "plots" 10 plots
 
 printf '\n=== results in %s after %d s\n' "$out" "$((SECONDS - begin))" | tee -a "$log"
-"$python" - "$out/rank_sort.json" "$out/ghm.json" <<'PYTHON' 2>&1 | tee -a "$log"
+"$python" - "$out"/{rank_sort,ghm,focal,group_softmax}.json <<'PYTHON' 2>&1 | tee -a "$log"
 import json, sys
 for path in sys.argv[1:]:
     try:
@@ -151,7 +158,7 @@ for path in sys.argv[1:]:
         print(f"no results: {error}")
         continue
     for record in sections.get("speed", {"records": []})["records"]:
-        if record["median_ms"] is not None and record["provider"].startswith(("rank_sort", "ghm", "focal, torch")):
+        if record["median_ms"] is not None and record["provider"].startswith(("rank_sort", "ghm", "sigmoid_focal", "equalized", "eqlv2", "group_softmax", "focal, torch")):
             names = ("loss", "distribution", "positives", "negatives", "size", "bins", "form")
             problem = " ".join(str(record[name]) for name in names if name in record)
             print(f"{problem:<42} {record['timing']:<9} {record['provider']:<28} {record['median_ms'] * 1e3:10.1f} us "
