@@ -12,6 +12,7 @@ from rsloss_kernels.losses.focal import op as _focal_op  # noqa: E402, F401
 from rsloss_kernels.losses.ghm import op as _ghm_op  # noqa: E402, F401
 from rsloss_kernels.losses.group_softmax import op as _group_softmax_op  # noqa: E402, F401
 from rsloss_kernels.losses.rank_sort import op as _rank_sort_op  # noqa: E402, F401
+from rsloss_kernels.losses.seesaw import op as _seesaw_op  # noqa: E402, F401
 from rsloss_kernels.losses.alrp.api import ALRPLoss, ALRPLosses, alrp_loss, alrp_regression_loss  # noqa: E402
 from rsloss_kernels.losses.ap.api import APLoss, average_precision_loss  # noqa: E402
 from rsloss_kernels.losses.equalized_focal.api import (  # noqa: E402
@@ -41,6 +42,8 @@ from rsloss_kernels.losses.group_softmax.api import group_softmax_loss, group_so
 from rsloss_kernels.losses.group_softmax.groups import ClassGroups  # noqa: E402
 from rsloss_kernels.losses.group_softmax.modules import GroupSoftmaxLoss, convert_classifier  # noqa: E402
 from rsloss_kernels.losses.rank_sort.api import RankSortLoss, RankSortLosses, rank_sort_loss  # noqa: E402
+from rsloss_kernels.losses.seesaw.api import SeesawLosses, seesaw_loss  # noqa: E402
+from rsloss_kernels.losses.seesaw.modules import SeesawLoss  # noqa: E402
 from rsloss_kernels.losses.self_balancing.api import SelfBalancing, score_weighted_mean, score_weights  # noqa: E402
 from rsloss_kernels.version import __version__  # noqa: E402
 
@@ -64,6 +67,8 @@ __all__ = [
     "QualityFocalLoss",
     "RankSortLoss",
     "RankSortLosses",
+    "SeesawLoss",
+    "SeesawLosses",
     "SelfBalancing",
     "SigmoidFocalLoss",
     "VarifocalLoss",
@@ -86,6 +91,7 @@ __all__ = [
     "rank_sort_loss",
     "score_weighted_mean",
     "score_weights",
+    "seesaw_loss",
     "sigmoid_focal_loss",
     "use_backend",
     "varifocal_loss",

@@ -29,8 +29,9 @@ def define(
     num_tables: int = 0,
     num_saved_tables: int = 0,
     compose: Callable[[str], Callable] | None = None,
+    backends: tuple[str, ...] = BACKENDS,
 ) -> None:
-    """Defines `name` for every backend.
+    """Defines `name` for every backend. Those that are not among `backends` have no kernel of it by design, and refuse it.
 
     Its last `num_tables` outputs are for its own backward only; the last `num_saved_tables` of the tensors that it saves are
     not the caller's.
@@ -43,6 +44,7 @@ def define(
     different devices are refused by the fake implementation too: with a meta tensor among them the dispatcher calls that.
     """
     defined.append(name)
+    _implemented_by[name] = backends
     for backend in BACKENDS:
         qualified = f"{NAMESPACE}::{name}.{backend}"
         torch.library.define(qualified, schema)
@@ -57,6 +59,14 @@ def define(
             _functions[name, backend] = _eager_function(
                 operator(name, backend), setup_context, backward, num_tables, num_saved_tables
             )
+
+
+_implemented_by: dict[str, tuple[str, ...]] = {}
+
+
+def implemented_by(name: str) -> tuple[str, ...]:
+    """The backends that implement the operator `name` where they can run at all."""
+    return _implemented_by[name]
 
 
 def without_derivative(reason: str) -> tuple[Callable, Callable[[str], Callable]]:

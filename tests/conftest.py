@@ -17,6 +17,7 @@ import hypothesis
 import pytest
 import torch
 import torch.multiprocessing
+from rsloss_kernels import _library
 from samples import LOSSES, Loss
 
 if harness.Backend("triton", "cpu") in harness.backends_under_test():
@@ -51,6 +52,7 @@ def keep_freed_memory() -> None:
 def pytest_configure(config):
     keep_freed_memory()
     config.addinivalue_line("markers", "slow_interpreter: too slow under Triton's interpreter, left out there only")
+    config.addinivalue_line("markers", "implemented(operator): for the backends that implement it; the others refuse it by design")
     config.addinivalue_line("markers", "shared_code: what the losses share; GPU kernels on the CPU take one loss only")
 
 
@@ -73,6 +75,9 @@ def pytest_collection_modifyitems(config, items):
         params = getattr(item, "callspec", None) and item.callspec.params or {}
         backend, loss = params.get("backend"), params.get("loss")
         if backend and backend.is_interpreted and item.get_closest_marker("slow_interpreter"):
+            return False
+        implemented = item.get_closest_marker("implemented")
+        if backend and implemented and backend.name not in _library.implemented_by(*implemented.args):
             return False
         is_repeated = isinstance(loss, Loss) and loss is not next(iter(LOSSES.values()))
         return not (backend and backend.is_slow and is_repeated and item.get_closest_marker("shared_code"))

@@ -404,8 +404,10 @@ def work(rank: int, world: int, folder: str, seed: int) -> None:
 def _all_results(group, seed: int) -> dict:
     import distributed_equalized  # which import this file
     import distributed_ghm
+    import distributed_seesaw
 
     results = {"ghm": distributed_ghm.all_results(group, seed), "equalized": distributed_equalized.all_results(group, seed)}
+    results["seesaw"] = distributed_seesaw.all_results(group)
     for name, case in {**CASES, **OVERFLOWS}.items():
         batch = draw(case, seed)
         try:

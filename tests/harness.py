@@ -64,12 +64,13 @@ class Backend:
         return 1e-9 if self.name in ("cuda", "triton") else 1e-10
 
     def why_not(self) -> str | None:
-        """None if the backend can run every operator on the device, else the reason in words."""
+        """None if the backend can run every operator that it implements on the device, else the reason in words."""
         if self.device == "cuda" and not torch.cuda.is_available():
             return "there is no GPU"
         if self.name == "cuda" and self.device == "cpu":
             _emulate_cuda()
-        return next(filter(None, (_backends.why_not(name, self.name, self.device) for name in operator_names())), None)
+        mine = (name for name in operator_names() if self.name in _library.implemented_by(name))
+        return next(filter(None, (_backends.why_not(name, self.name, self.device) for name in mine)), None)
 
 
 def _emulate_cuda() -> None:

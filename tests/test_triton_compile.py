@@ -23,7 +23,7 @@ MAIN_TARGET = 90
 FLOATS = ("fp16", "bf16", "fp32", "fp64")
 ANY_FLAG = (False, True)
 # Integer arguments by name; the others are 32 bits wide, as the launcher passes small numbers.
-WIDE_INTEGERS = {"delta_bits", "scale_bits", "mu_bits", "momentum_bits", "log_momentum_bits"}
+WIDE_INTEGERS = {"delta_bits", "scale_bits", "mu_bits", "momentum_bits", "log_momentum_bits", "ratio_bits", "p_bits", "q_bits", "log_eps_bits"}
 
 
 def _double(*types: str) -> bool:
@@ -285,7 +285,26 @@ def _group_softmax_variants(impl) -> dict[str, list[dict]]:
     }
 
 
+def _seesaw_variants(impl) -> dict[str, list[dict]]:
+    variants = [
+        {
+            **{"logits_ptr": logit, "labels_ptr": label, "weights_ptr": weight, "gradient_ptr": logit, "NUM_CLASSES": classes},
+            **{name: "fp64" for name in ("log_counts_ptr", "losses_ptr", "tables_ptr", "grad_losses_ptr")},
+            **impl.tile_shape(512, classes, "cuda"),
+            **impl.OPTIONS,
+        }
+        for logit, label, weight, classes in (
+            ("fp32", "i64", None, 1203),
+            ("bf16", "i32", "fp32", 80),
+            ("fp16", "i64", "fp16", 1203),
+            ("fp64", "i32", "fp64", 3),
+        )
+    ]
+    return {f"seesaw_{name}_kernel": variants for name in ("forward", "backward")}
+
+
 def _variants() -> dict[str, list[dict]]:
+    seesaw = importlib.import_module("rsloss_kernels.losses.seesaw.triton_impl")
     group_softmax = importlib.import_module("rsloss_kernels.losses.group_softmax.triton_impl")
     focal = importlib.import_module("rsloss_kernels.losses.focal.triton_impl")
     ghm = importlib.import_module("rsloss_kernels.losses.ghm.triton_impl")
@@ -299,6 +318,7 @@ def _variants() -> dict[str, list[dict]]:
         **_ghm_variants(ghm),
         **_focal_variants(focal),
         **_group_softmax_variants(group_softmax),
+        **_seesaw_variants(seesaw),
     }
 
 
