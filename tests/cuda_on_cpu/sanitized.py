@@ -126,11 +126,40 @@ def focal(generator: torch.Generator) -> None:
             assert all(result.shape == level.shape for result, level in zip(results, logits, strict=True))
 
 
+def group_softmax(generator: torch.Generator) -> None:
+    """Every type; columns that lie in no group, keys that are no numbers, labels that mean nothing, ends inside of a warp's columns."""
+    ops = torch.ops.rsloss_kernels
+    starts, others, background = [0, 2, 3, 36, 101], [1, -1, 3, 36], 0
+    for rows, dtype in itertools.product((0, 1, 9, 1100), (torch.float16, torch.bfloat16, torch.float32, torch.float64)):
+        if rows == 1100 and dtype != torch.float32:
+            continue
+        logits = (torch.randn((rows, 101), generator=generator) * 9).to(dtype)
+        if rows > 1:
+            logits[0, 4:7] = torch.tensor([torch.inf, -torch.inf, torch.nan])
+        labels = torch.randint(-2, 104, (rows,), generator=generator, dtype=torch.int32 if dtype == torch.float32 else torch.int64)
+        if rows > 4 and labels.dtype == torch.int64:
+            labels[:2] = torch.tensor([2**63 - 1, -(2**63)])
+        columns = torch.randperm(101, generator=generator)[:98].int()
+        columns[:3] = torch.tensor([-5, 2**31 - 1, 101], dtype=torch.int32)
+        keys = torch.randn((4, rows), generator=generator)
+        keys[:, ::3] = torch.nan
+        groups = (starts, others)
+        for ratio in (0.0, 0.4, torch.inf):
+            weights = ops.group_softmax_sample.cuda(labels, columns, keys, *groups, background, True, ratio)
+        losses, averages, tables = ops.group_softmax_forward.cuda(logits, labels, columns, weights, *groups, True)
+        gradient = ops.group_softmax_backward.cuda(
+            logits, labels, columns, weights, averages, tables, losses, *groups, True
+        )
+        scores = ops.group_softmax_scores.cuda(logits, columns, *groups, background, False)
+        assert gradient.shape == logits.shape and scores.shape == (rows, 98)
+
+
 def main() -> None:
     load_emulated_cuda(sanitize=True)
     generator = torch.Generator().manual_seed(0)
     harmonize_all(generator)
     focal(generator)
+    group_softmax(generator)
     half, single, double = torch.float16, torch.float32, torch.float64
     runs = [(single, [0], 0.5, 4), (single, [1], 0.0, 0), (half, [63, 64, 65], 0.5, 5), (single, [63, 64, 65], 0.0, 64)]
     runs += [(torch.bfloat16, [3001], 0.5, 5), (single, [3001], 0.5, 64), (double, [3001], 0.5, 64)]
