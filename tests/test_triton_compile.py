@@ -222,7 +222,7 @@ def _focal_variants(impl) -> dict[str, list[dict]]:
     elements = [
         {**level, **block, "grads_ptr": grad, "GRAD_PER_ELEMENT": per_element}
         for number, level in enumerate(levels)
-        for grad, per_element in (((None, False), (level["grad"], False), (level["grad"], True))[number % 3 :][:2])
+        for grad, per_element in ((None, False), (level["grad"], False), (level["grad"], True))[number % 3 :][:1]
     ]
     totals = [
         {
@@ -257,14 +257,11 @@ def _group_softmax_variants(impl) -> dict[str, list[dict]]:
             **{"tables_ptr": wide, "grad_losses_ptr": wide, "losses_ptr": wide, "gradient_ptr": logit, "scores_ptr": logit},
             **{name: "fp64" for name in ("partials_ptr", "averages_ptr", "statistics_ptr")},
             **layout,
-            **impl.tile_shape(512, 462 if number < 5 else 12, "cuda"),
+            **impl.tile_shape(512, 462 if number < 4 else 12, "cuda"),
             **impl.OPTIONS,
         }
         for number, (logit, label, weight) in enumerate(
-            (
-                *(("fp32", "i64", "fp32"), ("bf16", "i32", "bf16"), ("fp16", "i64", "fp32"), ("fp64", "i32", "fp64")),
-                *(("fp32", "i32", "fp16"), ("bf16", "i64", "fp32"), ("fp64", "i64", "fp32")),
-            )
+            (("fp32", "i64", "fp32"), ("bf16", "i32", "bf16"), ("fp16", "i64", "fp16"), ("fp64", "i32", "fp64"), ("bf16", "i64", "fp32"))
         )
         for layout in layouts[number % 2 :][:1]
         for wide in ("fp64" if logit == "fp64" else "fp32",)
