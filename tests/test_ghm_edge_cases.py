@@ -95,6 +95,22 @@ def test_nan_in_a_valid_element(backend, loss, generator, where, dtype):
             assert torch.equal(got.statistics[0], options["acc_sum"]) and torch.equal(got.statistics[1], options["num_updates"])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", ["dense", "soft"])
+def test_an_infinite_target_of_classification_is_as_nan(backend, generator, form, dtype):
+    """Whatever the logit: beside some of them the formulas stay finite or infinite."""
+    pred, target = CLASSIFICATION.draw(GHMSample("infinite_target", form=form, dtype=dtype), generator).arguments
+    pred[:8, 1] = torch.tensor([0.0, -0.0, 2.0, 2.0, -2.0, -100.0, INF, -INF])
+    broken = torch.zeros_like(pred, dtype=torch.bool)
+    broken[:8, 1] = True
+    expected = CLASSIFICATION.evaluate(backend, pred, target.masked_fill(broken, NAN), **state())
+    for value in (INF, -INF):
+        got = CLASSIFICATION.evaluate(backend, pred, target.masked_fill(broken, value), **state())
+        assert got.losses[0].isnan() and torch.equal(got.gradient.isnan(), broken)
+        assert torch.equal(got.gradient[~broken], expected.gradient[~broken])
+        assert all(map(torch.equal, got.statistics, expected.statistics))
+
+
 @LOSSES
 @pytest.mark.parametrize("upstream", [0.0, 1.0, INF])
 def test_nan_reaches_the_gradient_whatever_the_upstream_factor(backend, loss, generator, upstream):

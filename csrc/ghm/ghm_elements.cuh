@@ -64,7 +64,7 @@ class Elements {
         return {find(found.slope, distance), distance * (distance * inverse_mu_) * found.factor};
       }
     } else {
-      if (isnan(pred - target)) return {kNoBin, 0};
+      if (isnan(pred + 0 * target)) return {kNoBin, 0};  // an infinite target is as NaN
       const bool is_hard = form == GhmForm::kLabels || target == 0 || target == 1;
       const T u = target == 1 ? -pred : pred;
       if constexpr (kIsDouble) {
@@ -107,7 +107,7 @@ class Elements {
         return {bin, target == 1 ? -size : size};
       }
     } else {
-      if (isnan(pred - target)) return {kNoBin, 0};
+      if (isnan(pred + 0 * target)) return {kNoBin, 0};  // an infinite target is as NaN
       const HarmonizedElement element = soft_element(pred, target);
       return {find_soft(element.position), static_cast<T>(element.slope)};
     }

@@ -6,42 +6,53 @@
 constexpr float kLargestFloatRatio = 1e9f;
 
 struct RegressionVec {
-  FloatVec ratio;  // d / mu
+  FloatVec d;
   FloatVec square;
   FloatVec inverse_root;  // 1 / sqrt(1 + y), to 14 bits
+  FloatVec norm;          // g, likewise
   IntVec bin;
-  uint32_t mask;  // the elements taken
+  uint32_t is_near;  // which are within the range
 };
 
-// The number of thresholds at or below |d|. A difference rounded to float decides as the exact one does, unless it is a
-// neighbour of the threshold.
-template <int kTable, class In, class Target>
-static inline IntVec regression_bins(const GhmEdges& edges, const In* preds, const Target* targets, FloatVec d, FloatVec g) {
-  const IntVec lowest = truncate(g * scale_of_lowest(edges));
-  const IntVec beyond =
-      reinterpret_cast<IntVec>(absolute(d)) - reinterpret_cast<IntVec>(look_up<kTable>(edges.float_above, lowest));
-  uint32_t above = ~negative_mask(beyond);
-  for (uint32_t close = zero_mask((beyond + 1) & ~1); __builtin_expect(close != 0, 0); close &= close - 1) {
+// Read once: the compiler cannot tell that what is written leaves them as they are.
+struct RegressionScales {
+  FloatVec inverse_mu;
+  FloatVec of_lowest;
+  explicit RegressionScales(const GhmEdges& edges)
+      : inverse_mu(all_floats(static_cast<float>(1 / edges.mu))), of_lowest(scale_of_lowest(edges)) {}
+};
+
+// Of the lanes of `close`, whose difference rounded to float does not decide: which are at or above the threshold behind
+// `lowest`.
+template <class In, class Target>
+static uint32_t decide_exactly(uint32_t close, const In* preds, const Target* targets, const GhmEdges& edges, IntVec lowest) {
+  int32_t bins[kFloats];
+  store_vec(bins, lowest);
+  uint32_t above = 0;
+  for (; close != 0; close &= close - 1) {
     const int lane = __builtin_ctz(close);
     const double distance = static_cast<double>(widen(preds[lane])) - static_cast<double>(widen(targets[lane]));
-    const bool is_above = (distance < 0 ? -distance : distance) >= edges.above[lowest[lane]];
-    above = is_above ? above | 1u << lane : above & ~(1u << lane);
+    above |= static_cast<uint32_t>((distance < 0 ? -distance : distance) >= edges.above[bins[lane]]) << lane;
   }
-  return add_one_where(above, lowest);
+  return above;
 }
 
 template <int kTable, class In, class Target>
-static inline RegressionVec load_regression(const In* preds, const Target* targets, const GhmBlock& block,
-                                            const GhmEdges& edges, int i, uint64_t& left_over) {
-  const uint32_t valid = static_cast<uint32_t>(block.valid[i / 64] >> i % 64) & kAllFloats;
-  const FloatVec d = load_floats(preds + i) - load_floats(targets + i);
-  const FloatVec any_ratio = d * all_floats(static_cast<float>(1 / edges.mu));
-  const uint32_t is_near = at_most_mask(absolute(any_ratio), all_floats(kLargestFloatRatio)), mask = valid & is_near;
-  left_over |= static_cast<uint64_t>(valid & ~mask) << i % 64;
-  const FloatVec ratio = choose(is_near, any_ratio, FloatVec{}), square = ratio * ratio;
-  const FloatVec inverse_root = reciprocal_root_estimate(1 + square);
-  const IntVec bin = regression_bins<kTable>(edges, preds + i, targets + i, d, absolute(ratio) * inverse_root);
-  return {ratio, square, inverse_root, bin, mask};
+static inline RegressionVec load_regression(const In* preds, const Target* targets, const GhmEdges& edges,
+                                            const RegressionScales& scales) {
+  const FloatVec d = load_floats(preds) - load_floats(targets), length = absolute(d), any_ratio = length * scales.inverse_mu;
+  const uint32_t is_near = at_most_mask(any_ratio, all_floats(kLargestFloatRatio));
+  // Tables in memory need an index within them; what those in registers give for other elements is dropped.
+  const FloatVec ratio = kTable == 0 ? choose(is_near, any_ratio, FloatVec{}) : any_ratio, square = ratio * ratio;
+  const FloatVec inverse_root = reciprocal_root_estimate(1 + square), norm = ratio * inverse_root;
+  const IntVec lowest = truncate(norm * scales.of_lowest);
+  // The number of thresholds at or below |d|. Rounded to float it decides as the exact one does, unless it is a neighbour of
+  // the threshold.
+  const FloatVec threshold = look_up<kTable>(edges.float_above, lowest);
+  uint32_t above = at_most_mask(threshold, length);
+  const uint32_t close = is_near & zero_mask((reinterpret_cast<IntVec>(length) - reinterpret_cast<IntVec>(threshold) + 1) & ~1);
+  if (__builtin_expect(close != 0, 0)) above = (above & ~close) | decide_exactly(close, preds, targets, edges, lowest);
+  return {d, square, inverse_root, norm, add_one_where(above, lowest), is_near};
 }
 
 // mu f by a step of Newton's from `guess`, f to 13 bits. slope: -1 / (2 sqrt(1 + y)), to 14 bits. Right to 2e-8.
@@ -50,31 +61,59 @@ static inline DoubleVec regression_loss(DoubleVec d, DoubleVec guess, DoubleVec 
   return scaled_guess + (scaled_guess * (guess + 2) - d * (d * inverse_mu)) * slope;
 }
 
+// Calls body(i, which elements from i on are valid) for the vectors of a block, which returns those that are left over.
+template <class Body>
+static inline void for_valid(const GhmBlock& block, uint64_t* left_over, const Body& body) {
+  for (int word = 0; word * 64 < block.size; ++word) {
+    const uint64_t valid = block.valid[word];
+    uint64_t left = 0;
+    for (int shift = 0; shift < 64; shift += kFloats)
+      left |= static_cast<uint64_t>(body(word * 64 + shift, static_cast<uint32_t>(valid >> shift) & kAllFloats)) << shift;
+    left_over[word] = left;
+  }
+}
+
 template <int kTable, class In, class Target>
 static void add_regression(const In* preds, const Target* targets, const GhmBlock& block, const GhmEdges& edges,
                            uint64_t* left_over, BinSum* sums) {
   alignas(64) double losses[kBlock];
   alignas(64) int32_t entries[kBlock];
+  const RegressionScales scales(edges);
   const double mu = edges.mu, inverse_mu = 1 / mu;
-  for (int i = 0; i < block.size; i += kFloats) {
-    const RegressionVec x = load_regression<kTable>(preds, targets, block, edges, i, left_over[i / 64]);
-    const FloatVec pred = load_floats(preds + i), target = load_floats(targets + i), slope = -0.5f * x.inverse_root;
-    const FloatVec guess = x.square * rough_reciprocal(1 + (1 + x.square) * x.inverse_root);
-    const DoubleVec low = low_doubles(pred) - low_doubles(target), high = high_doubles(pred) - high_doubles(target);
+  // So far behind the stores of whole vectors elements are added, which would else be slow to load one by one.
+  constexpr int kBehind = 64;
+  const IntVec behind = IntVec{} + edges.bins;
+  for_valid(block, left_over, [&](int i, uint32_t valid) {
+    const RegressionVec x = load_regression<kTable>(preds + i, targets + i, edges, scales);
+    const DoublePair pred = load_doubles(preds + i), target = load_doubles(targets + i);
+    const FloatVec slope = -0.5f * x.inverse_root, guess = x.square * rough_reciprocal(1 + (1 + x.square) * x.inverse_root);
+    const DoubleVec low = pred.low - target.low, high = pred.high - target.high;
     store_vec(losses + i, regression_loss(low, low_doubles(guess), low_doubles(slope), mu, inverse_mu));
     store_vec(losses + i + kDoubles, regression_loss(high, high_doubles(guess), high_doubles(slope), mu, inverse_mu));
-    store_vec(entries + i, entries_of(choose(x.mask, x.bin, IntVec{} + edges.bins)));
-  }
-  add_to_entries(losses, entries, block.size, sums);
+    store_vec(entries + i, entries_of(choose(valid & x.is_near, x.bin, behind)));
+    if (i >= kBehind) add_to_entries(losses + i - kBehind, entries + i - kBehind, kFloats, sums);
+    return valid & ~x.is_near;
+  });
+  const int added = (block.size - 1) / 64 * 64 + 64 - kBehind;
+  add_to_entries(losses + added, entries + added, block.size - added, sums);
+}
+
+// x, negated where `sign` is negative.
+static inline FloatVec with_sign_of(FloatVec sign, FloatVec x) {
+  constexpr int32_t kSignBit = static_cast<int32_t>(0x80000000);
+  return reinterpret_cast<FloatVec>(reinterpret_cast<IntVec>(x) ^ (reinterpret_cast<IntVec>(sign) & kSignBit));
 }
 
 template <int kTable, class In, class Target>
 static void write_regression(const In* preds, const Target* targets, const GhmBlock& block, const GhmEdges& edges,
                              const GhmFactors& factors, uint64_t* left_over, In* gradient) {
-  for (int i = 0; i < block.size; i += kFloats) {
-    const RegressionVec x = load_regression<kTable>(preds, targets, block, edges, i, left_over[i / 64]);
-    const FloatVec inverse_root = x.inverse_root * (1.5f - 0.5f * (1 + x.square) * x.inverse_root * x.inverse_root);
-    const FloatVec factor = look_up<kTable>(factors.rounded, x.bin);
-    store_floats(gradient + i, choose(x.mask, x.ratio * inverse_root * factor, FloatVec{}));
-  }
+  const RegressionScales scales(edges);
+  for_valid(block, left_over, [&](int i, uint32_t valid) {
+    const RegressionVec x = load_regression<kTable>(preds + i, targets + i, edges, scales);
+    // A step of Newton's for the root; then the sign of d.
+    const FloatVec step = 1.5f - (1 + x.square) * x.inverse_root * (0.5f * x.inverse_root);
+    const FloatVec slope = x.norm * step * look_up<kTable>(factors.rounded, x.bin);
+    store_floats(gradient + i, choose(valid & x.is_near, with_sign_of(x.d, slope), FloatVec{}));
+    return valid & ~x.is_near;
+  });
 }

@@ -82,7 +82,7 @@ static void classify_wide(const GhmEdges& edges, WideElements& wide) {
   for (int i = 0; i < wide.count; i += kDoubles) {
     const DoubleVec z = load_vec<DoubleVec>(wide.pred + i), t = load_vec<DoubleVec>(wide.target + i);
     const DoubleVec distance = absolute(z), e = exp_minus(distance);
-    const DoubleVec factor = z > 0.0 ? 1 - t : t;
+    const DoubleVec factor = (z > 0.0 ? 1 - t : t) + 0 * t;  // NaN of an infinite target
     const DoubleVec slope = e / (1 + e) - factor, g = absolute(slope);
     const LongVec is_one = t == 1.0, is_hard = is_one | (t == 0.0);
     if constexpr (kNeedsLoss) store_vec(wide.loss + i, (factor == 0.0 ? all_doubles(0) : factor * distance) + log_one_plus(e));

@@ -103,9 +103,9 @@ def ghm_classification_loss(
         too `(loss, acc_sum, num_updates)`: new tensors, the arguments stay as they are. Without a valid element an exact zero,
         connected to the graph. Without a valid element, or where the loss is not finite, the returned state equals the given one.
 
-    NaN and infinity: an infinite logit takes its limit. NaN in a valid element makes the loss and that element's gradient NaN; other
-    gradients are as if it were not valid. `target` and `weight` are detached. Do not edit `logits`, `target` or `weight` in place
-    before backward.
+    NaN and infinity: an infinite logit takes its limit. NaN in a valid element, or an infinite target, makes the loss and that
+    element's gradient NaN; other gradients are as if it were not valid. `target` and `weight` are detached. Do not edit `logits`,
+    `target` or `weight` in place before backward.
 
     Raises:
         TypeError, ValueError: wrong types, shapes, devices or ranges, processes that differ in their options; with
@@ -139,12 +139,13 @@ def ghm_regression_loss(
 
     Args:
         pred: any shape, box offsets; float16, bfloat16, float32 or float64.
-        target: the shape of `pred`, any real dtype.
-        weight: floating, integral or bool, the shape of `pred`. Elements whose weight is above 0 count, all alike.
+        target: the shape of `pred`, any real dtype (of an integral one a float64 copy is made).
+        weight: floating, integral or bool (both as a float16 copy), the shape of `pred`. Elements whose weight is above 0 count, all
+            alike.
         mu: where the loss turns from square to linear, in the units of `pred`, within [1e-30, 1e30].
         bins, momentum, acc_sum, num_updates, empty_bins, process_group, average_gradients: as in `ghm_classification_loss`.
 
-    Returns, NaN and infinity, Raises: as `ghm_classification_loss`, of `pred` and `pred - target`.
+    Returns, NaN and infinity, Raises: as `ghm_classification_loss`, of `pred` and `pred - target`, which may be infinite.
     """
     op_checks.check_mu("ghm_regression_loss", mu)  # None would ask for GHM-C
     request = read_arguments(
@@ -168,9 +169,10 @@ def gradient_density(
 
     Args:
         pred: any shape; logits for GHM-C, box offsets for GHM-R; float16, bfloat16, float32 or float64.
-        target: with the shape of `pred`, any real dtype; for GHM-C within [0, 1], or class indices with that shape less the last dimension.
-        weight: floating, integral or bool, with the shape of `pred`, for GHM-C or that less its last dimension. Elements whose weight is
-            above 0 count; None: all.
+        target: with the shape of `pred`, any real dtype (of an integral one a copy is made: float32 for GHM-C, float64 for GHM-R); for
+            GHM-C within [0, 1], or class indices with that shape less the last dimension.
+        weight: floating, integral or bool (both as a float16 copy), with the shape of `pred`, for GHM-C or that less its last dimension.
+            Elements whose weight is above 0 count; None: all.
         bins: 1..256.
         mu: None: of GHM-C. A number, as in `ghm_regression_loss`: of GHM-R.
         empty_bins: "skip": the weights share among the bins that are not empty; "count": among all.

@@ -72,10 +72,11 @@ class _GradientHarmonizing(distributed.HoldsGroup, StatefulLoss):
 
         Args:
             pred: GHMC: class logits, for class indices [..., C]; GHMR: box offsets. Any shape; float16, bfloat16, float32 or float64.
-            target: the shape of `pred`, any real dtype; for GHMC values within [0, 1] (integral one-hot too), or class indices, integers
-                with the shape of `pred` less its last dimension: any label that is no foreground class, negative ones too, is background.
-            label_weight: floating, integral or bool, the shape of `pred`, for GHMC or that less its last dimension. Elements whose weight
-                is above 0 count, all alike; None: all count.
+            target: the shape of `pred`, any real dtype (of an integral one a copy is made: float32 for GHMC, float64 for GHMR); for GHMC
+                values within [0, 1] (integral one-hot too), or class indices, integers with the shape of `pred` less its last dimension:
+                any label that is no foreground class, negative ones too, is background.
+            label_weight: floating, integral or bool (both as a float16 copy), the shape of `pred`, for GHMC or that less its last
+                dimension. Elements whose weight is above 0 count, all alike; None: all count.
             avg_factor: a number or a 0-d tensor; has no effect, as in MMDetection: the density normalises.
             reduction_override: "none" or "mean", in place of the module's `reduction`. Pass it by keyword: MMDetection's GHMC has it
                 fourth, before `avg_factor`. Other keywords, which MMDetection's GHMC swallows, are a TypeError.

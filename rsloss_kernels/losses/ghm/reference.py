@@ -59,7 +59,7 @@ def element_losses(pred: Tensor, target: Tensor, mu: float | None) -> Tensor:
         length = finite.abs()
         loss = length * (length / (torch.hypot(finite, torch.full_like(d, mu)) + mu))
         return torch.where(d.isinf(), d.abs(), loss)
-    slope = torch.where(pred > 0, 1 - target, -target).detach()
+    slope = (torch.where(pred > 0, 1 - target, -target) + 0 * target).detach()  # NaN of an infinite target
     linear = torch.where(slope == 0, 0.0, slope * pred)
     # Not `abs`, whose derivative at 0 is 0: the linear part takes 0 for negative.
     return linear + torch.log1p(torch.exp(torch.where(pred > 0, -pred, pred)))
@@ -118,7 +118,7 @@ class _Soft:
 
     def __init__(self, pred: Tensor, target: Tensor):
         self.pred, self.target = pred.double(), target.double()
-        self.is_nan = (self.pred - self.target).isnan()
+        self.is_nan = (self.pred + 0 * self.target).isnan()  # an infinite target is as NaN
 
     def bin_of(self, bins: int) -> Tensor:
         return bin_of(self.pred, self.target, bins, None)

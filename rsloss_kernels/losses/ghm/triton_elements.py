@@ -96,7 +96,7 @@ def harmonize(pred, target, edges_ptr, bins, mu_bits, IS_REGRESSION: tl.constexp
         slope = tl.where(difference > 0, slope, -slope)
     else:
         small = exp_of_minus(tl.abs(pred))
-        factor = tl.where(pred > 0, 1.0 - target, target)
+        factor = tl.where(pred > 0, 1.0 - target, target) + 0.0 * target  # NaN of an infinite target
         slope = small * reciprocal(1.0 + small) - factor
         loss = tl.where(factor == 0, 0.0, factor * tl.abs(pred)) + log1p_of_fraction(small)
         position = tl.where(target == 1, -pred, pred)
