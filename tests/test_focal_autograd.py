@@ -167,6 +167,23 @@ def test_expanded_weights_of_rows_are_not_copied(backend, generator, form):
     assert value == loss_of(backend, FOCAL, arguments, options | {"weight": expanded.contiguous()})
 
 
+def test_expanded_dense_targets_are_no_labels(backend, generator):
+    """Dense integral targets that were expanded over the classes have the strides of weights per row."""
+    logits = torch.randn((4, 3), generator=generator)
+    targets = torch.zeros((4, 1), dtype=torch.int64).expand(4, 3)
+    value = loss_of(backend, FOCAL, (logits, targets), {"reduction": "sum"})
+    assert value == loss_of(backend, FOCAL, (logits, targets.contiguous()), {"reduction": "sum"})
+
+
+def test_weights_expanded_on_some_levels(backend, generator):
+    levels = [torch.randn((rows, 3), generator=generator) for rows in (4, 2)]
+    labels = [torch.zeros(len(level), dtype=torch.int64) for level in levels]
+    weights = [torch.rand((4, 1), generator=generator).expand(4, 3), torch.rand((2, 3), generator=generator)]
+    value = loss_of(backend, FOCAL, (levels, labels), {"weight": weights, "reduction": "sum"})
+    weights = [weight.contiguous() for weight in weights]
+    assert value == loss_of(backend, FOCAL, (levels, labels), {"weight": weights, "reduction": "sum"})
+
+
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_backward_runs_on_the_backend_of_forward(backend, generator, reduction):
     """Backward may run on another thread and after `use_backend` has ended."""

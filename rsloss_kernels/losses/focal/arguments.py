@@ -220,9 +220,6 @@ def _read_value(levels: Levels, name: str, level: Level, value: Tensor, per_row:
         if per_row and shape == level.rows:
             return value.contiguous(), True
         if per_element and shape == level.given.shape:
-            if per_row and value.dim() > 0 and shape[-1] > 1 and value.stride(-1) == 0:
-                # Expanded from one per row: a copy would have one number per element.
-                return value[..., 0].contiguous(), True
             return value.contiguous(), False
         wanted = [level.rows] * per_row + [tuple(level.given.shape)] * per_element
     else:
@@ -294,7 +291,7 @@ def _check_target_values(levels: Levels, values: list[Tensor], has_labels: bool)
 def read_weights(levels: Levels, weight: Tensor | Sequence[Tensor] | None) -> list[Tensor]:
     if weight is None:
         return []
-    values, _ = read_values(levels, "weight", weight, True, True)
+    values, _ = read_values(levels, "weight", _unexpanded(levels, weight), True, True)
     read = []
     for value in values:
         if not (value.dtype.is_floating_point or value.dtype.is_complex):
@@ -302,6 +299,18 @@ def read_weights(levels: Levels, weight: Tensor | Sequence[Tensor] | None) -> li
         _checks.check_floating(levels.function, "weight", value)
         read.append(value)
     return read
+
+
+def _unexpanded(levels: Levels, weight: Tensor | Sequence[Tensor]) -> Tensor | Sequence[Tensor]:
+    """Weights of rows that were expanded over the classes, per row again: a copy would have one number per element."""
+    entries = [weight] if isinstance(weight, Tensor) else weight if isinstance(weight, (list, tuple)) else []
+    for level, entry in zip(levels.levels, entries, strict=False):
+        if level.order or not isinstance(entry, Tensor) or entry.layout != torch.strided or entry.dim() != level.given.dim():
+            return weight
+        if entry.shape[-1] != levels.num_classes or levels.num_classes == 1 or entry.stride(-1) != 0:
+            return weight
+    per_row = [entry[..., 0] for entry in entries]
+    return per_row[0] if isinstance(weight, Tensor) else per_row or weight
 
 
 def read_reduction(
