@@ -8,7 +8,7 @@ from rsloss_kernels import EqualizedFocalLoss, EqualizedQualityFocalLoss, EQLv2L
 from sigmoid_samples import assert_is_focal_loss
 
 GRADIENT_GATE = 2e-6
-DTYPES = [torch.float64, torch.float32]
+DTYPES = [torch.float64, pytest.param(torch.float32, marks=pytest.mark.slow_interpreter)]
 SEQUENCES = [case for case in golden_vectors.cases("efl") if case.manifest["kind"] != "efl_single"]
 SINGLES = [case for case in golden_vectors.cases("efl") if case.manifest["kind"] == "efl_single"]
 EQLV2 = [case for case in golden_vectors.cases("eqlv2") if case.manifest["kind"] == "eqlv2_seq"]

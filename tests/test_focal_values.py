@@ -284,7 +284,11 @@ MEMORY = {
 }
 
 
-@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize(
+    "memory",
+    # What is laid out by Python alone is the same for all backends.
+    [pytest.param(name, marks=[pytest.mark.slow_interpreter] * (name in ("mixed", "sliced"))) for name in MEMORY],
+)
 @pytest.mark.parametrize("anchors", [1, 3])
 @pytest.mark.parametrize("layout", ["anchor_major", "class_major"])
 def test_maps(backend, generator, layout, anchors, memory):
