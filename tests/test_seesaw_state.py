@@ -87,6 +87,17 @@ def test_bad_input(error, message, changes):
         seesaw_loss(**arguments)
 
 
+def test_average_factor_of_the_module():
+    """As MMDetection: 0 does not divide by 0, and single losses are not divided."""
+    module = SeesawLoss(3)
+    without_rows = module(LOGITS, LABELS, torch.zeros(len(LABELS)), avg_factor=torch.tensor(0))
+    assert [loss.item() for loss in without_rows.values()] == [0, 0]
+    module.eval()
+    divided = module(LOGITS, LABELS, avg_factor=2.0, reduction_override="none")
+    whole = module(LOGITS, LABELS, reduction_override="none")
+    assert all(torch.equal(divided[name], whole[name]) for name in whole)
+
+
 def test_bad_input_of_the_module():
     with pytest.raises(ValueError, match=r"SeesawLoss: cls_score must have 6 columns, got shape \[6, 5\]"):
         SeesawLoss(4)(LOGITS, LABELS)

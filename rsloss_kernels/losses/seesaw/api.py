@@ -63,15 +63,16 @@ def seesaw_loss(
 
 def evaluate(
     function: str, logits: Tensor, labels: Tensor, cum_samples: Tensor, weight: Tensor | None, p: float, q: float, eps: float,
-    reduction: str, avg_factor: float | Tensor | None,
+    reduction: str, avg_factor: float | Tensor | None, avg_eps: float = 0.0,
 ) -> SeesawLosses:  # fmt: skip
+    """`avg_eps` is added to `avg_factor`."""
     classes = cum_samples.shape[0] - 1 if isinstance(cum_samples, Tensor) and cum_samples.dim() == 1 else None
     logits, labels = read_rows(function, "logits", logits, labels, classes)
     log_counts = _read_counts(function, cum_samples, logits)
     weight = _read_weight(function, weight, logits)
     powers = [read_number(function, name, value) for name, value in (("p", p), ("q", q), ("eps", eps))]
     _checks.check_choice(function, "reduction", reduction, REDUCTIONS)
-    avg_factor = _read_avg_factor(function, avg_factor, reduction, logits)
+    avg_factor = _read_avg_factor(function, avg_factor, reduction, logits, avg_eps)
     backend = _backends.resolve("seesaw_forward", logits.device.type)
     (losses,) = _library.differentiable("seesaw_forward", backend, logits, labels, weight, log_counts, *powers)
     if reduction == "none":
@@ -148,7 +149,7 @@ def _read_weight(function: str, weight: Tensor | None, logits: Tensor) -> Tensor
     return weight.detach().contiguous()
 
 
-def _read_avg_factor(function: str, avg_factor: object, reduction: str, logits: Tensor) -> float | Tensor | None:
+def _read_avg_factor(function: str, avg_factor: object, reduction: str, logits: Tensor, eps: float) -> Tensor | None:
     if avg_factor is None:
         return None
     if reduction != "mean":
@@ -157,7 +158,7 @@ def _read_avg_factor(function: str, avg_factor: object, reduction: str, logits: 
         _checks.check_device(function, "avg_factor", avg_factor, logits)
         if avg_factor.numel() != 1 or avg_factor.dim() > 1 or avg_factor.is_complex():
             raise ValueError(f"{function}: avg_factor must be a number or a 0-d Tensor, got shape {list(avg_factor.shape)}")
-        return avg_factor.detach().reshape(())
+        return avg_factor.detach().reshape(()).double() + eps
     if isinstance(avg_factor, bool) or not isinstance(avg_factor, numbers.Real):
         raise TypeError(f"{function}: avg_factor must be a number or a 0-d Tensor, got {type(avg_factor).__name__}")
-    return logits.new_full((), avg_factor, dtype=torch.float64)
+    return logits.new_full((), avg_factor + eps, dtype=torch.float64)

@@ -5,6 +5,7 @@ from torch import Tensor
 from rsloss_kernels import _checks, distributed
 from rsloss_kernels._state import StatefulLoss, keeps_statistics, store
 from rsloss_kernels.losses.focal.arguments import REDUCTIONS, read_number
+from rsloss_kernels.losses.focal.modules import EPS
 from rsloss_kernels.losses.seesaw import api
 
 
@@ -82,7 +83,9 @@ class SeesawLoss(distributed.HoldsGroup, StatefulLoss):
         """The losses times `loss_weight`, and the counts of the next step.
 
         Args:
-            cls_score, labels, label_weights, avg_factor: `logits`, `labels`, `weight` and `avg_factor` of `seesaw_loss`.
+            cls_score, labels, label_weights: `logits`, `labels` and `weight` of `seesaw_loss`.
+            avg_factor: a number or a Tensor of one number. "mean" divides by it plus float32's epsilon, as in MMDetection; "none" does
+                not look at it; an error for "sum".
             reduction_override: in place of the module's `reduction`.
 
         Returns: {"loss_cls_objectness", "loss_cls_classes"}, or their sum without `return_dict`.
@@ -93,7 +96,7 @@ class SeesawLoss(distributed.HoldsGroup, StatefulLoss):
         if keeps_statistics(self):
             counts = counts + self._count(labels)
         reduction = self.reduction if reduction_override is None else reduction_override
-        settings = (self.p, self.q, self.eps, reduction, avg_factor)
+        settings = (self.p, self.q, self.eps, reduction, None if reduction == "none" else avg_factor, EPS)
         losses = api.evaluate(name, cls_score, labels, counts, label_weights, *settings)
         if counts is not self.cum_samples:
             store(self.cum_samples, counts)
