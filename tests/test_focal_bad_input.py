@@ -160,6 +160,8 @@ CALLS = {
     "efl_pos_neg": (lambda: equalized_focal_loss(X, Y, R[None]), ValueError, r"pos_neg must have shape \[C\], .* got \[1, 3\]"),
     "efl_pos_neg_device": (lambda: equalized_focal_loss(X, Y, R.to("meta")), ValueError, "pos_neg must be on the device of logits"),
     "eqfl_target": (lambda: EqualizedQualityFocalLoss(3)(X, Y), TypeError, r"target must be a tuple \(labels, quality\), got Tensor"),
+    "efl_labels": (lambda: equalized_focal_loss(X, Y[:3], R), ValueError, r"^equalized_focal_loss: labels must have shape \[4\] for"),
+    "eqlv2_one_hot": (lambda: EQLv2Loss(2)(X, X.long()), ValueError, r"^EQLv2Loss: labels must have shape \[4\] for .* got \[4, 3\]"),
     "eqfl_quality": (lambda: equalized_quality_focal_loss(X, Y, None, R), TypeError, "quality must be a Tensor or a list of them, got None"),
     "eqlv2_classes": (lambda: EQLv2Loss(3)(X, Y), ValueError, rf"^EQLv2Loss: logits must have 4 channels, .* got 3. .*{ALONE}"),
     "eqlv2_background": (lambda: EQLv2Loss(4)(X, Y), ValueError, rf"logits must have 5 channels, .* got 3. .*{ALONE}"),

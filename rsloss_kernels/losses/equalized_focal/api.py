@@ -177,7 +177,7 @@ def read_equalized_focal(
     positive, negative = focal.read_alpha(function, alpha)
     table = torch.stack([focus, positive * factor, negative * factor])
     # "mean" without `avg_factor` divides by 1, as published.
-    common = (weight, "sum" if reduction == "mean" else reduction, avg_factor, background, ignore_index)
+    common = (weight, "sum" if reduction == "mean" else reduction, avg_factor, background, ignore_index, "labels")
     return focal.make_request(levels, labels, quality, table, modulator, *common, loss_weight=loss_weight)
 
 
@@ -223,7 +223,8 @@ def read_eqlv2(
     negative = torch.cat([negative, negative.new_ones(1)])
     table = torch.stack([torch.full_like(negative, focal_gamma), 1 + alpha * (1 - negative), negative])
     return focal.make_request(
-        levels, labels, None, table, Modulator.FOCAL, None, "mean", None, "last", None, loss_weight=loss_weight, mean_over=levels.num_rows
+        levels, labels, None, table, Modulator.FOCAL, None, "mean", None, "last", None, "labels",
+        loss_weight=loss_weight, mean_over=levels.num_rows,
     )  # fmt: skip
 
 

@@ -184,11 +184,12 @@ def make_request(
     avg_factor: float | Tensor | None,
     background: str,
     ignore_index: int | None,
+    name_of_targets: str = "targets",
     **normalising: float,
 ) -> Request:
-    """`normalising`: options of `arguments.read_reduction`."""
+    """`name_of_targets`: of `arguments.read_targets`; `normalising`: options of `arguments.read_reduction`."""
     normalizer, scale = arguments.read_reduction(levels, reduction, avg_factor, **normalising)
-    targets, qualities = arguments.read_targets(levels, targets, quality, background)
+    targets, qualities = arguments.read_targets(levels, targets, quality, background, name_of_targets)
     ignored = arguments.read_ignore_index(levels.function, ignore_index)
     weights, first = arguments.read_weights(levels, weight), background == "first"
     return Request(levels, targets, qualities, weights, class_table, normalizer, modulator, first, ignored, scale)

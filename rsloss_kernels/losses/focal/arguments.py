@@ -244,24 +244,31 @@ def _read_value(levels: Levels, name: str, level: Level, value: Tensor, per_row:
 
 
 def read_targets(
-    levels: Levels, targets: Tensor | Sequence[Tensor], quality: Tensor | Sequence[Tensor] | None, background: str
+    levels: Levels,
+    targets: Tensor | Sequence[Tensor],
+    quality: Tensor | Sequence[Tensor] | None,
+    background: str,
+    name: str = "targets",
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Targets and qualities (empty if there are none) as the operators take them. `background` is checked."""
+    """Targets and qualities (empty if there are none) as the operators take them. `background` is checked.
+
+    `name` is that of the caller's argument: "labels" are class indices alone.
+    """
     function = levels.function
     _checks.check_choice(function, "background", background, ("last", "first"))
-    dtypes = {entry.dtype for entry in _as_list(function, "targets", targets)}
+    dtypes = {entry.dtype for entry in _as_list(function, name, targets)}
     if any(dtype.is_complex for dtype in dtypes) or len(dtypes) > 1 and any(not dtype.is_floating_point for dtype in dtypes):
-        raise TypeError(f"{function}: targets must be class indices or floating, of one dtype on all levels, got {_names(dtypes)}")
+        raise TypeError(f"{function}: {name} must be class indices or floating, of one dtype on all levels, got {_names(dtypes)}")
     is_integral = not any(dtype.is_floating_point for dtype in dtypes)
-    values, has_labels = read_values(levels, "targets", targets, is_integral and torch.bool not in dtypes, True)
+    values, has_labels = read_values(levels, name, targets, is_integral and torch.bool not in dtypes, name != "labels")
     if has_labels:
-        values = [_checks.as_labels(function, value, "targets") for value in values]
+        values = [_checks.as_labels(function, value, name) for value in values]
     elif is_integral:
         values = [value.to(levels.first.dtype) for value in values]
     for value in values:
         if not has_labels:
             _checks.check_floating(function, "targets", value)
-    _check_target_values(levels, values, has_labels)
+    _check_target_values(levels, name, values, has_labels)
     if quality is None:
         return values, []
     if not has_labels:
@@ -276,16 +283,16 @@ def _names(dtypes: set[torch.dtype]) -> str:
     return ", ".join(sorted(map(str, dtypes)))
 
 
-def _check_target_values(levels: Levels, values: list[Tensor], has_labels: bool) -> None:
+def _check_target_values(levels: Levels, name: str, values: list[Tensor], has_labels: bool) -> None:
     if not _checks.debug_checks():
         return
     for value in values:
         if has_labels and value.numel() and int(value.max()) > levels.num_classes:
             raise ValueError(
-                f"{levels.function}: targets must be class indices up to {levels.num_classes}, got {int(value.max())}"
+                f"{levels.function}: {name} must be class indices up to {levels.num_classes}, got {int(value.max())}"
             )
         if not has_labels and bool((value > 1).any()):
-            raise ValueError(f"{levels.function}: targets must be at most 1, got {float(value.max())}")
+            raise ValueError(f"{levels.function}: {name} must be at most 1, got {float(value.max())}")
 
 
 def read_weights(levels: Levels, weight: Tensor | Sequence[Tensor] | None) -> list[Tensor]:
