@@ -6,6 +6,7 @@
     torchrun --nproc-per-node 2 python/train_detector.py --global-ranking --loss rank_sort   # one ranking over two processes
     python python/train_detector.py --data DIR            # a folder in COCO format: DIR/images and DIR/instances.json
     python python/train_detector.py --seeds 3 --ablation  # learning rates, score weights, box weight; goes on where it was stopped
+    python python/train_detector.py --long-tail --seeds 3 # some digits are rare: focal, EQL v2, EFL, Seesaw, group softmax; likewise
     python python/train_detector.py --imbalance           # CE, OHEM, focal, GHM-C; smooth L1, ASL1, GHM-R; goes on likewise
 
 Under torchrun every process takes its part of each batch, DistributedDataParallel averages the gradients and the first process
@@ -86,18 +87,29 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="the table of losses for the classes, with smooth L1 for the boxes, and of losses for the boxes, with focal loss, instead",
     )
+    tables.add_argument(
+        "--long-tail",
+        action="store_true",
+        help="the table of losses for digits of very different frequency instead, and of what becomes of a softmax detector whose "
+        "classifier is trained on",
+    )
+    parser.add_argument("--tail-ratio", type=float, default=100.0, help="--long-tail: the most frequent digit over the rarest")
+    parser.add_argument("--tune-steps", type=int, default=500, help="--long-tail: steps of a detector that is trained on")
     parser.add_argument(
         "--time-steps", type=int, default=30, help="--imbalance: steps of each loss, taken in turns, for the times; 0: no times"
     )
     options = parser.parse_args(arguments)
-    for name in ("seeds", "steps", "batch_size", "pool", "held_out", "checkpoint_every"):
+    for name in ("seeds", "steps", "batch_size", "pool", "held_out", "checkpoint_every", "tune_steps", "tail_ratio"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
-    for name in ("ablation", "imbalance"):
+    for name in ("ablation", "imbalance", "long_tail"):
         if getattr(options, name) and processes.are_several():
-            parser.error(f"--{name} takes one process, got more from torchrun")
-    if options.imbalance and options.loss:
-        parser.error("--imbalance has losses of its own, got --loss")
+            parser.error(f"--{name.replace('_', '-')} takes one process, got more from torchrun")
+    for name in ("imbalance", "long_tail"):
+        if getattr(options, name) and options.loss:
+            parser.error(f"--{name.replace('_', '-')} has losses of its own, got --loss")
+    if options.long_tail and options.data is not None:
+        parser.error("--long-tail makes its own canvases, got --data")
     for name in ("compare_steps", "time_steps"):
         if getattr(options, name) < 0:
             parser.error(f"--{name.replace('_', '-')} must be at least 0, got {getattr(options, name)}")
@@ -111,6 +123,8 @@ def main(arguments: list[str] | None = None) -> dict | None:
     with processes.started(options.device) as options.device:
         if options.ablation:
             return app.run_ablation(options)
+        if options.long_tail:
+            return app.run_long_tail(options)
         return app.run_imbalance(options) if options.imbalance else app.run(options)
 
 

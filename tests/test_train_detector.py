@@ -15,7 +15,7 @@ sys.path[:0] = [str(pathlib.Path(__file__).resolve().parents[1] / folder) for fo
 
 import plot_gradient_density  # noqa: E402
 import train_detector  # noqa: E402
-from digits_detector import boxes, comparison, evaluation, imbalance  # noqa: E402
+from digits_detector import boxes, comparison, evaluation, imbalance, long_tail, long_tail_losses  # noqa: E402
 from digits_detector.assignment import assign  # noqa: E402
 from digits_detector.class_losses import hard_example_sum  # noqa: E402
 from digits_detector.coco_folder import read_coco_folder, write_coco_folder  # noqa: E402
@@ -299,6 +299,66 @@ def test_table_of_imbalance_goes_on_from_finished_runs(pool, tmp_path, monkeypat
     assert "ms in loss" not in text and "2 steps of 4 canvases" in text
 
 
+def test_frequencies_of_a_tail_fall_geometrically():
+    labels = make_canvases("train", 600, tail_ratio=100.0).labels
+    counts = torch.bincount(labels[labels >= 0], minlength=10).double()
+    share = 100.0 ** -torch.linspace(0, 1, 10, dtype=torch.float64)
+    expected = share / share.sum() * counts.sum()
+    assert ((counts - expected).abs() < 5 * expected.sqrt()).all(), counts
+    kinds = long_tail_losses.Tail((7000, 1750, 1749, 350, 349)).kinds()
+    assert kinds == {"frequent": [0, 1], "common": [2, 3], "rare": [4]}
+
+
+@pytest.mark.parametrize("name", long_tail_losses.HEADS)
+def test_a_few_steps_with_every_head_reduce_the_loss(pool, name):
+    trainer = long_tail.LongTailTrainer(Settings(name, steps=40, lr=1e-2, batch_size=8), pool.take(slice(0, 8))).train()
+    classes, boxes = (np.array(trainer.curves[part]) for part in ("classification", "box"))
+    # The weights of an equalized loss change as it goes on; its scores must come nearer to the truth all the same.
+    assert np.isfinite(classes).all() and boxes[-5:].mean() < 0.8 * boxes[:5].mean()
+    predictions, assigned = trainer.predict_batch()
+    is_positive = assigned.labels < 10
+    scores = trainer.score(predictions)
+    assert scores.shape == (8, 180, 10) and (scores >= 0).all() and (scores <= 1).all()
+    found = scores[is_positive].gather(1, assigned.labels[is_positive][:, None])
+    assert found.mean() > 2 * scores[~is_positive].max(-1).values.mean()
+    has_state = name.startswith(("efl", "eqlv2"))
+    assert ("pos_neg of 9" in trainer.curves) == has_state
+
+
+def test_a_detector_that_is_trained_on_keeps_what_is_frozen(pool):
+    base = long_tail.LongTailTrainer(Settings("softmax", steps=3, lr=1e-2, batch_size=8), pool).train()
+    before = {name: value.clone() for name, value in base.model.state_dict().items()}
+    for name in ("bags", "softmax_reweighted", "bags_all_layers"):
+        trainer = long_tail.TunedTrainer(Settings(name, steps=2, lr=1e-2, batch_size=8), pool, "cpu", base)
+        state = trainer.model.state_dict()
+        if name.startswith("bags"):
+            groups = trainer.loss.head.groups
+            columns = groups.class_columns.long()
+            assert torch.equal(state["classify.weight"][columns], before["classify.weight"])
+            assert state["classify.bias"].shape == (groups.num_logits,)
+        trainer.train()
+        changed = {key for key, value in trainer.model.state_dict().items() if "classify" in key or not torch.equal(value, before[key])}
+        assert (changed == {"classify.weight", "classify.bias"}) == (name != "bags_all_layers")
+        assert len(trainer.classifier_norms()) == 10
+    assert all(torch.equal(value, before[name]) for name, value in base.model.state_dict().items())
+
+
+def test_table_of_the_long_tail_goes_on_from_finished_runs(tmp_path, monkeypatch):
+    arguments = "--long-tail --pool 80 --held-out 3 --steps 2 --tune-steps 2 --batch-size 4 --tail-ratio 5".split()
+    arguments += ["--out", str(tmp_path)]
+    first = train_detector.main(arguments)
+    assert [row["loss"] for row in first["table"]] == list(long_tail_losses.NAMES)
+    assert sum(map(len, first["kinds"].values())) == 10 and sum(first["counts"]) > 80
+    for row in first["table"]:
+        (run,) = row["runs"]
+        assert len(run["ap_per_class"]) == len(run["classifier_norms"]) == 10 and 0 <= run["ap"] <= 1
+    text = (tmp_path / "long_tail.md").read_text()
+    assert all(name in text for name in long_tail_losses.NAMES.values()) and "trained on 2 more" in text
+    assert (tmp_path / "long_tail.png").stat().st_size > 5000
+    monkeypatch.setattr(Trainer, "train_step", lambda *_: pytest.fail("a finished run was trained again"))
+    assert train_detector.main(arguments)["table"] == json.loads(json.dumps(first["table"]))
+
+
 def test_plot_of_the_gradient_density(pool, tmp_path):
     trainer = Trainer(Settings("ghm", steps=3, batch_size=4), pool).train(tmp_path / "run.pt")
     assert trainer.step == 3
@@ -393,6 +453,9 @@ def test_bad_options_are_refused(capsys):
     with pytest.raises(SystemExit):
         train_detector.parse(["--imbalance", "--loss", "ap"])
     assert "--imbalance has losses of its own" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train_detector.parse(["--long-tail", "--data", "folder"])
+    assert "--long-tail makes its own canvases" in capsys.readouterr().err
 
 
 def test_help_tells_the_defaults(capsys):

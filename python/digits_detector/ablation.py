@@ -86,7 +86,7 @@ def cached_run(
 
 
 def _average_precision(trainer: Trainer, canvases: Canvases) -> evaluation.AveragePrecision:
-    found = evaluation.detect(trainer.model, canvases, trainer.settings.loss, trainer.device)
+    found = evaluation.detect(trainer.model, canvases, trainer.score, trainer.device)
     return evaluation.average_precision(found, canvases)
 
 

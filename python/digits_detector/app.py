@@ -6,7 +6,7 @@ import statistics
 
 import torch
 
-from digits_detector import ablation, comparison, evaluation, figures, imbalance, processes, report
+from digits_detector import ablation, comparison, evaluation, figures, imbalance, long_tail, processes, report
 from digits_detector.coco_folder import read_coco_folder
 from digits_detector.data import Canvases, make_canvases
 from digits_detector.losses import LOSSES
@@ -70,9 +70,9 @@ def run_one(settings: Settings, pool: Canvases, held_out: Canvases, options: arg
     trainer = Trainer(settings, pool, options.device).train(checkpoint, options.checkpoint_every, options.resume)
     if not processes.is_first():
         return None
-    detections = evaluation.detect(trainer.model, held_out, settings.loss, options.device)
+    detections = evaluation.detect(trainer.model, held_out, trainer.score, options.device)
     known = pool.take(slice(0, THRESHOLD_CANVASES))
-    threshold, f1 = evaluation.best_f1(evaluation.detect(trainer.model, known, settings.loss, options.device), known)
+    threshold, f1 = evaluation.best_f1(evaluation.detect(trainer.model, known, trainer.score, options.device), known)
     fixed = evaluation.average_precision(detections.above(evaluation.FIXED_THRESHOLD), held_out)
     found = evaluation.average_precision(detections, held_out)
     found_f1, fixed_f1 = (evaluation.f1_at(detections, held_out, at) for at in (threshold, evaluation.FIXED_THRESHOLD))
@@ -161,6 +161,11 @@ def run_ablation(options: argparse.Namespace) -> dict:
     # The learning rate is chosen on neither the pool nor the held-out canvases.
     tuning = held_out if options.data is not None else make_canvases("tuning", options.held_out)
     return ablation.run(options, pool, tuning, held_out)
+
+
+def run_long_tail(options: argparse.Namespace) -> dict:
+    pool = make_canvases("train", options.pool, tail_ratio=options.tail_ratio)
+    return long_tail.run(options, pool, make_canvases("held_out", options.held_out))
 
 
 def run_imbalance(options: argparse.Namespace) -> dict:

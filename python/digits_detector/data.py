@@ -75,10 +75,13 @@ def _photos() -> tuple[np.ndarray, ...]:
     return tuple(np.asarray(image) for image in load_sample_images().images)
 
 
-def make_canvases(split: str, count: int, seed: int = 0) -> Canvases:
-    """`count` canvases of 1 to 5 digits; the same for the same arguments. `split`: "train", "held_out" or "tuning"."""
+def make_canvases(split: str, count: int, seed: int = 0, tail_ratio: float | None = None) -> Canvases:
+    """`count` canvases of 1 to 5 digits; the same for the same arguments. `split`: "train", "held_out" or "tuning".
+
+    `tail_ratio`: digit 0 is that many times as frequent as digit 9, the others fall geometrically in between; None: as they come.
+    """
     random = np.random.default_rng([seed, STREAMS[split]])
-    made = [_make_canvas(random, "train" if split == "tuning" else split) for _ in range(count)]
+    made = [_make_canvas(random, "train" if split == "tuning" else split, tail_ratio) for _ in range(count)]
     images, boxes, labels, digits, crops = zip(*made, strict=True)
     boxes = np.stack([np.pad(box, ((0, MOST_DIGITS - len(box)), (0, 0))) for box in boxes])
     labels, digits = (
@@ -94,13 +97,22 @@ def make_canvases(split: str, count: int, seed: int = 0) -> Canvases:
     )
 
 
-def _make_canvas(random: np.random.Generator, split: str):
+def _draw_digit(random: np.random.Generator, split: str, tail_ratio: float | None) -> int:
+    first, end = DIGIT_RANGES[split]
+    if tail_ratio is None:
+        return int(random.integers(first, end))
+    frequency = tail_ratio ** -np.linspace(0, 1, 10)
+    number = random.choice(10, p=frequency / frequency.sum())
+    return first + int(random.choice(np.flatnonzero(_digits()[0][first:end] == number)))
+
+
+def _make_canvas(random: np.random.Generator, split: str, tail_ratio: float | None):
     canvas, crop = _background(random, split)
     targets, ink, extents = _digits()
     taken = np.zeros((0, 4), int)
     chosen = []
     for _ in range(random.integers(1, MOST_DIGITS + 1)):
-        digit = int(random.integers(*DIGIT_RANGES[split]))
+        digit = _draw_digit(random, split, tail_ratio)
         size = int(random.choice(DIGIT_SIZES))
         for _ in range(10):
             x, y = random.integers(0, CANVAS_SIZE - size + 1, 2)

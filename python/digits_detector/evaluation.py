@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -11,8 +12,7 @@ from torch import Tensor
 from digits_detector.boxes import batched_nms
 from digits_detector.coco_folder import coco_annotations
 from digits_detector.data import Canvases
-from digits_detector.losses import score
-from digits_detector.model import Detector
+from digits_detector.model import Detector, Predictions
 
 MOST_DETECTIONS = 100
 CANDIDATES = 200
@@ -37,17 +37,23 @@ class AveragePrecision(NamedTuple):
     ap: float
     ap50: float
     ap75: float
+    per_class: list[float]  # AP of each class; 0 without objects
     precision: dict[str, list[float]]  # at IoU 0.5 and 0.75, mean over classes, for recall 0, 0.01, ..., 1
 
 
 @torch.no_grad()
-def detect(model: Detector, canvases: Canvases, loss_name: str, device: str | torch.device = "cpu") -> Detections:
-    """Detections on all canvases, whatever their score: a threshold is the caller's."""
+def detect(
+    model: Detector,
+    canvases: Canvases,
+    score: Callable[[Predictions], Tensor],
+    device: str | torch.device = "cpu",
+) -> Detections:
+    """Detections on all canvases, whatever their score: a threshold is the caller's. `score` gives scores [B, A, C]."""
     model.eval()
     found = []
     for rows in torch.arange(len(canvases)).split(BATCH):
         predictions = model(canvases.images[rows].to(device))
-        scores = score(predictions, loss_name)  # [B, A, C]
+        scores = score(predictions)
         num_classes = scores.shape[-1]
         best, flat = scores.flatten(1).topk(min(CANDIDATES, scores[0].numel()))
         labels, place = flat % num_classes, flat // num_classes
@@ -94,13 +100,15 @@ def average_precision(detections: Detections, canvases: Canvases) -> AveragePrec
     """COCO AP over all areas, at most 100 detections per image. Values in [0, 1]."""
     evaluation = _coco_eval(detections, canvases)
     if evaluation is None:
-        return AveragePrecision(0.0, 0.0, 0.0, {"0.50": [0.0] * 101, "0.75": [0.0] * 101})
+        return AveragePrecision(0.0, 0.0, 0.0, [0.0] * len(canvases.class_names), {"0.50": [0.0] * 101, "0.75": [0.0] * 101})
     precision = evaluation.eval["precision"][:, :, :, 0, -1]  # [IoU, recall, class]; -1 for classes without objects
+    per_class = precision.clip(min=0).mean((0, 1)).tolist()
     precision = precision[:, :, (precision > -1).all((0, 1))]
     return AveragePrecision(
         float(precision.mean()),
         float(precision[0].mean()),
         float(precision[5].mean()),
+        per_class,
         {"0.50": precision[0].mean(-1).tolist(), "0.75": precision[5].mean(-1).tolist()},
     )
 

@@ -149,3 +149,38 @@ def draw_detections(runs: list, canvases: Canvases, path: pathlib.Path) -> None:
                 )  # fmt: skip
         line[0].set_ylabel(title, fontsize=9)
     _save(figure, path)
+
+
+def draw_long_tail(results: dict, path: pathlib.Path) -> None:
+    """AP of each class, `pos_neg` of each class over a training with EFL, and the norms of the classifier's weights; means over seeds."""
+    rows = {row["loss"]: row for row in results["table"]}
+    counts = np.array(results["counts"])
+    order = np.argsort(-counts, kind="stable")
+
+    def mean(loss: str, key: str) -> np.ndarray:
+        return np.mean([one[key] for one in rows[loss]["runs"]], axis=0)[order]
+
+    with plt.rc_context(STYLE):
+        figure, (ap, ratio, norm) = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
+        for number, loss in enumerate(("focal", "eqlv2", "efl", "seesaw", "softmax", "bags")):
+            ap.plot(counts[order], 100 * mean(loss, "ap_per_class"), "o-", color=BOX_COLOURS(number), lw=1.3, ms=4, label=rows[loss]["name"])
+        ap.set(xscale="log", xlabel="objects of the class in training", ylabel="AP, percent", title="held-out AP of each class")
+        ap.invert_xaxis()
+        ap.legend(fontsize=8)
+
+        curves = rows["efl"]["runs"][0]["curves"]
+        shades = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(counts)))
+        for number, shade in zip(order, shades, strict=True):
+            ratio.plot(*_smoothed(curves[f"pos_neg of {number}"], 10), color=shade, lw=1.3, label=f"{counts[number]}")
+        ratio.set(xlabel="step", ylabel="pos_neg", ylim=(-0.03, 1.03), title="EFL: gradient of positives over that of negatives")
+        ratio.legend(title="objects", fontsize=8, title_fontsize=8, ncol=2)
+
+        norm.plot(counts[order], mean("softmax", "classifier_norms"), "o-", color="#444444", lw=1.3, ms=4, label="softmax, before")
+        for number, loss in enumerate(("softmax_tuned", "softmax_reweighted", "bags", "bags_no_others")):
+            norm.plot(
+                counts[order], mean(loss, "classifier_norms"), "o-", color=BOX_COLOURS(number), lw=1.3, ms=4, label=rows[loss]["name"]
+            )
+        norm.set(xscale="log", xlabel="objects of the class in training", ylabel="norm", title="norm of each class's classifier weights")
+        norm.invert_xaxis()
+        norm.legend(fontsize=8)
+        _save(figure, path)

@@ -1,5 +1,6 @@
 """A one-stage, anchor-free detector with two levels of features, strides 8 and 16, and one head for both."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,15 +13,18 @@ STRIDES = (8, 16)
 class Predictions(NamedTuple):
     """A is the number of locations of both levels together."""
 
-    logits: Tensor  # [B, A, C]
+    logits: Tensor  # [B, A, C], or as many as the loss has
     boxes: Tensor  # [B, A, 4], x1 y1 x2 y2 in pixels
     centerness: Tensor  # [B, A], logits
 
 
 class Detector(nn.Module):
-    """`first_logit`: the level of the class logits before training. `group_norm`: no statistics of a batch anywhere."""
+    """`num_logits`: of each location, one per class for most losses. `first_logit`: their level before training, one for all or one
+    for each. `group_norm`: no statistics of a batch anywhere."""
 
-    def __init__(self, num_classes: int, first_logit: float = 0.0, group_norm: bool = False, width: int = 32):
+    def __init__(
+        self, num_logits: int, first_logit: float | Sequence[float] = 0.0, group_norm: bool = False, width: int = 32
+    ):
         super().__init__()
         norm = _group_norm if group_norm else nn.BatchNorm2d
         self.stem = nn.Sequential(_block(3, width // 2, 2, norm), _block(width // 2, width, 2, norm))
@@ -31,10 +35,11 @@ class Detector(nn.Module):
         # Both levels share the towers but not their statistics: running means of a batch norm would be those of neither.
         self.class_tower = _block(width, width, 1, _group_norm)
         self.box_tower = _block(width, width, 1, _group_norm)
-        self.classify = nn.Conv2d(width, num_classes, 3, padding=1)
+        self.classify = nn.Conv2d(width, num_logits, 3, padding=1)
         self.regress = nn.Conv2d(width, 4, 3, padding=1)
         self.center = nn.Conv2d(width, 1, 3, padding=1)
-        nn.init.constant_(self.classify.bias, first_logit)
+        with torch.no_grad():
+            self.classify.bias.copy_(torch.as_tensor(first_logit))
 
     def forward(self, images: Tensor) -> Predictions:
         """`images`: uint8 [B, 3, H, W], both sides multiples of 16."""

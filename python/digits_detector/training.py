@@ -13,7 +13,7 @@ from digits_detector import memory, processes
 from digits_detector.assignment import assign
 from digits_detector.class_and_box_loss import PAIRS
 from digits_detector.data import Canvases, batch_rows
-from digits_detector.losses import FIRST_LOGIT, make_loss
+from digits_detector.losses import FIRST_LOGIT, make_loss, score
 from digits_detector.model import Detector, Predictions
 
 # The middle of the grid that the ablation searches.
@@ -60,16 +60,13 @@ class Trainer:
         self.settings = settings
         self.pool = pool.to(device)
         self.device = torch.device(device)
+        self.loss = self._make_loss().to(self.device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
-            model = Detector(len(pool.class_names), FIRST_LOGIT[settings.loss], settings.group_norm)
-        self.model = model.to(self.device)
+            self.model = self._make_model().to(self.device)
         # Every parameter that is left must get a gradient in every step, or the processes wait for each other.
         self.model.center.requires_grad_(settings.loss == "focal_centerness")
         self.network = processes.replicated(self.model)
-        group = "default" if settings.global_ranking else None
-        epoch_steps = max(1, len(pool) // settings.batch_size)
-        self.loss = make_loss(settings.loss, settings.use_score_weights, settings.box_weight, group, epoch_steps).to(self.device)
         decays = [parameter for parameter in self.model.parameters() if parameter.dim() > 1]
         others = [parameter for parameter in self.model.parameters() if parameter.dim() <= 1]
         self.optimizer = torch.optim.AdamW(
@@ -78,6 +75,22 @@ class Trainer:
         self.step = 0
         self.curves: dict[str, list[float]] = {}
         self.times: list[StepTimes] = []
+
+    def _make_loss(self) -> nn.Module:
+        settings = self.settings
+        group = "default" if settings.global_ranking else None
+        epoch_steps = max(1, len(self.pool) // settings.batch_size)
+        return make_loss(settings.loss, settings.use_score_weights, settings.box_weight, group, epoch_steps)
+
+    def _make_model(self) -> Detector:
+        return Detector(len(self.pool.class_names), FIRST_LOGIT[self.settings.loss], self.settings.group_norm)
+
+    def _set_mode(self) -> None:
+        self.model.train()
+
+    def score(self, predictions: Predictions) -> Tensor:
+        """Scores [B, A, C] that rank detections."""
+        return score(predictions, self.settings.loss)
 
     def learning_rate(self) -> float:
         """Linear warm-up, then a half cosine down to zero."""
@@ -97,7 +110,7 @@ class Trainer:
 
     def train_step(self, loss: nn.Module | None = None) -> dict[str, Tensor]:
         """One step; `loss` instead of the settings' own. Returns the parts of the loss, detached."""
-        self.model.train()
+        self._set_mode()
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
         started = self._clock()
@@ -108,7 +121,11 @@ class Trainer:
         parts = (loss or self.loss)(leaves, assigned)
         gradients = torch.autograd.grad(sum(parts.values()), leaves, allow_unused=True)
         after_loss = self._clock()
-        used = [(part, gradient) for part, gradient in zip(predictions, gradients, strict=True) if gradient is not None]
+        used = [
+            (part, gradient)
+            for part, gradient in zip(predictions, gradients, strict=True)
+            if gradient is not None and part.requires_grad
+        ]
         self.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(*map(list, zip(*used, strict=True)))
         self.optimizer.step()
