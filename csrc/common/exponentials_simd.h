@@ -34,11 +34,11 @@ static inline FloatPair exp_pair(FloatVec u) {
   return {high, high * (r * r * (0.166670248f * r + 0.500016212f) + (r + lost))};
 }
 
-// e^-x for x in [0, 86], right to 4e-7: enough for a gradient. Beyond it any number.
+// e^-x for x in [0, 86], right to 2e-7: enough for a gradient. Beyond it any number.
 static inline FloatVec exp_minus(FloatVec x) {
   const FloatVec shifted = x * -1.44269504f + 0x1.8p23f, n = shifted - 0x1.8p23f;
-  // A product that is not rounded needs no logarithm of 2 in two parts.
-  const FloatVec r = RSL_ISA == 0 ? (-x - n * 0x1.62ep-1f) - n * 3.19461848e-5f : -x - n * 0.693147181f;
+  // The first product and difference are exact, also without fused operations.
+  const FloatVec r = (-x - n * 0x1.62ep-1f) - n * 3.19461848e-5f;
   const float coefficients[] = {8.368887645837e-3f, 4.1666205857511e-2f, 0.16666518853765f, 0.5000000095168f, 1, 1};
   FloatVec sum = all_floats(1.39504874814332e-3f);
   for (const float coefficient : coefficients) sum = sum * r + coefficient;
