@@ -104,6 +104,8 @@ CALLS = {
     "module_background": (lambda: module(background="x"), ValueError, "^GroupSoftmaxLoss: background must be one of"),
     "module_class_weights": (lambda: module(class_weights=torch.ones(7)), ValueError, r"class_weights must have .* \[6\], got \[7\]"),
     "module_weight": (lambda: module()(X, LABELS, torch.ones(4)), ValueError, r"^GroupSoftmaxLoss: weight must have .* got \[4\]"),
+    "module_avg_factors": (lambda: module()(X, LABELS, None, torch.ones(2)), TypeError, r"avg_factor must be .* got shape \[2\]"),
+    "module_loss_weight": (lambda: GroupSoftmaxLoss(GROUPS, loss_weight="1"), TypeError, "^GroupSoftmaxLoss: loss_weight must be a number"),
     "module_avg_factor": (lambda: module()(X, LABELS, None, "mean"), TypeError, "^GroupSoftmaxLoss: avg_factor must be .* got str"),
     "module_reduction": (lambda: module()(X, LABELS, None, None, "max"), ValueError, "reduction_override must be one of .* got 'max'"),
     "module_channels": (lambda: module().get_cls_channels(7), ValueError, "num_classes must be 6, .* without the background, got 7"),

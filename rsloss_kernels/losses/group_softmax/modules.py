@@ -7,10 +7,9 @@ from torch import Tensor
 
 from rsloss_kernels import _checks
 from rsloss_kernels._state import StatefulLoss
+from rsloss_kernels.losses.focal.arguments import REDUCTIONS, read_number
 from rsloss_kernels.losses.group_softmax import api
 from rsloss_kernels.losses.group_softmax.groups import ClassGroups
-
-REDUCTIONS = ("none", "mean", "sum")
 
 
 class GroupSoftmaxLoss(StatefulLoss):
@@ -58,7 +57,7 @@ class GroupSoftmaxLoss(StatefulLoss):
             _checks.check_shape(name, "class_weights", class_weights, (groups.num_classes,), "a weight per class")
         self.groups = groups
         self.others_ratio = others_ratio
-        self.loss_weight = loss_weight
+        self.loss_weight = read_number(name, "loss_weight", loss_weight, least=None)
         self.background = background
         self.generator = generator
         self.register_buffer("class_weights", class_weights, persistent=False)
@@ -78,7 +77,7 @@ class GroupSoftmaxLoss(StatefulLoss):
             label: [N], class indices; negative: ignored.
             weight: [N], real: rows whose weight is not above 0 are ignored. How large it is does not matter: as published, the
                 sampling alone weighs.
-            avg_factor: a number or a 0-d tensor; has no effect, as published: each group divides by its own weights.
+            avg_factor: a number or a Tensor of one number; has no effect, as published: each group divides by its own weights.
             reduction_override: "none": [G] losses of the groups, times `loss_weight`; None, "mean", "sum": their sum, 0-d.
 
         Raises TypeError, ValueError: wrong types, shapes, devices or ranges.
@@ -86,9 +85,10 @@ class GroupSoftmaxLoss(StatefulLoss):
         name = type(self).__name__
         if reduction_override is not None:
             _checks.check_choice(name, "reduction_override", reduction_override, REDUCTIONS)
-        is_number = isinstance(avg_factor, numbers.Real) or (isinstance(avg_factor, Tensor) and avg_factor.dim() == 0)
+        is_number = isinstance(avg_factor, numbers.Real) or (isinstance(avg_factor, Tensor) and avg_factor.numel() == 1)
         if avg_factor is not None and not is_number:
-            raise TypeError(f"{name}: avg_factor must be None, a number or a 0-d Tensor, got {type(avg_factor).__name__}")
+            got = f"shape {list(avg_factor.shape)}" if isinstance(avg_factor, Tensor) else type(avg_factor).__name__
+            raise TypeError(f"{name}: avg_factor must be None, a number or a Tensor of one number, got {got}")
         if weight is not None:
             label = self._without_weightless(label, weight)
         losses = api.group_softmax_loss(
