@@ -6,7 +6,6 @@ overload of the same backend. Schemas are defined here in Python, so that the op
 compiled libraries only add kernels to the overloads `.cpp` and `.cuda`, which the dispatcher then calls directly.
 """
 import contextlib
-import copy
 import functools
 import importlib
 from collections.abc import Callable
@@ -131,6 +130,13 @@ class _Context:
     def save_for_backward(self, *tensors: torch.Tensor | None) -> None:
         self.saved_tensors = tensors
 
+    def with_tensors_of_caller(self, tensors: tuple[torch.Tensor | None, ...]) -> "_Context":
+        """Another one, whole, for one call of the formula. Not by `copy`, which costs several times as much."""
+        context = _Context()
+        context.__dict__.update(self.__dict__)
+        context.saved_tensors = (*tensors, *self.saved_tensors)
+        return context
+
 
 # Whether the backward that is running was called with retain_graph=True. Without the answer tables live as long as the loss.
 _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
@@ -158,9 +164,8 @@ def _eager_function(
         return returned
 
     def backward(ctx, *grads):
-        context = copy.copy(ctx.context)
         # Hooks that unpack tensors run here, where they see autograd.
-        context.saved_tensors = (*ctx.saved_tensors, *context.saved_tensors)
+        context = ctx.context.with_tensors_of_caller(ctx.saved_tensors)
         missing = (None,) * num_tables
         # With create_graph=True the operators inside must see autograd, to refuse a second derivative.
         with contextlib.nullcontext() if torch.is_grad_enabled() else torch._C._AutoDispatchBelowAutograd():

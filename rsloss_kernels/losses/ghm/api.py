@@ -326,6 +326,8 @@ def finalize(
 
 
 def read_state(request: Request, acc_sum: Tensor | None, num_updates: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    if acc_sum is None and num_updates is None and request.momentum == 0:
+        return None, None
     for name, value in (("acc_sum", acc_sum), ("num_updates", num_updates)):
         if value is not None:
             _checks.check_tensor(request.function, name, value)
