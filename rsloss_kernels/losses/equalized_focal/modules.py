@@ -145,7 +145,8 @@ class EqualizedFocalLoss(_EqualizedFocus):
     gradients of each class's positives and negatives, of the returned loss (`loss_weight`, `alpha`, weights and `avg_factor` included, the
     upstream gradient not, nor any scale of AMP), and `pos_neg`, at first 1, their ratio within [0, 1]. They are taken in forward, in
     training mode with gradients enabled only, and used from the next step on. A step whose loss or sums are not finite, on any process,
-    leaves them. Call it once per step, with all levels as a list. Checkpoints of the published class load.
+    leaves them. Call it once per step, with all levels as a list, and not within activation checkpointing, whose second forward would see
+    the next state. Checkpoints of the published class load.
     """
 
     modulator = Modulator.FOCAL

@@ -23,7 +23,8 @@ class SeesawLoss(distributed.HoldsGroup, StatefulLoss):
         use_sigmoid: must be False, else NotImplementedError.
 
     Buffer `cum_samples`, float64 [C + 1] whatever the module is cast to, at first 0: the rows of each class and of the background, weights
-    aside. A forward in training mode with gradients enabled adds its own before the loss (published: in evaluation mode too).
+    aside. A forward in training mode with gradients enabled adds its own before the loss (published: in evaluation mode too). Not for use
+    within activation checkpointing, whose second forward would count again.
     """
 
     custom_cls_channels = True
