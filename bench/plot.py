@@ -48,6 +48,7 @@ AXES = {
     "focal": {"n": ("size", "N, elements"), "c": ("classes", "C, classes")},
     "ghm": {"n": ("size", "N, elements"), "b": ("bins", "bins")},
     "group_softmax": {"r": ("rows", "rows")},
+    "seesaw": {"r": ("rows", "rows"), "c": ("classes", "C, classes")},
 }
 
 

@@ -27,6 +27,7 @@ TITLES = {
     "focal": "Sigmoid focal loss, EFL and EQL v2",
     "ghm": "GHM losses",
     "group_softmax": "Balanced group softmax",
+    "seesaw": "Seesaw loss",
     "bucketed": "Bucketed against exact Rank & Sort loss",
 }
 BUCKETED = (

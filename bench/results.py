@@ -48,7 +48,13 @@ FOCAL_PROBLEM = {
     "dtype": (str, "type"),
     "device": (str, None),
 }
-PROBLEMS = {"focal": FOCAL_PROBLEM, "ghm": GHM_PROBLEM, "group_softmax": GROUP_SOFTMAX_PROBLEM}
+SEESAW_PROBLEM = {
+    "rows": (int, "rows"),
+    "classes": (int, "C"),
+    "dtype": (str, "type"),
+    "device": (str, None),
+}
+PROBLEMS = {"focal": FOCAL_PROBLEM, "ghm": GHM_PROBLEM, "group_softmax": GROUP_SOFTMAX_PROBLEM, "seesaw": SEESAW_PROBLEM}
 CASE_FIELDS = {"elements": int, "provider": str, "skipped": OPTIONAL_TEXT}
 FIELDS = {
     "speed": CASE_FIELDS

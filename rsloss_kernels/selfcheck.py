@@ -67,6 +67,14 @@ def cases(seed: int) -> Iterator[Case]:
         evaluate.__name__ = f"{loss}_finalize"
         return evaluate
 
+    def ghm_finalize(x: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
+        """The loss as it is with a process group, which adds up the histograms of its processes."""
+        backend = _backends.resolve("ghm_finalize", x.device.type)
+        elements, options = ([targets], [weight]), (10, None, False)
+        histogram = _library.operator("ghm_histogram", backend)([x.detach()], *elements, *options)
+        arguments = *elements, histogram, None, None, *options, 0.0, False, 1.0
+        return _library.differentiable("ghm_finalize", backend, [x], *arguments)[0]
+
     def group_softmax(name: str, groups: rsloss_kernels.ClassGroups, logits: Tensor, labels: Tensor, keys: Tensor) -> Case:
         """The losses with a sample of the others, and the scores."""
 
@@ -88,8 +96,8 @@ def cases(seed: int) -> Iterator[Case]:
     rank_sort = functools.partial(case, rsloss_kernels.rank_sort_loss, "rank_sort_forward")
     average_precision = functools.partial(case, rsloss_kernels.average_precision_loss, "average_precision_forward")
     alrp = functools.partial(case, rsloss_kernels.alrp_loss, "alrp_finalize")
-    ghm_classification = functools.partial(case, rsloss_kernels.ghm_classification_loss, "ghm_histogram")
-    ghm_regression = functools.partial(case, rsloss_kernels.ghm_regression_loss, "ghm_histogram")
+    ghm_classification = functools.partial(case, rsloss_kernels.ghm_classification_loss, "ghm_forward")
+    ghm_regression = functools.partial(case, rsloss_kernels.ghm_regression_loss, "ghm_forward")
     focal = functools.partial(case, rsloss_kernels.sigmoid_focal_loss, "focal_forward")
     quality_focal = functools.partial(case, rsloss_kernels.quality_focal_loss, "focal_forward")
     varifocal = functools.partial(case, rsloss_kernels.varifocal_loss, "focal_forward")
@@ -122,6 +130,7 @@ def cases(seed: int) -> Iterator[Case]:
     yield ghm_classification("class indices, momentum", logits * 3, labels, quality - 0.3, bins=30, momentum=0.75, **state)
     yield ghm_regression("weights", logits * 0.05, torch.zeros_like(dense), dense.clamp(max=0) + 1, bins=256)
     yield ghm_regression("momentum", logits, dense, mu=0.5, bins=30, momentum=0.9, empty_bins="count", **state)
+    yield case(ghm_finalize, "ghm_finalize", "step by step", logits, dense.clamp(min=0), dense.clamp(max=0) + 1)
     exponents, ratio = torch.rand(classes, generator=generator) * 4, torch.rand(classes, generator=generator)
     yield focal("dense targets", logits * 3, dense, weight=torch.rand(anchors, generator=generator), reduction="mean")
     yield focal("class indices, exponents of classes", logits * 3, labels, gamma=exponents, reduction="sum")
@@ -134,6 +143,8 @@ def cases(seed: int) -> Iterator[Case]:
         groups = rsloss_kernels.ClassGroups([[0, 3], [], [1, 2, 4]], background_form=form)
         wide = torch.randn(anchors, groups.num_logits, generator=generator, dtype=torch.float64) * 3
         yield group_softmax(f"background {form}", groups, wide, labels, torch.rand(4, anchors, generator=generator))
+    counts = torch.rand(classes - 1, generator=generator) * 1000
+    yield case(rsloss_kernels.seesaw_loss, "seesaw_forward", "weights", logits * 3, labels.clamp(max=classes - 2), counts, quality)
 
 
 def evaluate(case: Case, backend: str, device: str, dtype: torch.dtype) -> Outcome:
@@ -165,7 +176,7 @@ def bounds(case: Case, backend: str, dtype: torch.dtype) -> tuple[float, float]:
         bound = 1e-9 if backend in ("cuda", "triton") else 1e-10
         return bound, bound
     rounding = torch.finfo(dtype).eps / 2 if dtype in (torch.float16, torch.bfloat16) else 0.0
-    is_ranking = not case.operator.startswith(("focal", "ghm", "group_softmax"))
+    is_ranking = not case.operator.startswith(("focal", "ghm", "group_softmax", "seesaw"))
     return 1e-7 + (rounding if case.operator == "focal_elements" else 0.0), (1e-6 if is_ranking else 2e-6) + rounding
 
 

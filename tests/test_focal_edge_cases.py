@@ -2,7 +2,8 @@
 import harness
 import pytest
 import torch
-from rsloss_kernels import sigmoid_focal_loss, use_backend
+from rsloss_kernels import _library, sigmoid_focal_loss, use_backend
+from rsloss_kernels.losses.focal.op import Modulator
 from sigmoid_samples import EFL, EQLV2, FOCAL, PLAIN_LOSSES, QUALITY, SIGMOID_LOSSES, SIGMOID_SAMPLES, VARIFOCAL, SigmoidSample
 
 NAN, INF = float("nan"), float("inf")
@@ -141,6 +142,21 @@ def test_infinite_logits_of_soft_targets(backend, loss, dtype):
         got, truth = loss.evaluate(backend, logits, targets, **options), loss.truth(logits, targets, **options)
         assert got.losses[0] == INF == truth.losses[0]
         harness.assert_gradient(backend, got.gradient, truth.gradient(), f"gamma {gamma}", narrow=2e-6)
+
+
+@DTYPES
+def test_infinite_logits_of_soft_targets_without_a_weight(backend, dtype):
+    """A factor 0 makes 0 of an infinite cross entropy, but not of NaN."""
+    logits = torch.tensor([INF, -INF, INF, NAN], dtype=dtype, device=backend.device)[:, None]
+    targets = torch.tensor([0.3, 0.6, 0.0, 0.5], device=backend.device)[:, None]
+    table = torch.tensor([[2.0], [0.0], [1.0]], dtype=torch.float64, device=backend.device)
+    elements, slopes = [_library.operator(f"focal_{name}", backend.name) for name in ("elements", "backward")]
+    inputs = [logits], [targets], [], [], table, None
+    for modulator in (Modulator.QUALITY, Modulator.VARIFOCAL):
+        options = int(modulator), False, False, None, 1.0
+        (losses,), (gradient,) = elements(*inputs, *options), slopes(*inputs, [torch.ones_like(logits)], *options)
+        assert losses[:3].flatten().tolist() == [0.0, 0.0, INF] and losses[3].isnan()
+        assert gradient[:3].flatten().tolist() == [0.0, 0.0, 1.0] and gradient[3].isnan()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)

@@ -159,7 +159,7 @@ def test_accuracy():
         accuracy = module.get_accuracy(logits, labels)
         assert accuracy["acc_objectness"].tolist() == [75.0] and accuracy["acc_classes"].tolist() == [50.0]
         nothing = module.get_accuracy(logits[:0], labels[:0])
-        assert nothing["acc_objectness"].tolist() == [100.0] and nothing["acc_classes"].tolist() == [100.0]
+        assert nothing["acc_objectness"].tolist() == [0.0] and nothing["acc_classes"].tolist() == [0.0]
 
 
 def test_training_a_classifier_of_rare_classes(generator):

@@ -61,10 +61,8 @@ static inline FloatVec farthest_from(float largest) {
 // Exponentials of z - t as pairs of floats, which a sum must be of to be right to 1e-8, and the largest logit. One column may
 // be left out: `skipped`, within the group or -1.
 struct FloatSums {
-  DoubleVec high{};
-  DoubleVec other{};
-  FloatVec low{};
-  FloatVec largest = all_floats(-kFloatInfinity);
+  DoubleVec high, other;
+  FloatVec low, largest;
 
   template <bool kSkips>
   inline void add(FloatVec x, float magic, FloatVec farthest, uint32_t skipped) {
@@ -82,7 +80,7 @@ struct FloatSums {
 
 template <class In>
 static inline FloatSums sum_floats(const In* z, int count, int skipped, ExponentShift shift, float target) {
-  FloatSums sums;
+  FloatSums sums = {DoubleVec{}, DoubleVec{}, FloatVec{}, all_floats(-kFloatInfinity)};
   const FloatVec farthest = farthest_from(target);
   // Vectors before that of the column, that one, and those behind.
   const int begin = skipped < 0 ? count : skipped / kFloats * kFloats;

@@ -74,7 +74,9 @@ class Elements:
         return torch.where(self.t > 0, of_positives, self.classes.b)
 
     def losses(self) -> Tensor:
-        return self.factor * self.entropy
+        # The factor of a soft target may be 0 where its cross entropy is infinite.
+        is_nothing = (self.factor == 0) & self.entropy.isinf()
+        return torch.where(is_nothing, 0.0, self.factor * self.entropy)
 
     def slopes(self) -> Tensor:
         # The derivative of the logarithm of the base.

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from rsloss_kernels import _backends, _checks, _library
-from rsloss_kernels.losses.group_softmax import op_checks, reference
+from rsloss_kernels.losses.group_softmax import op_checks
 from rsloss_kernels.losses.group_softmax.groups import ClassGroups
 
 
@@ -187,7 +187,7 @@ def _reweight(
     _checks.check_device(function, "class_weights", class_weights, labels)
     _checks.check_floating(function, "class_weights", class_weights)
     _checks.check_shape(function, "class_weights", class_weights, (groups.num_classes,), "a weight per class, without the background")
-    classes = reference.class_of(labels, groups.num_classes, is_first)
+    classes = op_checks.class_of(labels, groups.num_classes, is_first)
     columns = groups.class_columns[classes.clamp(min=0)]
     group = torch.bucketize(columns, groups.group_starts[1:].to(columns.dtype), right=True)
     is_own = group == torch.arange(groups.num_groups, device=group.device)[:, None]

@@ -129,7 +129,7 @@ class GroupSoftmaxLoss(StatefulLoss):
     def get_accuracy(self, cls_score: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Per cent, shape [1]: rows told rightly from the background, and foreground rows whose class has the highest score.
 
-        100 without such rows. Rows with a negative label do not count.
+        0 without such rows, as in MMDetection. Rows with a negative label do not count.
         """
         scores = self.get_activation(cls_score)
         labels = _checks.as_labels(type(self).__name__, labels, "labels")
@@ -143,9 +143,7 @@ class GroupSoftmaxLoss(StatefulLoss):
         is_found = of_classes.argmax(-1) == classes if self.groups.num_classes else torch.zeros_like(is_used)
 
         def per_cent(right: Tensor, among: Tensor) -> Tensor:
-            total = among.sum()
-            share = (right & among).sum() / total.clamp(min=1)
-            return torch.where(total > 0, 100.0 * share, 100.0)[None]
+            return (100.0 * (right & among).sum() / among.sum().clamp(min=1))[None]
 
         return {"acc_objectness": per_cent(is_told, is_used), "acc_classes": per_cent(is_found, is_foreground)}
 

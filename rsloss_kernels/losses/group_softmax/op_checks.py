@@ -24,6 +24,13 @@ def check_columns(function: str, name: str, logits: Tensor, groups) -> None:
         )
 
 
+def class_of(labels: Tensor, num_classes: int, background_first: bool) -> Tensor:
+    """The class of each row, `num_classes` for the background and labels beyond, -1 for rows that are ignored; int64 [N]."""
+    labels = labels.long()
+    classes = torch.where(labels == 0, num_classes, labels - 1) if background_first else labels
+    return torch.where(labels < 0, -1, classes.clamp(max=num_classes))
+
+
 def _check_placement(op: str, name: str, value: Tensor, like: Tensor) -> None:
     _checks.check_device(op, name, value, like)
     if not value.is_contiguous():

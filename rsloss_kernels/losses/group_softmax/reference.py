@@ -10,12 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-
-def class_of(labels: Tensor, num_classes: int, background_first: bool) -> Tensor:
-    """The class of each row, `num_classes` for the background and labels beyond, -1 for rows that are ignored; int64 [N]."""
-    labels = labels.long()
-    classes = torch.where(labels == 0, num_classes, labels - 1) if background_first else labels
-    return torch.where(labels < 0, -1, classes.clamp(max=num_classes))
+from rsloss_kernels.losses.group_softmax.op_checks import class_of
 
 
 def label_columns(labels: Tensor, class_columns: Tensor, background_first: bool) -> Tensor:

@@ -4,7 +4,7 @@ import torch
 from rsloss_kernels import _library
 
 # CUDA tensors take Triton.
-BACKENDS = ("reference", "triton")
+BACKENDS = ("reference", "cpp", "triton")
 FORWARD_SCHEMA = (
     "(Tensor logits, Tensor labels, Tensor? weights, Tensor log_counts, float p, float q, float eps) -> (Tensor losses, Tensor row_tables)"
 )
