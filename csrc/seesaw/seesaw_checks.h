@@ -1,0 +1,54 @@
+// Checks of the arguments of the Seesaw operators.
+#pragma once
+
+#include <cmath>
+#include <optional>
+
+#include "common/checks.h"
+#include "seesaw/seesaw.h"
+
+namespace rsloss {
+
+inline void check_seesaw_floating(const char* op, const char* name, const Tensor& tensor) {
+  STD_TORCH_CHECK(is_floating(tensor.scalar_type()), op, ": ", name, " must be float16, bfloat16, float32 or float64, got ",
+                  toString(tensor.scalar_type()));
+}
+
+inline void check_seesaw_number(const char* op, const char* name, double value) {
+  STD_TORCH_CHECK(value >= 0 && std::isfinite(value), op, ": ", name, " must be finite and at least 0, got ", value);
+}
+
+// A number per row.
+inline void check_of_rows(const char* op, const char* name, const Tensor& vector, const Tensor& logits) {
+  check_placement(op, name, vector, logits);
+  STD_TORCH_CHECK(vector.dim() == 1 && vector.size(0) == logits.size(0), op, ": ", name, " must have shape [", logits.size(0),
+                  "], got ", shape_of(vector));
+}
+
+// What forward and backward both get.
+inline void check_seesaw_rows(const char* op, const Tensor& logits, const Tensor& labels, const std::optional<Tensor>& weights,
+                              const Tensor& log_counts, double p, double q) {
+  check_seesaw_floating(op, "logits", logits);
+  STD_TORCH_CHECK(logits.dim() == 2 && logits.size(1) >= 3, op, ": logits must have shape [N, C + 2] with C at least 1, got ",
+                  shape_of(logits));
+  check_placement(op, "logits", logits, logits);
+  const ScalarType type = labels.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Int || type == ScalarType::Long, op, ": labels must be int32 or int64, got ",
+                  toString(type));
+  check_of_rows(op, "labels", labels, logits);
+  if (weights) {
+    check_seesaw_floating(op, "weights", *weights);
+    check_of_rows(op, "weights", *weights, logits);
+  }
+  check_vector(op, "log_counts", log_counts, logits, ScalarType::Double, logits.size(1) - 2);
+  check_seesaw_number(op, "p", p);
+  check_seesaw_number(op, "q", q);
+}
+
+inline void check_seesaw_backward(const char* op, const Tensor& row_tables, const Tensor& grad_losses, const Tensor& logits) {
+  check_table(op, "row_tables", row_tables, logits, ScalarType::Double, kSeesawTables, logits.size(0));
+  check_seesaw_floating(op, "grad_losses", grad_losses);
+  check_table(op, "grad_losses", grad_losses, logits, grad_losses.scalar_type(), 2, logits.size(0));
+}
+
+}  // namespace rsloss

@@ -1,0 +1,172 @@
+// Seesaw loss on the CPU: rows over the threads, one pass forward and one back, each row by itself. Allocates the outputs and a
+// table of logarithms of the counts.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "common/checks.h"
+#include "common/floating_cpu.h"
+#include "common/isa.h"
+#include "common/new_tensor_cpu.h"
+#include "common/parallel.h"
+#include "seesaw/seesaw.h"
+#include "seesaw/seesaw_checks.h"
+#include "seesaw/seesaw_rows.h"
+
+#define RSL_SIMD_BODY "seesaw/seesaw_simd.h"
+#include "common/for_each_isa.h"
+
+namespace rsloss {
+namespace {
+
+// Numbers of any floating dtype; without a tensor all are 1.
+struct Numbers {
+  const void* data = nullptr;
+  ScalarType type = ScalarType::Float;
+
+  Numbers() = default;
+  explicit Numbers(const Tensor& tensor) : data(tensor.const_data_ptr()), type(tensor.scalar_type()) {}
+  explicit Numbers(const std::optional<Tensor>& tensor) : Numbers(tensor ? Numbers(*tensor) : Numbers()) {}
+
+  double operator[](int64_t i) const {
+    double value = 1;
+    if (data != nullptr)
+      dispatch_floating(type,
+                        [&](auto tag) { value = static_cast<double>(widen(static_cast<const decltype(tag)*>(data)[i])); });
+    return value;
+  }
+};
+
+struct Rows {
+  int64_t rows;
+  int64_t classes;
+  const void* labels;
+  bool has_int_labels;
+  Numbers weights;
+  std::vector<double> log_counts;  // p l_j
+  double q;
+  double log_eps;
+
+  Rows(const Tensor& logits, const Tensor& label_tensor, const std::optional<Tensor>& weight_tensor, const Tensor& counts,
+       double p, double q, double eps)
+      : rows(logits.size(0)),
+        classes(counts.size(0)),
+        labels(label_tensor.const_data_ptr()),
+        has_int_labels(label_tensor.scalar_type() == ScalarType::Int),
+        weights(weight_tensor),
+        log_counts(classes + kMostLanes),
+        q(q),
+        log_eps(eps > 0 ? std::log(eps) : -INFINITY) {
+    const double* data = static_cast<const double*>(counts.const_data_ptr());
+    for (int64_t j = 0; j < classes; ++j) log_counts[j] = p * data[j];
+  }
+
+  int64_t label(int64_t row) const {
+    return has_int_labels ? static_cast<const int32_t*>(labels)[row] : static_cast<const int64_t*>(labels)[row];
+  }
+  SeesawRow of_label(int64_t at) const { return {classes, at, log_counts.data(), q, log_eps}; }
+};
+
+// Rows of enough logits to pay for waking a thread, dealt in pieces, as those of background cost less.
+constexpr int64_t kLogitsPerTask = 16384;
+constexpr int64_t kTasksPerThread = 8;
+
+// Calls body(row) for all rows, on as many threads as it pays.
+template <class Body>
+void for_rows(const Rows& problem, const Body& body) {
+  const int64_t grain = std::max<int64_t>(1, kLogitsPerTask / (problem.classes + 2));
+  const int64_t threads = task_count(problem.rows, grain);
+  const int64_t tasks = threads == 1 ? 1 : std::min(problem.rows / grain, threads * kTasksPerThread);
+  run_tasks(tasks, [&](int64_t task) {
+    const int64_t end = task_begin(problem.rows, tasks, task + 1);
+    for (int64_t row = task_begin(problem.rows, tasks, task); row < end; ++row) body(row);
+  });
+}
+
+// pair: the logits of foreground and background.
+template <class In>
+ObjectnessTerms objectness_of(const In* pair, bool is_foreground) {
+  return objectness_terms(static_cast<double>(widen(pair[is_foreground ? 0 : 1])),
+                          static_cast<double>(widen(pair[is_foreground ? 1 : 0])));
+}
+
+std::tuple<Tensor, Tensor> seesaw_forward(Tensor logits, Tensor labels, std::optional<Tensor> weights, Tensor log_counts,
+                                          double p, double q, double eps) {
+  const char* op = "seesaw_forward";
+  check_seesaw_rows(op, logits, labels, weights, log_counts, p, q);
+  check_seesaw_number(op, "eps", eps);
+  const Rows problem(logits, labels, weights, log_counts, p, q, eps);
+  const int64_t rows = problem.rows, classes = problem.classes;
+  Tensor losses = new_cpu_tensor({2, rows}, ScalarType::Double);
+  Tensor row_tables = new_cpu_tensor({kSeesawTables, rows}, ScalarType::Double);
+  double* of_objectness = static_cast<double*>(losses.mutable_data_ptr());
+  double* tables = static_cast<double*>(row_tables.mutable_data_ptr());
+  dispatch_floating(logits.scalar_type(), [&](auto tag) {
+    using In = decltype(tag);
+    const In* data = static_cast<const In*>(logits.const_data_ptr());
+    for_rows(problem, [&](int64_t row) {
+      const int64_t label = problem.label(row);
+      const double weight = problem.weights[row];
+      const In* z = data + row * (classes + 2);
+      const bool is_foreground = has_class(label, weight, classes);
+      SeesawTerms terms{};
+      if (is_foreground) RSL_ISA_CALL(seesaw_forward_row, problem.of_label(label), z, terms);
+      of_objectness[row] = is_row_used(label, weight) ? weight * objectness_of(z + classes, is_foreground).loss : 0;
+      of_objectness[rows + row] = is_foreground ? weight * terms.loss : 0;
+      const double values[kSeesawTables] = {terms.threshold, terms.top, terms.scale, terms.complement};
+      for (int k = 0; k < kSeesawTables; ++k) tables[k * rows + row] = values[k];
+    });
+  });
+  return {losses, row_tables};
+}
+
+Tensor seesaw_backward(Tensor logits, Tensor labels, std::optional<Tensor> weights, Tensor log_counts, Tensor row_tables,
+                       Tensor grad_losses, double p, double q) {
+  const char* op = "seesaw_backward";
+  check_seesaw_rows(op, logits, labels, weights, log_counts, p, q);
+  check_seesaw_backward(op, row_tables, grad_losses, logits);
+  const Rows problem(logits, labels, weights, log_counts, p, q, 0);
+  const int64_t rows = problem.rows, classes = problem.classes;
+  const double* tables = static_cast<const double*>(row_tables.const_data_ptr());
+  const Numbers upstream(grad_losses);
+  Tensor gradient = new_cpu_tensor_like(logits);
+  dispatch_floating(logits.scalar_type(), [&](auto tag) {
+    using In = decltype(tag);
+    using Wide = Arithmetic<In>;
+    const In* data = static_cast<const In*>(logits.const_data_ptr());
+    In* slopes = static_cast<In*>(gradient.mutable_data_ptr());
+    for_rows(problem, [&](int64_t row) {
+      const int64_t label = problem.label(row);
+      const double weight = problem.weights[row];
+      const In* z = data + row * (classes + 2);
+      In* out = slopes + row * (classes + 2);
+      const bool is_foreground = has_class(label, weight, classes);
+      const SeesawTerms terms{tables[row], tables[rows + row], tables[2 * rows + row], tables[3 * rows + row], 0};
+      if (!is_foreground) std::memset(static_cast<void*>(out), 0, static_cast<size_t>(classes) * sizeof(In));
+      else if (terms.top != terms.top) std::fill(out, out + classes, In(static_cast<Wide>(NAN)));
+      else RSL_ISA_CALL(seesaw_backward_row, problem.of_label(label), z, terms, weight * upstream[rows + row], out);
+      const bool is_used = is_row_used(label, weight);
+      const double pull = is_used ? weight * upstream[row] * objectness_of(z + classes, is_foreground).slope : 0;
+      out[classes] = In(static_cast<Wide>(is_foreground ? -pull : pull));
+      // No negative zero in rows that are not read.
+      out[classes + 1] = In(static_cast<Wide>(is_foreground ? pull : 0 - pull));
+    });
+  });
+  return gradient;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(rsloss_kernels, CPU, m) {
+  m.impl("seesaw_forward.cpp", TORCH_BOX(&seesaw_forward));
+  m.impl("seesaw_backward.cpp", TORCH_BOX(&seesaw_backward));
+}
+
+}  // namespace rsloss
