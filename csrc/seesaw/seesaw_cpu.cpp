@@ -74,16 +74,13 @@ struct Rows {
   SeesawRow of_label(int64_t at) const { return {classes, at, log_counts.data(), q, log_eps}; }
 };
 
-// Rows of enough logits to pay for waking a thread, dealt in pieces, as those of background cost less.
+// Logits of enough work to pay for waking a thread.
 constexpr int64_t kLogitsPerTask = 16384;
-constexpr int64_t kTasksPerThread = 8;
 
 // Calls body(row) for all rows, on as many threads as it pays.
 template <class Body>
 void for_rows(const Rows& problem, const Body& body) {
-  const int64_t grain = std::max<int64_t>(1, kLogitsPerTask / (problem.classes + 2));
-  const int64_t threads = task_count(problem.rows, grain);
-  const int64_t tasks = threads == 1 ? 1 : std::min(problem.rows / grain, threads * kTasksPerThread);
+  const int64_t tasks = task_count(problem.rows, std::max<int64_t>(1, kLogitsPerTask / (problem.classes + 2)));
   run_tasks(tasks, [&](int64_t task) {
     const int64_t end = task_begin(problem.rows, tasks, task + 1);
     for (int64_t row = task_begin(problem.rows, tasks, task); row < end; ++row) body(row);
