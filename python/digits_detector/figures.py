@@ -28,6 +28,8 @@ BOX_COLOURS = plt.get_cmap("tab10")
 MOST_BOXES_DRAWN = 60
 # Labels stand on their box, or inside where the canvas ends; in pixels of the canvas.
 LABEL_HEIGHT = 9
+# Of what is drawn on a logarithmic scale: a class without a positive so far has a ratio of 0.
+SMALLEST_RATIO = 1e-2
 
 
 def _smoothed(values: list[float], window: int) -> tuple[np.ndarray, np.ndarray]:
@@ -161,19 +163,21 @@ def draw_long_tail(results: dict, path: pathlib.Path) -> None:
         return np.mean([one[key] for one in rows[loss]["runs"]], axis=0)[order]
 
     with plt.rc_context(STYLE):
-        figure, (ap, ratio, norm) = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
+        figure, ((ap, norm), ratios) = plt.subplots(2, 2, figsize=(12, 8.4), layout="constrained")
         for number, loss in enumerate(("focal", "eqlv2", "efl", "seesaw", "softmax", "bags")):
             ap.plot(counts[order], 100 * mean(loss, "ap_per_class"), "o-", color=BOX_COLOURS(number), lw=1.3, ms=4, label=rows[loss]["name"])
         ap.set(xscale="log", xlabel="objects of the class in training", ylabel="AP, percent", title="held-out AP of each class")
         ap.invert_xaxis()
-        ap.legend(fontsize=8)
+        ap.legend(fontsize=8, loc="lower left")
 
-        curves = rows["efl"]["runs"][0]["curves"]
         shades = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(counts)))
-        for number, shade in zip(order, shades, strict=True):
-            ratio.plot(*_smoothed(curves[f"pos_neg of {number}"], 10), color=shade, lw=1.3, label=f"{counts[number]}")
-        ratio.set(xlabel="step", ylabel="pos_neg", ylim=(-0.03, 1.03), title="EFL: gradient of positives over that of negatives")
-        ratio.legend(title="objects", fontsize=8, title_fontsize=8, ncol=2)
+        for axis, loss in zip(ratios, ("efl", "eqlv2"), strict=True):
+            curves = rows[loss]["runs"][0]["curves"]
+            for number, shade in zip(order, shades, strict=True):
+                values = np.maximum(curves[f"pos_neg of {number}"], SMALLEST_RATIO)
+                axis.plot(results["curve_steps"] * np.arange(len(values)), values, color=shade, lw=1.3, label=f"{counts[number]}")
+            axis.set(yscale="log", xlabel="step", ylabel="pos_neg", title=f"{rows[loss]['name']}: gradient of positives over that of negatives")
+            axis.legend(title="objects", fontsize=8, title_fontsize=8, ncol=2)
 
         norm.plot(counts[order], mean("softmax", "classifier_norms"), "o-", color="#444444", lw=1.3, ms=4, label="softmax, before")
         for number, loss in enumerate(("softmax_tuned", "softmax_reweighted", "bags", "bags_no_others")):

@@ -23,6 +23,7 @@ from digits_detector.training import Settings, Trainer
 from rsloss_kernels import convert_classifier
 
 LEARNING_RATE = 1e-2
+CURVE_STEPS = 10  # from one point of a curve to the next
 # A converted classifier is near its goal; all layers of a trained detector are nearer still.
 TUNING_RATES = {True: 5e-3, False: 2e-3}  # classifier only, all layers
 ALL_LAYERS = ("bags_all_layers",)
@@ -101,7 +102,7 @@ def run(options: argparse.Namespace, pool: Canvases, held_out: Canvases) -> dict
         raise ValueError(f"--pool must hold every digit, got counts {tail.counts}; take more canvases or a smaller --tail-ratio")
     kinds = tail.kinds()
     results = report.surroundings(options.device)
-    results |= {"counts": tail.counts, "kinds": kinds, "groups": tail.groups().groups, "table": []}
+    results |= {"counts": tail.counts, "kinds": kinds, "groups": tail.groups().groups, "curve_steps": CURVE_STEPS, "table": []}
     print(f"{len(pool)} training canvases, objects per class: {', '.join(map(str, tail.counts))}", flush=True)
     runs = {name: [] for name in (*HEADS, *TUNED_HEADS)}
     for seed in range(options.seed, options.seed + options.seeds):
@@ -170,7 +171,7 @@ def _tuned(name: str, seed: int, options: argparse.Namespace, pool: Canvases, he
 
 def _result(trainer: LongTailTrainer, key: dict, held_out: Canvases) -> dict:
     found = evaluation.average_precision(evaluation.detect(trainer.model, held_out, trainer.score, trainer.device), held_out)
-    curves = {name: values for name, values in trainer.curves.items() if name.startswith("pos_neg")}
+    curves = {name: values[::CURVE_STEPS] for name, values in trainer.curves.items() if name.startswith("pos_neg")}
     return {
         "settings": key,
         "ap": found.ap,
