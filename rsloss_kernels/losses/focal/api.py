@@ -69,8 +69,9 @@ def sigmoid_focal_loss(
         weight: floating, integral or bool; per row, with the shape of labels, or per element, with that of dense targets. Elements whose
             weight is 0 may hold anything.
         class_weight: [C], a factor of each class; integral or floating, a Tensor or a list (which a GPU waits for: in every call it is copied
-            to the device).
-        class_mask: [C], the classes that take part (not 0); the columns of others cost and do nothing, as in federated losses.
+            to the device, which a CUDA graph cannot capture: give a Tensor).
+        class_mask: [C], the classes that take part (not 0), in either form; the columns of others cost and do nothing, as in federated
+            losses.
         reduction: "none", "mean" (over all elements, or `avg_factor`) or "sum".
         avg_factor: a number or a Tensor of one number that divides, whatever the reduction; a Tensor is read where it is, on its device.
             0 divides as in floating point: infinity, or NaN where nothing counts.
