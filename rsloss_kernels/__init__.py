@@ -1,5 +1,5 @@
 """Losses for object detectors as fused kernels: Rank & Sort, AP and aLRP loss with self-balancing and score weights, GHM-C and
-GHM-R."""
+GHM-R, the focal family, equalized focal loss, EQL v2, Seesaw and balanced group softmax."""
 from rsloss_kernels import _backends, _ext
 
 _ext.load()

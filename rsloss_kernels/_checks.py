@@ -36,6 +36,26 @@ def check_shape(function: str, name: str, value: Tensor, wanted: tuple[int, ...]
         )
 
 
+def check_dtype(function: str, name: str, value: Tensor, *wanted: torch.dtype) -> None:
+    if value.dtype not in wanted:
+        raise TypeError(f"{function}: {name} must be {' or '.join(map(str, wanted))}, got {value.dtype}")
+
+
+def check_placement(function: str, name: str, value: Tensor, logits: Tensor) -> None:
+    """Contiguous, on the device of `logits`: what operators take."""
+    check_device(function, name, value, logits)
+    if not value.is_contiguous():
+        raise ValueError(f"{function}: {name} must be contiguous, got shape {list(value.shape)} with strides {value.stride()}")
+
+
+def check_table(
+    function: str, name: str, value: Tensor, logits: Tensor, shape: tuple[int, ...], *dtypes: torch.dtype
+) -> None:
+    check_placement(function, name, value, logits)
+    check_dtype(function, name, value, *dtypes)
+    check_shape(function, name, value, shape, "shape")
+
+
 def check_delta(function: str, delta: float) -> float:
     if isinstance(delta, (Tensor, bool)) or not isinstance(delta, (int, float)):
         raise TypeError(f"{function}: delta must be a float, got {type(delta).__name__}")

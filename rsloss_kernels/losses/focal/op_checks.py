@@ -15,17 +15,6 @@ def row_shape(level: Tensor, num_classes: int, maps: bool) -> tuple[int, ...]:
     return tuple(level.shape[:-1])
 
 
-def _check_placement(op: str, name: str, value: Tensor, like: Tensor) -> None:
-    _checks.check_device(op, name, value, like)
-    if not value.is_contiguous():
-        raise ValueError(f"{op}: {name} must be contiguous, got shape {list(value.shape)} with strides {value.stride()}")
-
-
-def _check_dtype(op: str, name: str, value: Tensor, *wanted: torch.dtype) -> None:
-    if value.dtype not in wanted:
-        raise TypeError(f"{op}: {name} must be {' or '.join(map(str, wanted))}, got {value.dtype}")
-
-
 def _check_number(op: str, name: str, values: list[Tensor], logits: list[Tensor]) -> None:
     if len(values) != len(logits):
         raise ValueError(f"{op}: {name} must hold as many tensors as logits, {len(logits)}, got {len(values)}")
@@ -50,13 +39,13 @@ def _check_levels(op, logits, targets, qualities, weights, class_table, normaliz
     for name, values in (("qualities", qualities), ("weights", weights)):
         if values:
             _check_number(op, name, values, logits)
-    _check_placement(op, "class_table", class_table, first)
-    _check_dtype(op, "class_table", class_table, torch.float64)
+    _checks.check_placement(op, "class_table", class_table, first)
+    _checks.check_dtype(op, "class_table", class_table, torch.float64)
     if class_table.dim() != 2 or class_table.shape[0] != 3 or class_table.shape[1] < 1:
         raise ValueError(f"{op}: class_table must have shape [3, C] with C at least 1, got {list(class_table.shape)}")
     if normalizer is not None:
-        _check_placement(op, "normalizer", normalizer, first)
-        _check_dtype(op, "normalizer", normalizer, *_checks.LOGIT_TYPES)
+        _checks.check_placement(op, "normalizer", normalizer, first)
+        _checks.check_dtype(op, "normalizer", normalizer, *_checks.LOGIT_TYPES)
         _checks.check_shape(op, "normalizer", normalizer, (), "no dimensions")
     if modulator not in tuple(Modulator):
         raise ValueError(f"{op}: modulator must be within 0..{max(Modulator)}, got {modulator}")
@@ -64,25 +53,25 @@ def _check_levels(op, logits, targets, qualities, weights, class_table, normaliz
     if qualities and not has_labels:
         raise ValueError(f"{op}: qualities must be empty with dense targets, got {len(qualities)}")
     for number, (level, target) in enumerate(zip(logits, targets, strict=True)):
-        _check_dtype(op, "logits", level, *_checks.LOGIT_TYPES)
-        _check_dtype(op, "logits", level, first.dtype)
-        _check_placement(op, "logits", level, first)
+        _checks.check_dtype(op, "logits", level, *_checks.LOGIT_TYPES)
+        _checks.check_dtype(op, "logits", level, first.dtype)
+        _checks.check_placement(op, "logits", level, first)
         _check_level(op, level, num_classes, maps)
         rows = row_shape(level, num_classes, maps)
-        _check_placement(op, "targets", target, first)
-        _check_dtype(op, "targets", target, *(LABEL_TYPES if has_labels else _checks.LOGIT_TYPES))
+        _checks.check_placement(op, "targets", target, first)
+        _checks.check_dtype(op, "targets", target, *(LABEL_TYPES if has_labels else _checks.LOGIT_TYPES))
         if has_labels:
             _checks.check_shape(op, "targets", target, rows, "one class index per row")
         else:
             _checks.check_shape(op, "targets", target, level.shape, "the shape of logits")
         if qualities:
-            _check_placement(op, "qualities", qualities[number], first)
-            _check_dtype(op, "qualities", qualities[number], *_checks.LOGIT_TYPES)
+            _checks.check_placement(op, "qualities", qualities[number], first)
+            _checks.check_dtype(op, "qualities", qualities[number], *_checks.LOGIT_TYPES)
             _checks.check_shape(op, "qualities", qualities[number], rows, "the shape of targets")
         if weights:
             weight = weights[number]
-            _check_placement(op, "weights", weight, first)
-            _check_dtype(op, "weights", weight, *_checks.LOGIT_TYPES)
+            _checks.check_placement(op, "weights", weight, first)
+            _checks.check_dtype(op, "weights", weight, *_checks.LOGIT_TYPES)
             if weight.shape != rows:
                 _checks.check_shape(op, "weights", weight, level.shape, f"one number per row, {list(rows)}, or the shape of logits")
 
@@ -99,8 +88,8 @@ def focal_backward(logits, targets, qualities, weights, class_table, normalizer,
     op = "focal_backward"
     _check_levels(op, logits, targets, qualities, weights, class_table, normalizer, modulator, maps)
     for number, grad in enumerate(grads):
-        _check_placement(op, "grads", grad, logits[0])
-        _check_dtype(op, "grads", grad, *_checks.LOGIT_TYPES)
+        _checks.check_placement(op, "grads", grad, logits[0])
+        _checks.check_dtype(op, "grads", grad, *_checks.LOGIT_TYPES)
         if len(grads) > 1 or grad.dim() > 0:
             _check_number(op, "grads", grads, logits)
             _checks.check_shape(op, "grads", grad, logits[number].shape, "the shape of logits")

@@ -49,17 +49,6 @@ def check_state(
         _checks.check_shape(function, name, value, (bins,), "one number per bin")
 
 
-def _check_placement(op: str, name: str, value: Tensor, pred: Tensor) -> None:
-    _checks.check_device(op, name, value, pred)
-    if not value.is_contiguous():
-        raise ValueError(f"{op}: {name} must be contiguous, got shape {list(value.shape)} with strides {value.stride()}")
-
-
-def _check_dtype(op: str, name: str, value: Tensor, *wanted: torch.dtype) -> None:
-    if value.dtype not in wanted:
-        raise TypeError(f"{op}: {name} must be {' or '.join(map(str, wanted))}, got {value.dtype}")
-
-
 def _check_number(op: str, name: str, values: list[Tensor], preds: list[Tensor]) -> None:
     if len(values) != len(preds):
         raise ValueError(f"{op}: {name} must hold as many tensors as preds, {len(preds)}, got {len(values)}")
@@ -75,11 +64,11 @@ def _check_levels(op: str, preds: list[Tensor], targets: list[Tensor], weights: 
         check_mu(op, mu)
     labels = (torch.int32, torch.int64) if mu is None else ()
     for number, (pred, target) in enumerate(zip(preds, targets, strict=True)):
-        _check_dtype(op, "preds", pred, *_checks.LOGIT_TYPES)
-        _check_dtype(op, "preds", pred, preds[0].dtype)
-        _check_placement(op, "preds", pred, preds[0])
-        _check_placement(op, "targets", target, preds[0])
-        _check_dtype(op, "targets", target, *_checks.LOGIT_TYPES, *labels)
+        _checks.check_dtype(op, "preds", pred, *_checks.LOGIT_TYPES)
+        _checks.check_dtype(op, "preds", pred, preds[0].dtype)
+        _checks.check_placement(op, "preds", pred, preds[0])
+        _checks.check_placement(op, "targets", target, preds[0])
+        _checks.check_dtype(op, "targets", target, *_checks.LOGIT_TYPES, *labels)
         rows = None if mu is not None or pred.dim() == 0 else pred.shape[:-1]
         if target.is_floating_point():
             _checks.check_shape(op, "targets", target, pred.shape, "the shape of preds")
@@ -89,16 +78,16 @@ def _check_levels(op: str, preds: list[Tensor], targets: list[Tensor], weights: 
             _checks.check_shape(op, "targets", target, rows, "the shape of preds less the last dimension (class indices)")
         if weights:
             weight = weights[number]
-            _check_placement(op, "weights", weight, preds[0])
-            _check_dtype(op, "weights", weight, *_checks.LOGIT_TYPES)
+            _checks.check_placement(op, "weights", weight, preds[0])
+            _checks.check_dtype(op, "weights", weight, *_checks.LOGIT_TYPES)
             if weight.shape != rows:
                 less = "" if rows is None else f" or that less the last dimension, {list(rows)}"
                 _checks.check_shape(op, "weights", weight, pred.shape, f"the shape of preds{less}")
 
 
 def _check_table(op: str, name: str, table: Tensor, pred: Tensor, shape: tuple[int, ...]) -> None:
-    _check_placement(op, name, table, pred)
-    _check_dtype(op, name, table, torch.float64)
+    _checks.check_placement(op, name, table, pred)
+    _checks.check_dtype(op, name, table, torch.float64)
     _checks.check_shape(op, name, table, shape, "shape")
 
 
@@ -109,7 +98,7 @@ def _check_running(
     check_state(op, acc_sum, num_updates, pred, bins, momentum)
     for name, value in (("acc_sum", acc_sum), ("num_updates", num_updates)):
         if value is not None:
-            _check_placement(op, name, value, pred)
+            _checks.check_placement(op, name, value, pred)
 
 
 def ghm_histogram(preds, targets, weights, bins, mu, background_first) -> None:
@@ -140,6 +129,6 @@ def ghm_backward(preds, targets, weights, bin_weights, grad_loss, mu, background
     if bin_weights.dim() != 1 or not 1 <= bin_weights.numel() <= MAX_BINS:
         raise ValueError(f"{op}: bin_weights must have shape [bins] with bins within 1..{MAX_BINS}, got {list(bin_weights.shape)}")
     _check_table(op, "bin_weights", bin_weights, preds[0], (bin_weights.numel(),))
-    _check_placement(op, "grad_loss", grad_loss, preds[0])
-    _check_dtype(op, "grad_loss", grad_loss, *_checks.LOGIT_TYPES)
+    _checks.check_placement(op, "grad_loss", grad_loss, preds[0])
+    _checks.check_dtype(op, "grad_loss", grad_loss, *_checks.LOGIT_TYPES)
     _checks.check_shape(op, "grad_loss", grad_loss, (), "no dimensions")

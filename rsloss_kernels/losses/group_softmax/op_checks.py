@@ -31,23 +31,6 @@ def class_of(labels: Tensor, num_classes: int, background_first: bool) -> Tensor
     return torch.where(labels < 0, -1, classes.clamp(max=num_classes))
 
 
-def _check_placement(op: str, name: str, value: Tensor, like: Tensor) -> None:
-    _checks.check_device(op, name, value, like)
-    if not value.is_contiguous():
-        raise ValueError(f"{op}: {name} must be contiguous, got shape {list(value.shape)} with strides {value.stride()}")
-
-
-def _check_dtype(op: str, name: str, value: Tensor, *wanted: torch.dtype) -> None:
-    if value.dtype not in wanted:
-        raise TypeError(f"{op}: {name} must be {' or '.join(map(str, wanted))}, got {value.dtype}")
-
-
-def _check_table(op: str, name: str, value: Tensor, like: Tensor, shape: tuple[int, ...], *dtypes: torch.dtype) -> None:
-    _check_placement(op, name, value, like)
-    _check_dtype(op, name, value, *dtypes)
-    _checks.check_shape(op, name, value, shape, "shape")
-
-
 def _check_groups(op: str, class_columns: Tensor, like: Tensor, starts: list[int], others: list[int]) -> None:
     groups = len(others)
     if not 1 <= groups <= MOST_GROUPS:
@@ -60,14 +43,14 @@ def _check_groups(op: str, class_columns: Tensor, like: Tensor, starts: list[int
         if column != -1 and not starts[group] <= column < starts[group + 1]:
             raise ValueError(f"{op}: others must be -1 or a column of its group, got {column} for group {group} of {list(starts)}")
     size = starts[-1] - sum(column != -1 for column in others)
-    _check_table(op, "class_columns", class_columns, like, (size,), torch.int32)
+    _checks.check_table(op, "class_columns", class_columns, like, (size,), torch.int32)
 
 
 def _check_logits(op: str, logits: Tensor, starts: list[int]) -> None:
-    _check_dtype(op, "logits", logits, *_checks.LOGIT_TYPES)
+    _checks.check_dtype(op, "logits", logits, *_checks.LOGIT_TYPES)
     if logits.dim() != 2 or logits.shape[1] != starts[-1]:
         raise ValueError(f"{op}: logits must have shape [N, {starts[-1]}], the columns of all groups, got {list(logits.shape)}")
-    _check_placement(op, "logits", logits, logits)
+    _checks.check_placement(op, "logits", logits, logits)
 
 
 def _check_background_group(op: str, background_group: int, others: list[int]) -> None:
@@ -82,9 +65,9 @@ def group_softmax_sample(labels, class_columns, keys, starts, others, background
     check_others_ratio(op, others_ratio)
     if labels.dim() != 1:
         raise ValueError(f"{op}: labels must have shape [N], got {list(labels.shape)}")
-    _check_table(op, "labels", labels, labels, (labels.shape[0],), torch.int32, torch.int64)
+    _checks.check_table(op, "labels", labels, labels, (labels.shape[0],), torch.int32, torch.int64)
     if keys is not None:
-        _check_table(op, "keys", keys, labels, (len(others), labels.shape[0]), torch.float32)
+        _checks.check_table(op, "keys", keys, labels, (len(others), labels.shape[0]), torch.float32)
     elif 0 < others_ratio < float("inf"):
         raise ValueError(f"{op}: keys must be given for others_ratio {others_ratio}, got None")
 
@@ -93,8 +76,8 @@ def _check_rows(op: str, logits, labels, class_columns, weights, starts, others)
     _check_groups(op, class_columns, logits, starts, others)
     _check_logits(op, logits, starts)
     rows = logits.shape[0]
-    _check_table(op, "labels", labels, logits, (rows,), torch.int32, torch.int64)
-    _check_table(op, "weights", weights, logits, (len(others), rows), *_checks.LOGIT_TYPES)
+    _checks.check_table(op, "labels", labels, logits, (rows,), torch.int32, torch.int64)
+    _checks.check_table(op, "weights", weights, logits, (len(others), rows), *_checks.LOGIT_TYPES)
 
 
 def group_softmax_forward(logits, labels, class_columns, weights, starts, others, background_first) -> None:
@@ -108,9 +91,9 @@ def group_softmax_backward(
     _check_rows(op, logits, labels, class_columns, weights, starts, others)
     groups = len(others)
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    _check_table(op, "averages", averages, logits, (groups,), torch.float64)
-    _check_table(op, "row_tables", row_tables, logits, (3, groups, logits.shape[0]), wide)
-    _check_table(op, "grad_losses", grad_losses, logits, (groups,), *_checks.LOGIT_TYPES)
+    _checks.check_table(op, "averages", averages, logits, (groups,), torch.float64)
+    _checks.check_table(op, "row_tables", row_tables, logits, (3, groups, logits.shape[0]), wide)
+    _checks.check_table(op, "grad_losses", grad_losses, logits, (groups,), *_checks.LOGIT_TYPES)
 
 
 def group_softmax_scores(logits, class_columns, starts, others, background_group, background_first) -> None:

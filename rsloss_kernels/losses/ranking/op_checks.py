@@ -11,14 +11,7 @@ from rsloss_kernels.losses.ranking.op import COUNT_ENTRIES, GRADIENT_ROWS, LINE_
 
 
 def check_placement(op: str, name: str, value: Tensor, logits: list[Tensor]) -> None:
-    _checks.check_device(op, name, value, logits[0])
-    if not value.is_contiguous():
-        raise ValueError(f"{op}: {name} must be contiguous, got shape {list(value.shape)} with strides {value.stride()}")
-
-
-def check_dtype(op: str, name: str, value: Tensor, *wanted: torch.dtype) -> None:
-    if value.dtype not in wanted:
-        raise TypeError(f"{op}: {name} must be {' or '.join(map(str, wanted))}, got {value.dtype}")
+    _checks.check_placement(op, name, value, logits[0])
 
 
 def check_levels(op: str, logits: list[Tensor], segments: Tensor | None, num_segments: int) -> None:
@@ -26,7 +19,7 @@ def check_levels(op: str, logits: list[Tensor], segments: Tensor | None, num_seg
         raise ValueError(f"{op}: logits must hold at least one tensor, got none")
     for level in logits:
         _checks.check_logits(op, level)
-        check_dtype(op, "logits", level, logits[0].dtype)
+        _checks.check_dtype(op, "logits", level, logits[0].dtype)
         check_placement(op, "logits", level, logits)
     check_segments(op, logits, segments, num_segments)
 
@@ -41,7 +34,7 @@ def check_segments(op: str, logits: list[Tensor], segments: Tensor | None, num_s
                 raise ValueError(f"{op}: num_segments must divide the elements of every tensor of logits, {size}, got {num_segments}")
         return
     check_placement(op, "segments", segments, logits)
-    check_dtype(op, "segments", segments, torch.int32)
+    _checks.check_dtype(op, "segments", segments, torch.int32)
     if segments.dim() != 2 or 1 not in segments.shape:
         raise ValueError(f"{op}: segments must have shape [rows, 1] or [1, columns], got {list(segments.shape)}")
     rows, columns = segments.shape
@@ -61,7 +54,7 @@ def check_matches_levels(op: str, name: str, values: list[Tensor], logits: list[
 
 def check_table(op: str, name: str, table: Tensor, logits: list[Tensor], dtype: torch.dtype, rows: int, columns: int | None) -> None:
     check_placement(op, name, table, logits)
-    check_dtype(op, name, table, dtype)
+    _checks.check_dtype(op, name, table, dtype)
     if table.dim() != 2 or table.shape[0] != rows or columns not in (None, table.shape[1]):
         wanted = f"[{rows}, {'any' if columns is None else columns}]"
         raise ValueError(f"{op}: {name} must have shape {wanted}, got {list(table.shape)}")
@@ -73,7 +66,7 @@ def check_mask_and_counts(op: str, negatives: Tensor, counts: Tensor, logits: li
         ("counts", counts, torch.int64, COUNT_ENTRIES),
     ):
         check_placement(op, name, value, logits)
-        check_dtype(op, name, value, dtype)
+        _checks.check_dtype(op, name, value, dtype)
         _checks.check_shape(op, name, value, (size,), "shape")
 
 
@@ -84,7 +77,7 @@ def ranking_collect(logits, targets, quality, segments, num_segments, max_positi
     if quality:
         check_matches_levels(op, "quality", quality, logits)
     for number, (level, target) in enumerate(zip(logits, targets, strict=True)):
-        check_dtype(op, "targets", target, *_checks.LOGIT_TYPES, torch.int32, torch.int64)
+        _checks.check_dtype(op, "targets", target, *_checks.LOGIT_TYPES, torch.int32, torch.int64)
         is_index_form = not target.is_floating_point()
         if is_index_form and level.dim() == 0:
             raise ValueError(f"{op}: logits must have a last dimension of classes for class indices, got shape []")
@@ -93,7 +86,7 @@ def ranking_collect(logits, targets, quality, segments, num_segments, max_positi
         if quality:
             if not is_index_form:
                 raise ValueError(f"{op}: quality must be empty with dense targets, got {len(quality)} tensors")
-            check_dtype(op, "quality", quality[number], *_checks.LOGIT_TYPES)
+            _checks.check_dtype(op, "quality", quality[number], *_checks.LOGIT_TYPES)
             _checks.check_shape(op, "quality", quality[number], target.shape, "the shape of targets")
     if max_positives is not None and max_positives < 0:
         raise ValueError(f"{op}: max_positives must be None or at least 0, got {max_positives}")
@@ -125,5 +118,5 @@ def ranking_backward(logits, negatives, gradients, lines, counts, segments, num_
     for name, grad in (("grad_first", grad_first), ("grad_second", grad_second)):
         if grad is not None:
             check_placement(op, name, grad, logits)
-            check_dtype(op, name, grad, *_checks.LOGIT_TYPES)
+            _checks.check_dtype(op, name, grad, *_checks.LOGIT_TYPES)
             _checks.check_shape(op, name, grad, (), "shape")

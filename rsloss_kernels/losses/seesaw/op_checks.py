@@ -1,17 +1,7 @@
 """Checks of the arguments of the Seesaw operators, for the backends written in Python; a compiled one checks the same in C++."""
 import torch
-from torch import Tensor
 
 from rsloss_kernels import _checks
-
-
-def _check_table(op: str, name: str, value: Tensor, like: Tensor, shape: tuple[int, ...], *dtypes: torch.dtype) -> None:
-    _checks.check_device(op, name, value, like)
-    if value.dtype not in dtypes:
-        raise TypeError(f"{op}: {name} must be {' or '.join(map(str, dtypes))}, got {value.dtype}")
-    _checks.check_shape(op, name, value, shape, "shape")
-    if not value.is_contiguous():
-        raise ValueError(f"{op}: {name} must be contiguous, got shape {list(value.shape)} with strides {value.stride()}")
 
 
 def _check_rows(op: str, logits, labels, weights, log_counts) -> None:
@@ -20,11 +10,11 @@ def _check_rows(op: str, logits, labels, weights, log_counts) -> None:
     if logits.dim() != 2 or logits.shape[1] < 3:
         raise ValueError(f"{op}: logits must have shape [N, C + 2] with C at least 1, got {list(logits.shape)}")
     rows, columns = logits.shape
-    _check_table(op, "logits", logits, logits, (rows, columns), *_checks.LOGIT_TYPES)
-    _check_table(op, "labels", labels, logits, (rows,), torch.int32, torch.int64)
+    _checks.check_table(op, "logits", logits, logits, (rows, columns), *_checks.LOGIT_TYPES)
+    _checks.check_table(op, "labels", labels, logits, (rows,), torch.int32, torch.int64)
     if weights is not None:
-        _check_table(op, "weights", weights, logits, (rows,), *_checks.LOGIT_TYPES)
-    _check_table(op, "log_counts", log_counts, logits, (columns - 2,), torch.float64)
+        _checks.check_table(op, "weights", weights, logits, (rows,), *_checks.LOGIT_TYPES)
+    _checks.check_table(op, "log_counts", log_counts, logits, (columns - 2,), torch.float64)
 
 
 def _check_numbers(op: str, **numbers: float) -> None:
@@ -43,5 +33,5 @@ def seesaw_backward(logits, labels, weights, log_counts, row_tables, grad_losses
     op = "seesaw_backward"
     _check_rows(op, logits, labels, weights, log_counts)
     _check_numbers(op, p=p, q=q)
-    _check_table(op, "row_tables", row_tables, logits, (4, logits.shape[0]), torch.float64)
-    _check_table(op, "grad_losses", grad_losses, logits, (2, logits.shape[0]), *_checks.LOGIT_TYPES)
+    _checks.check_table(op, "row_tables", row_tables, logits, (4, logits.shape[0]), torch.float64)
+    _checks.check_table(op, "grad_losses", grad_losses, logits, (2, logits.shape[0]), *_checks.LOGIT_TYPES)
