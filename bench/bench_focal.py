@@ -26,7 +26,6 @@ from bench.providers import COMPILED_FOCAL, FOCAL, Forward, Provider, focal_prov
 from rsloss_kernels import (  # noqa: E402
     EQLv2Loss,
     EqualizedFocalLoss,
-    _backends,
     eqlv2_loss,
     equalized_focal_loss,
     sigmoid_focal_loss,
@@ -34,7 +33,6 @@ from rsloss_kernels import (  # noqa: E402
 
 PUBLISHED_EFL, PUBLISHED_EQLV2 = "published EFL", "published EQL v2"
 PUBLISHED = {EFL: PUBLISHED_EFL, EQLV2: PUBLISHED_EQLV2}
-OPERATOR = "focal_forward"
 LAYOUT = "anchor_major"
 # Of the loss, of the gradient.
 LIMITS = 1e-7, 2e-6
@@ -53,22 +51,15 @@ MEMORY = [FOCAL_CASE, EFL_CASE, EQLV2_CASE]
 CUDA_SPEED = [((FOCAL_LOSS, 2 * 10**7, 80, "dense"), 1.3), ((FOCAL_LOSS, 2 * 10**7), 1.3)]
 
 
-class FocalBenchmark:
+class FocalBenchmark(loss_bench.OfOperator):
     """The element-wise sigmoid losses as the benchmark sees them."""
 
+    operator = "focal_forward"
     stem, title, num_losses = "focal", "sigmoid_focal_loss, EqualizedFocalLoss and EQLv2Loss", 1
     problems = focal_problems.PROBLEMS
 
     def name(self, backend: str) -> str:
         return f"focal [{backend}]"
-
-    def backends(self, device: str) -> list[str]:
-        """The usable backends, the automatic choice first. On a CPU Triton is its interpreter, which is not timed."""
-        usable = [backend for backend in _backends.usable(OPERATOR, device) if (backend, device) != ("triton", "cpu")]
-        return sorted(usable, key=lambda backend: backend != _backends.resolve(OPERATOR, device))
-
-    def why_not(self, backend: str, device: str) -> str | None:
-        return _backends.why_not(OPERATOR, backend, device)
 
     def outputs(self, logits: Tensor, inputs: Inputs, backend: str) -> tuple[Tensor]:
         """The loss with a given state."""
@@ -119,7 +110,7 @@ class FocalBenchmark:
         return forward
 
     def _forced(self, backend: str, device: str) -> contextlib.AbstractContextManager:
-        is_automatic = backend == _backends.resolve(OPERATOR, device)
+        is_automatic = self.is_automatic(backend, device)
         return contextlib.nullcontext() if is_automatic else rsloss_kernels.use_backend(backend)
 
 
@@ -140,7 +131,7 @@ def check(arguments: argparse.Namespace) -> list[dict]:
     report = targets.Rows()
     if arguments.device == "cuda":
         compiled, sizes = ["cuda", "triton"], [entry for entry, _ in CUDA_SPEED]
-        _cuda_speed(arguments, report)
+        targets.captured(LOSS, arguments, report, [(make_case(arguments, *entry), limit) for entry, limit in CUDA_SPEED])
     else:
         compiled, sizes = ["cpp"], MEMORY
         _cpu_speed(arguments, report)
@@ -182,18 +173,6 @@ def _narrow_speed(arguments: argparse.Namespace, report: targets.Rows) -> None:
         for case in cases[1:]:
             got = timings[case.dtype].ratio_to(timings["float32"])
             report(f"{provider.name}, {case.title}", 1.0, "x float32", got, targets.medians(timings, case.dtype, "float32"))
-
-
-def _cuda_speed(arguments: argparse.Namespace, report: targets.Rows) -> None:
-    for entry, limit in CUDA_SPEED:
-        case = make_case(arguments, *entry)
-        names = {backend: LOSS.name(backend) for backend in ("cuda", "triton")}
-        timings, _ = targets.time_case(LOSS, arguments, case, list(names.values()), capture=True)
-        for backend, ours in names.items():
-            timing = timings.get(ours)
-            got = timing.ratio_to(timings[loss_bench.COPY]) if timing and not timing.failure else None
-            note = LOSS.why_not(backend, "cuda") or targets.medians(timings, ours, loss_bench.COPY)
-            report(f"{ours}, {case.title}, captured", limit, f"x {loss_bench.COPY}", got, note)
 
 
 def main(argv: list[str] | None = None) -> int:

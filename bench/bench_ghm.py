@@ -23,10 +23,9 @@ from bench import ghm_problems, loss_bench, targets  # noqa: E402
 from bench.ghm_problems import BOXES, CLASSES, MU, Case, Inputs, make_case  # noqa: E402
 from bench.peers.ghm import PublishedGHMC, PublishedGHMR, ghm_truth  # noqa: E402
 from bench.providers import FOCAL, Forward, Provider, focal_providers, peer  # noqa: E402
-from rsloss_kernels import _backends, ghm_classification_loss, ghm_regression_loss  # noqa: E402
+from rsloss_kernels import ghm_classification_loss, ghm_regression_loss  # noqa: E402
 
 PUBLISHED, SMOOTH_L1 = "MMDetection's", "smooth L1, eager"
-OPERATOR = "ghm_finalize"
 # Of the loss, of the gradient.
 LIMITS = 1e-7, 2e-6
 ACCURACY = [
@@ -47,22 +46,15 @@ CPU_SPEED = [
 CUDA_SPEED = [((CLASSES, 2 * 10**7, 10, "index"), 1.5), ((CLASSES, 2 * 10**7, 10, "dense"), 1.5), ((BOXES, 2 * 10**7, 10, "dense"), 1.5)]
 
 
-class GHMLoss:
+class GHMLoss(loss_bench.OfOperator):
     """Both losses as the benchmark sees them."""
 
+    operator = "ghm_finalize"
     stem, title, num_losses = "ghm", "ghm_classification_loss and ghm_regression_loss", 1
     problems = ghm_problems.PROBLEMS
 
     def name(self, backend: str) -> str:
         return f"ghm [{backend}]"
-
-    def backends(self, device: str) -> list[str]:
-        """The usable backends, the automatic choice first. On a CPU Triton is its interpreter, which is not timed."""
-        usable = [backend for backend in _backends.usable(OPERATOR, device) if (backend, device) != ("triton", "cpu")]
-        return sorted(usable, key=lambda backend: backend != _backends.resolve(OPERATOR, device))
-
-    def why_not(self, backend: str, device: str) -> str | None:
-        return _backends.why_not(OPERATOR, backend, device)
 
     def outputs(self, logits: Tensor, inputs: Inputs, backend: str) -> tuple[Tensor, ...]:
         """The loss, with momentum the new state too."""
@@ -71,7 +63,7 @@ class GHMLoss:
         if case.momentum:
             options |= {"momentum": case.momentum, "acc_sum": torch.zeros(case.bins, device=case.device)}
         function = ghm_classification_loss if case.loss == CLASSES else functools.partial(ghm_regression_loss, mu=MU)
-        is_automatic = backend == _backends.resolve(OPERATOR, case.device)
+        is_automatic = self.is_automatic(backend, case.device)
         with contextlib.nullcontext() if is_automatic else rsloss_kernels.use_backend(backend):
             got = function(logits, inputs.targets, inputs.weights, **options)
         return got if isinstance(got, tuple) else (got,)
@@ -118,7 +110,7 @@ def check(arguments: argparse.Namespace) -> list[dict]:
     report = targets.Rows()
     if arguments.device == "cuda":
         compiled, sizes = ["cuda", "triton"], [case for case, _ in CUDA_SPEED]
-        _cuda_speed(arguments, report)
+        targets.captured(LOSS, arguments, report, [(make_case(arguments, *entry), limit) for entry, limit in CUDA_SPEED])
     else:
         compiled, sizes = ["cpp"], [case for case, *_ in CPU_SPEED]
         _cpu_speed(arguments, report)
@@ -141,18 +133,6 @@ def _cpu_speed(arguments: argparse.Namespace, report: targets.Rows) -> None:
         for other, limit in ((PUBLISHED, of_published), (loss_bench.COPY, of_copy)):
             got = timings[ours].ratio_to(timings[other]) if ours in timings else None
             report(f"{ours}, {case.title}", limit, f"x {other}", got, missing or targets.medians(timings, ours, other))
-
-
-def _cuda_speed(arguments: argparse.Namespace, report: targets.Rows) -> None:
-    for entry, limit in CUDA_SPEED:
-        case = make_case(arguments, *entry)
-        names = {backend: LOSS.name(backend) for backend in ("cuda", "triton")}
-        timings, _ = targets.time_case(LOSS, arguments, case, list(names.values()), capture=True)
-        for backend, ours in names.items():
-            timing = timings.get(ours)
-            got = timing.ratio_to(timings[loss_bench.COPY]) if timing and not timing.failure else None
-            note = LOSS.why_not(backend, "cuda") or targets.medians(timings, ours, loss_bench.COPY)
-            report(f"{ours}, {case.title}, captured", limit, f"x {loss_bench.COPY}", got, note)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -23,10 +23,9 @@ from bench import group_softmax_problems, loss_bench, targets  # noqa: E402
 from bench.group_softmax_problems import Case, Inputs, make_case  # noqa: E402
 from bench.peers.group_softmax import PublishedGroupSoftmax, group_softmax_truth  # noqa: E402
 from bench.providers import Forward, Provider, peer  # noqa: E402
-from rsloss_kernels import _backends, group_softmax_loss  # noqa: E402
+from rsloss_kernels import group_softmax_loss  # noqa: E402
 
 PUBLISHED, PLAIN = "published groups", "plain softmax, eager"
-OPERATOR = "group_softmax_forward"
 # Of the loss, of the gradient.
 LIMITS = 1e-7, 2e-6
 ACCURACY = [(2048,), (512, "instances")]
@@ -36,20 +35,13 @@ CUDA_SPEED = [(8192,)]
 OF_COPY_CAPTURED = 1.5
 
 
-class GroupSoftmaxBenchmark:
+class GroupSoftmaxBenchmark(loss_bench.OfOperator):
+    operator = "group_softmax_forward"
     stem, title, num_losses = "group_softmax", "group_softmax_loss", 1
     problems = group_softmax_problems.PROBLEMS
 
     def name(self, backend: str) -> str:
         return f"group_softmax [{backend}]"
-
-    def backends(self, device: str) -> list[str]:
-        """The usable backends, the automatic choice first. On a CPU Triton is its interpreter, which is not timed."""
-        usable = [backend for backend in _backends.usable(OPERATOR, device) if (backend, device) != ("triton", "cpu")]
-        return sorted(usable, key=lambda backend: backend != _backends.resolve(OPERATOR, device))
-
-    def why_not(self, backend: str, device: str) -> str | None:
-        return _backends.why_not(OPERATOR, backend, device)
 
     def outputs(self, logits: Tensor, inputs: Inputs, backend: str) -> tuple[Tensor]:
         """For the accuracy all others are kept: a sample would differ from that of the truth."""
@@ -70,7 +62,7 @@ class GroupSoftmaxBenchmark:
         return Provider(self.name(backend), bind, is_ours=True, can_capture=backend != "reference")
 
     def _total(self, logits: Tensor, inputs: Inputs, backend: str, **options) -> tuple[Tensor]:
-        is_automatic = backend == _backends.resolve(OPERATOR, inputs.case.device)
+        is_automatic = self.is_automatic(backend, inputs.case.device)
         with contextlib.nullcontext() if is_automatic else rsloss_kernels.use_backend(backend):
             return (group_softmax_loss(logits, inputs.labels, inputs.groups, **options).sum(),)
 
@@ -95,7 +87,7 @@ def check(arguments: argparse.Namespace) -> list[dict]:
     report = targets.Rows()
     if arguments.device == "cuda":
         compiled, sizes = ["cuda", "triton"], CUDA_SPEED
-        _cuda_speed(arguments, report)
+        targets.captured(LOSS, arguments, report, [(make_case(arguments, *entry), OF_COPY_CAPTURED) for entry in CUDA_SPEED])
     else:
         compiled, sizes = ["cpp"], CPU_SPEED[:2]
         _cpu_speed(arguments, report)
@@ -118,18 +110,6 @@ def _cpu_speed(arguments: argparse.Namespace, report: targets.Rows) -> None:
         for other, limit in ((PUBLISHED, OF_PUBLISHED), (loss_bench.COPY, OF_COPY), (PLAIN, None)):
             got = timings[ours].ratio_to(timings[other]) if ours in timings else None
             report(f"{ours}, {case.title}", limit, f"x {other}", got, missing or targets.medians(timings, ours, other))
-
-
-def _cuda_speed(arguments: argparse.Namespace, report: targets.Rows) -> None:
-    for entry in CUDA_SPEED:
-        case = make_case(arguments, *entry)
-        names = {backend: LOSS.name(backend) for backend in ("cuda", "triton")}
-        timings, _ = targets.time_case(LOSS, arguments, case, list(names.values()), capture=True)
-        for backend, ours in names.items():
-            timing = timings.get(ours)
-            got = timing.ratio_to(timings[loss_bench.COPY]) if timing and not timing.failure else None
-            note = LOSS.why_not(backend, "cuda") or targets.medians(timings, ours, loss_bench.COPY)
-            report(f"{ours}, {case.title}, captured", OF_COPY_CAPTURED, f"x {loss_bench.COPY}", got, note)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -19,30 +19,22 @@ from bench import loss_bench, seesaw_problems, targets  # noqa: E402
 from bench.peers.seesaw import PublishedSeesaw, seesaw_truth  # noqa: E402
 from bench.providers import Forward, Provider, peer  # noqa: E402
 from bench.seesaw_problems import Case, Inputs, make_case  # noqa: E402
-from rsloss_kernels import SeesawLoss, _backends, seesaw_loss  # noqa: E402
+from rsloss_kernels import SeesawLoss, seesaw_loss  # noqa: E402
 
 PUBLISHED, PLAIN = "published Seesaw", "plain softmax, eager"
-OPERATOR = "seesaw_forward"
 # Of the losses, of the gradient.
 LIMITS = 1e-7, 2e-6
 OF_PUBLISHED = 1 / 5
 CPU_SIZES, CUDA_SIZES = [(512,), (2048,)], [(8192,)]
 
 
-class SeesawBenchmark:
+class SeesawBenchmark(loss_bench.OfOperator):
+    operator = "seesaw_forward"
     stem, title, num_losses = "seesaw", "SeesawLoss", 2
     problems = seesaw_problems.PROBLEMS
 
     def name(self, backend: str) -> str:
         return f"seesaw [{backend}]"
-
-    def backends(self, device: str) -> list[str]:
-        """The usable backends, the automatic choice first. On a CPU Triton is its interpreter, which is not timed."""
-        usable = [backend for backend in _backends.usable(OPERATOR, device) if (backend, device) != ("triton", "cpu")]
-        return sorted(usable, key=lambda backend: backend != _backends.resolve(OPERATOR, device))
-
-    def why_not(self, backend: str, device: str) -> str | None:
-        return _backends.why_not(OPERATOR, backend, device)
 
     def outputs(self, logits: Tensor, inputs: Inputs, backend: str) -> tuple[Tensor, Tensor]:
         with rsloss_kernels.use_backend(backend):
@@ -61,7 +53,7 @@ class SeesawBenchmark:
         def bind(inputs: Inputs) -> Forward:
             loss = SeesawLoss(inputs.case.classes).to(inputs.logits.device)
             loss.cum_samples.copy_(inputs.counts)
-            is_automatic = backend == _backends.resolve(OPERATOR, inputs.case.device)
+            is_automatic = self.is_automatic(backend, inputs.case.device)
 
             def forward(logits: Tensor) -> tuple[Tensor, ...]:
                 with contextlib.nullcontext() if is_automatic else rsloss_kernels.use_backend(backend):

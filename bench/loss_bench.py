@@ -18,9 +18,27 @@ import torch
 
 from bench import harness, results
 from bench.providers import FOCAL, MODES, Provider, workload
+from rsloss_kernels import _backends
 
 COPY = "copy floor"
 CANNOT_CAPTURE = "it cannot be captured"
+
+
+class OfOperator:
+    """What a loss whose backends are those of one `operator` has in common with all others."""
+
+    operator: str
+
+    def backends(self, device: str) -> list[str]:
+        """The usable backends, the automatic choice first. On a CPU Triton is its interpreter, which is not timed."""
+        usable = [backend for backend in _backends.usable(self.operator, device) if (backend, device) != ("triton", "cpu")]
+        return sorted(usable, key=lambda backend: not self.is_automatic(backend, device))
+
+    def is_automatic(self, backend: str, device: str) -> bool:
+        return backend == _backends.resolve(self.operator, device)
+
+    def why_not(self, backend: str, device: str) -> str | None:
+        return _backends.why_not(self.operator, backend, device)
 
 
 @dataclass(frozen=True)

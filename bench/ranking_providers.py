@@ -9,9 +9,8 @@ from torch import Tensor
 import rsloss_kernels
 from bench import ranking_problems
 from bench.logits import Case, Inputs
-from bench.loss_bench import Problems
+from bench.loss_bench import OfOperator, Problems
 from bench.providers import Forward, Provider, focal_providers
-from rsloss_kernels import _backends
 
 LOOP = "published loop"
 
@@ -26,7 +25,7 @@ LOOP_SEGMENTS = 1000
 
 
 @dataclass(frozen=True)
-class RankingLoss:
+class RankingLoss(OfOperator):
     """What differs between the ranking losses; one per bench_<stem>.py."""
 
     stem: str
@@ -50,20 +49,10 @@ class RankingLoss:
     def name(self, backend: str) -> str:
         return f"{self.function} [{backend}]"
 
-    def backends(self, device: str) -> list[str]:
-        """The usable backends, the automatic choice first. On a CPU Triton is its interpreter, which is not timed."""
-        usable = _backends.usable(self.operator, device)
-        if device == "cpu":
-            usable = [backend for backend in usable if backend != "triton"]
-        return sorted(usable, key=lambda backend: backend != _backends.resolve(self.operator, device))
-
-    def why_not(self, backend: str, device: str) -> str | None:
-        return _backends.why_not(self.operator, backend, device)
-
     def outputs(self, logits: Tensor, inputs: Inputs, backend: str | None = None, **options) -> tuple[Tensor, ...]:
         """All outputs of the public function, on `backend` or on the automatic one, with the capacity of the case."""
         options = {"max_positives": inputs.case.max_positives} | options
-        if backend is None or backend == _backends.resolve(self.operator, logits.device.type):
+        if backend is None or self.is_automatic(backend, logits.device.type):
             return self.call(logits, inputs, **options)
         with rsloss_kernels.use_backend(backend):
             return self.call(logits, inputs, **options)

@@ -80,3 +80,15 @@ def errors(loss, backend: str, inputs, truth) -> tuple[float, float]:
     ]
     of_gradient = (gradient.double() - truth[-1]).abs().max() / truth[-1].abs().max()
     return max(of_values), of_gradient.item()
+
+
+def captured(loss, arguments: argparse.Namespace, report: Rows, cases: list[tuple]) -> None:
+    """Rows of (case, limit) on CUDA: forward and backward as one graph over the copy of what they must move, of both backends."""
+    for case, limit in cases:
+        names = {backend: loss.name(backend) for backend in ("cuda", "triton")}
+        timings, _ = time_case(loss, arguments, case, list(names.values()), capture=True)
+        for backend, ours in names.items():
+            timing = timings.get(ours)
+            got = timing.ratio_to(timings[loss_bench.COPY]) if timing and not timing.failure else None
+            note = loss.why_not(backend, "cuda") or medians(timings, ours, loss_bench.COPY)
+            report(f"{ours}, {case.title}, captured", limit, f"x {loss_bench.COPY}", got, note)
