@@ -33,8 +33,9 @@ env:
 	    > "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch_of_the_interpreter.pth"
 	  # Every later install is held to the torch that is there, and to its Triton.
 	  $(PY) -c 'import torch; print(f"torch=={torch.__version__}")' > $(VENV)/constraints.txt
-	  cat requirements/base.txt requirements/demo.txt $(if $(TORCH),,| sed 's/==.*//') > $(VENV)/requirements.txt
+	  cat requirements/base.txt requirements/demo.txt requirements/integrations.txt $(if $(TORCH),,| sed 's/==.*//') > $(VENV)/requirements.txt
 	  $(PY) -m pip install -c $(VENV)/constraints.txt -r $(VENV)/requirements.txt
+	  $(PY) -m pip install --no-deps -r requirements/frameworks.txt
 	  $(PY) -c 'import triton' 2>/dev/null || $(PY) -m pip install -c $(VENV)/constraints.txt -r requirements/triton.txt
 	  RSLOSS_NO_EXT=1 $(PY) -m pip install --no-build-isolation --no-deps --force-reinstall -e .
 	  echo "$$wanted" > $(VENV)/.installed
