@@ -97,7 +97,9 @@ class Operators(types.ModuleType):
         gradient, rois, argmax_y, argmax_x, result, *, aligned_height, aligned_width, spatial_scale, sampling_ratio, pool_mode, aligned
     ):
         shape = (spatial_scale, aligned_height, aligned_width, *result.shape, sampling_ratio, aligned)
-        result.copy_(torch.ops.torchvision._roi_align_backward(gradient, rois, *shape))
+        # Under autocast the gradient may have bfloat16, which this kernel does not know.
+        dtype = torch.promote_types(gradient.dtype, torch.float32)
+        result.copy_(torch.ops.torchvision._roi_align_backward(gradient.to(dtype), rois.to(dtype), *shape))
 
     def __getattr__(self, name):
         if name.startswith("__"):
