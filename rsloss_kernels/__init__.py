@@ -1,5 +1,5 @@
 """Losses for object detectors as fused kernels: Rank & Sort, AP and aLRP loss with self-balancing and score weights, GHM-C and
-GHM-R, the focal family, equalized focal loss, EQL v2, Seesaw and balanced group softmax."""
+GHM-R, the focal family, equalized focal loss, EQL v2, Seesaw, balanced group softmax, smooth L1 and Dynamic R-CNN."""
 from rsloss_kernels import _backends, _ext
 
 _ext.load()
@@ -13,8 +13,11 @@ from rsloss_kernels.losses.ghm import op as _ghm_op  # noqa: E402, F401
 from rsloss_kernels.losses.group_softmax import op as _group_softmax_op  # noqa: E402, F401
 from rsloss_kernels.losses.rank_sort import op as _rank_sort_op  # noqa: E402, F401
 from rsloss_kernels.losses.seesaw import op as _seesaw_op  # noqa: E402, F401
+from rsloss_kernels.losses.smooth_l1 import op as _smooth_l1_op  # noqa: E402, F401
 from rsloss_kernels.losses.alrp.api import ALRPLoss, ALRPLosses, alrp_loss, alrp_regression_loss  # noqa: E402
 from rsloss_kernels.losses.ap.api import APLoss, average_precision_loss  # noqa: E402
+from rsloss_kernels.losses.dynamic_rcnn.assignment import DynamicLabelAssignment, assign_by_iou  # noqa: E402
+from rsloss_kernels.losses.dynamic_rcnn.regression import DynamicSmoothL1Loss  # noqa: E402
 from rsloss_kernels.losses.equalized_focal.api import (  # noqa: E402
     EqualizedLoss,
     eqlv2_loss,
@@ -45,6 +48,7 @@ from rsloss_kernels.losses.rank_sort.api import RankSortLoss, RankSortLosses, ra
 from rsloss_kernels.losses.seesaw.api import SeesawLosses, seesaw_loss  # noqa: E402
 from rsloss_kernels.losses.seesaw.modules import SeesawLoss  # noqa: E402
 from rsloss_kernels.losses.self_balancing.api import SelfBalancing, score_weighted_mean, score_weights  # noqa: E402
+from rsloss_kernels.losses.smooth_l1.api import smooth_l1_loss  # noqa: E402
 from rsloss_kernels.version import __version__  # noqa: E402
 
 _backends.look_up_reasons()
@@ -54,6 +58,8 @@ __all__ = [
     "ALRPLosses",
     "APLoss",
     "ClassGroups",
+    "DynamicLabelAssignment",
+    "DynamicSmoothL1Loss",
     "EQLv2Loss",
     "EqualizedFocalLoss",
     "EqualizedLoss",
@@ -75,6 +81,7 @@ __all__ = [
     "__version__",
     "alrp_loss",
     "alrp_regression_loss",
+    "assign_by_iou",
     "authentic_smooth_l1_loss",
     "average_precision_loss",
     "backend_report",
@@ -93,6 +100,7 @@ __all__ = [
     "score_weights",
     "seesaw_loss",
     "sigmoid_focal_loss",
+    "smooth_l1_loss",
     "use_backend",
     "varifocal_loss",
 ]

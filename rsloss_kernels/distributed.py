@@ -228,6 +228,11 @@ def sum_histograms(
     return torch.where(is_agreed, total, torch.nan), is_agreed
 
 
+def gather_equal(tensor: Tensor, group: "dist.ProcessGroup") -> Tensor:
+    """[world, *shape]: the tensors of all processes, detached; they have one shape and dtype."""
+    return _all_gather(tensor.detach().contiguous(), group)
+
+
 # PyTorch 2.13 renamed it.
 _all_gather_into = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 

@@ -93,6 +93,9 @@ def cases(seed: int) -> Iterator[Case]:
         """Summed in float64: their own dtype would round the sum."""
         return rsloss_kernels.sigmoid_focal_loss(x, targets).double().sum()
 
+    def distances(x: Tensor, targets: Tensor) -> Tensor:
+        return rsloss_kernels.smooth_l1_loss(x, targets, 0.0, reduction="none").double().sum()
+
     rank_sort = functools.partial(case, rsloss_kernels.rank_sort_loss, "rank_sort_forward")
     average_precision = functools.partial(case, rsloss_kernels.average_precision_loss, "average_precision_forward")
     alrp = functools.partial(case, rsloss_kernels.alrp_loss, "alrp_finalize")
@@ -144,6 +147,9 @@ def cases(seed: int) -> Iterator[Case]:
         wide = torch.randn(anchors, groups.num_logits, generator=generator, dtype=torch.float64) * 3
         yield group_softmax(f"background {form}", groups, wide, labels, torch.rand(4, anchors, generator=generator))
     counts = torch.rand(classes - 1, generator=generator) * 1000
+    offsets, beta = torch.randn(anchors, classes, generator=generator), torch.tensor(0.7, dtype=torch.float64)
+    yield case(rsloss_kernels.smooth_l1_loss, "smooth_l1_forward", "weights of rows", logits, offsets, beta, quality)
+    yield case(distances, "smooth_l1_elements", "beta 0", logits, offsets)
     yield case(rsloss_kernels.seesaw_loss, "seesaw_forward", "weights", logits * 3, labels.clamp(max=classes - 2), counts, quality)
 
 
@@ -176,8 +182,8 @@ def bounds(case: Case, backend: str, dtype: torch.dtype) -> tuple[float, float]:
         bound = 1e-9 if backend in ("cuda", "triton") else 1e-10
         return bound, bound
     rounding = torch.finfo(dtype).eps / 2 if dtype in (torch.float16, torch.bfloat16) else 0.0
-    is_ranking = not case.operator.startswith(("focal", "ghm", "group_softmax", "seesaw"))
-    return 1e-7 + (rounding if case.operator == "focal_elements" else 0.0), (1e-6 if is_ranking else 2e-6) + rounding
+    is_ranking = not case.operator.startswith(("focal", "ghm", "group_softmax", "seesaw", "smooth_l1"))
+    return 1e-7 + (rounding if case.operator.endswith("_elements") else 0.0), (1e-6 if is_ranking else 2e-6) + rounding
 
 
 def check_all(seed: int, required: list[str]) -> Iterator[tuple[bool, str]]:
