@@ -18,7 +18,7 @@ RANKING_LOSSES = (RankSortLoss, APLoss, ALRPLoss)
 # As published: what an area is at least where it divides.
 SMALLEST_AREA = 1e-6
 # Frameworks add up all that they find under a name with "loss" in it, so these have none.
-LOGGED = ("unscaled_box", "sb_weight", "num_positives", "mean_positive_iou")
+LOGGED = ("bbox_unbalanced", "SB_weight", "num_positives", "positives_iou")
 
 
 class RankingHeadLosses(NamedTuple):
@@ -77,7 +77,8 @@ class RankingHeadLoss(nn.Module):
         Args:
             logits: [A, C], of all rows.
             labels: [A], integers: 0..C-1 the positives, C the background, negative: ignored.
-            positives: [P], int64, ascending: the rows whose label is a positive. Empty without positives.
+            positives: [P], int64, ascending: the rows whose label is a positive. Empty without positives. A row of the box loss alone
+                may have another label, except for aLRP.
             box_losses: [P], floating, of the positives' boxes; the gradient of the boxes flows through it alone.
             ious: [P], floating, of the predicted boxes with their objects, detached here.
 
@@ -110,7 +111,7 @@ class RankingHeadLoss(nn.Module):
             reference = loss(logits, labels)
             parts = {"ap": reference}
         if self.score_weighted:
-            weights = score_weights(logits[positives], labels[positives])
+            weights = score_weights(logits[positives], torch.zeros_like(labels[positives]))
         else:
             weights = torch.ones_like(ious)
         return parts, reference, score_weighted_mean(box_losses, weights, **group)

@@ -5,6 +5,7 @@ import torch
 from mmdet.structures.bbox import bbox_overlaps
 from torch import Tensor
 
+from rsloss_kernels import RankSortLoss
 from rsloss_kernels.integrations._ranking_head import RankingHeadLoss
 from rsloss_kernels.losses.self_balancing.api import DEFAULT_PERIOD
 
@@ -56,9 +57,10 @@ class RankingHead:
         Args:
             logits: [A, C], of all images and levels.
             labels: [A], 0..C-1 foreground, C background.
-            label_weights: [A]; a row of weight 0 is ignored.
+            label_weights: [A]; a row of weight 0 is ignored. How large a weight is does not matter.
             rows: [P], `positive_rows(labels, label_weights, C)`.
-            boxes, box_targets: [P, 4], x1 y1 x2 y2, of these rows.
+            boxes, box_targets: [P, 4], x1 y1 x2 y2, of these rows. Rank & Sort ranks a row whose box has no overlap with its target
+                as a negative; its box loss remains.
 
         Returns:
             "loss_rank" and "loss_sort" (Rank & Sort), "loss_ap" or "loss_alrp"; "loss_bbox"; and detached, to be logged, the names in
@@ -70,6 +72,9 @@ class RankingHead:
         # MMDetection's overlap of no boxes is not connected to them.
         box_losses = self.loss_bbox(boxes, box_targets, reduction_override="none") if len(rows) else boxes.sum(-1)
         labels = torch.where(label_weights > 0, labels, -1)
+        if isinstance(self.ranking.classification, RankSortLoss):
+            # As published: to be sorted last among the positives means to be a negative.
+            labels = labels.index_copy(0, rows, torch.where(ious == 0, logits.shape[1], labels[rows]))
         parts, box, log = self.ranking(logits, labels, rows, box_losses, ious)
         losses = {f"loss_{name}": value for name, value in parts.items()} | {"loss_bbox": box}
         reference = sum(parts.values()).detach() / self.ranking.loss_weight
