@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import rsloss_kernels
 from rsloss_kernels.losses.focal.modules import EPS
+from rsloss_kernels.losses.smooth_l1 import api as smooth_l1
 
 FocalLossOfProbabilities = theirs.FocalLoss
 QualityFocalLossOfProbabilities = theirs.QualityFocalLoss
@@ -105,9 +106,24 @@ class ALRPLoss(_RankingLoss):
         return self.ranking_loss(pred, labels, quality).classification
 
 
-for _module in (rsloss_kernels.EqualizedFocalLoss, rsloss_kernels.EqualizedQualityFocalLoss):
-    # They take the arguments of MMDetection's losses as they are.
-    MODELS.register_module(module=_module)
+class _EqualizedFocus:
+    """Mixin: MMDetection's dense heads read `use_sigmoid` from a configuration, and give it to the loss."""
+
+    def __init__(self, *args: object, use_sigmoid: bool = True, **kwargs: object):
+        if not use_sigmoid:
+            raise NotImplementedError(f"{type(self).__name__}: use_sigmoid must be True (there is no softmax form), got False")
+        super().__init__(*args, **kwargs)
+        self.use_sigmoid = use_sigmoid
+
+
+@MODELS.register_module()
+class EqualizedFocalLoss(_EqualizedFocus, rsloss_kernels.EqualizedFocalLoss):
+    """`rsloss_kernels.EqualizedFocalLoss`; give it `use_sigmoid=True` too. In FlatRetinaHead it is called once per step."""
+
+
+@MODELS.register_module()
+class EqualizedQualityFocalLoss(_EqualizedFocus, rsloss_kernels.EqualizedQualityFocalLoss):
+    """`rsloss_kernels.EqualizedQualityFocalLoss`; give it `use_sigmoid=True` too."""
 
 
 @MODELS.register_module()
@@ -228,12 +244,10 @@ class FusedSmoothL1Loss(nn.Module):
 
     def forward(self, pred, target, weight=None, avg_factor=None, reduction_override=None):
         reduction = reduction_override or self.reduction
-        if avg_factor is not None:
-            if reduction == "sum":
-                raise ValueError("FusedSmoothL1Loss: avg_factor must be None with reduction 'sum': only 'mean' divides")
-            avg_factor = None if reduction == "none" else avg_factor + EPS
-        losses = rsloss_kernels.smooth_l1_loss(pred, target, self.beta, weight, reduction=reduction, avg_factor=avg_factor)
-        return losses * self.loss_weight
+        if avg_factor is not None and reduction == "sum":
+            raise ValueError("FusedSmoothL1Loss: avg_factor must be None with reduction 'sum': only 'mean' divides")
+        divisor = None if reduction == "none" else avg_factor
+        return smooth_l1.evaluate("FusedSmoothL1Loss", pred, target, self.beta, weight, reduction, divisor, self.loss_weight, EPS)
 
 
 FUSED = (

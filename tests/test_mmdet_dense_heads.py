@@ -1,0 +1,317 @@
+"""Heads of MMDetection trained by ranking: the authors' outputs through the heads' own losses, and real models, small, that learn."""
+import copy
+import pathlib
+import warnings
+
+import frameworks
+import golden_vectors
+import pytest
+import torch
+import torch.distributed as dist
+from harness import assert_within
+from torch.nn.parallel import DistributedDataParallel
+
+GATE = 1e-9
+LOGGED = {"bbox_unbalanced", "SB_weight", "num_positives", "positives_iou"}
+KEYS = {
+    "RankSortRetinaHead": {"loss", "loss_rank", "loss_sort", "loss_bbox", *LOGGED},
+    "RankSortATSSHead": {"loss", "loss_rank", "loss_sort", "loss_bbox", *LOGGED},
+}
+
+
+@pytest.fixture(scope="module")
+def mm():
+    return frameworks.mmdetection()
+
+
+def cases(kind: str) -> list:
+    return [pytest.param(case, id=case.name) for case in golden_vectors.cases("rank_head") if case.manifest["kind"] == kind]
+
+
+class BoxesThemselves:
+    """A coder whose deltas are the boxes, for originals that recorded boxes."""
+
+    encode_size = 4
+
+    @staticmethod
+    def decode(anchors, deltas):
+        return deltas
+
+
+def golden_head(mm, monkeypatch, kind, targets, anchors, num_classes=1, **parts):
+    """A head of one level whose targets are these."""
+    from mmdet.registry import MODELS
+
+    classes = {} if "RPN" in kind else {"num_classes": num_classes}
+    config = {"type": kind, "in_channels": 4, "anchor_generator": mm.anchors() | {"strides": [8]}, "bbox_coder": mm.coder()}
+    if "ATSS" in kind:
+        config |= {"feat_channels": 4, "stacked_convs": 0, "norm_cfg": {"type": "GN", "num_groups": 2}}
+    head = MODELS.build(config | classes | parts).double()
+    monkeypatch.setattr(head, "get_anchors", lambda *arguments, **options: ([[anchors]], [[torch.ones(len(anchors)).bool()]]))
+    monkeypatch.setattr(head, "get_targets", lambda *arguments, **options: targets)
+    return head
+
+
+def as_map(rows):
+    """[A, K] -> [1, K, A, 1]."""
+    return rows.t()[None, :, :, None]
+
+
+def assert_close(got, wanted, label):
+    wanted = wanted.double().reshape(got.shape)
+    assert_within(got.detach().double(), wanted, GATE * float(wanted.abs().amax()) + 1e-14, label)
+
+
+def atss(mm, monkeypatch, case, **parts):
+    """Losses, logits and boxes of a recorded ATSS head."""
+    inputs = case.inputs()
+    labels, weights = inputs["labels"][None], inputs["label_weights"][None].double()
+    boxes = inputs["box_target"].double()
+    targets = ([boxes[None]], [labels], [weights], [boxes[None]], [torch.ones_like(boxes)[None]], 1.0)
+    head = golden_head(mm, monkeypatch, "RankSortATSSHead", targets, boxes, case.hyper["num_classes"], **parts)
+    head.bbox_coder = BoxesThemselves()
+    logits, predicted = (inputs[name].double().requires_grad_() for name in ("cls_scores", "box_pred"))
+    # MMDetection asks for float32 boxes in the head's forward; here they are float64.
+    losses = head.loss_by_feat([as_map(logits)], [as_map(predicted)], [None], [{}])
+    sum(value for key, value in losses.items() if "loss" in key).backward()
+    return head, losses, logits, predicted
+
+
+@pytest.mark.parametrize("case", cases("head_atss"))
+def test_golden_atss_head(mm, monkeypatch, case):
+    head, losses, logits, boxes = atss(mm, monkeypatch, case, loss_cls={"type": "RankSortLoss", "delta": case.hyper["delta"]})
+    golden = case.outputs("rs_atss")
+    assert all(value.isfinite() for value in losses.values())
+    if not golden:  # there a positive of label weight 0 crashes, here its row is ignored
+        assert case.name == "head010_posweight0"
+        is_ignored = case.inputs()["label_weights"] == 0
+        assert not logits.grad[is_ignored].any() and not boxes.grad[is_ignored].any() and losses["loss_rank"] > 0
+        return
+    for name in ("loss_rank", "loss_sort"):
+        assert_close(losses[name], golden[name], name)
+    assert_close(logits.grad, golden["grad_scores"], "scores")
+    if not golden["loss_bbox"].isfinite():  # perfect boxes: there the factor is infinite, here there is nothing to learn
+        assert case.name == "head009_iou1_all" and losses["loss_bbox"] == 0 and not boxes.grad.any()
+        return
+    assert_close(losses["loss_bbox"], golden["loss_bbox"], "box")
+    assert_close(boxes.grad, golden["grad_box"], "box gradient")
+    labels = case.inputs()["labels"]
+    assert losses["num_positives"] == (labels < case.hyper["num_classes"]).sum()
+    if losses["num_positives"] > 0:
+        assert_close(head.ranking.balancing.SB_weight, golden["SB_weight"], "factor")
+        assert losses["bbox_unbalanced"] == pytest.approx(float(golden["loss_bbox"] / golden["SB_weight"]), rel=1e-6)
+
+
+@pytest.mark.parametrize("case", cases("head_atss"))
+def test_golden_atss_head_with_average_precision(mm, monkeypatch, case):
+    weight = case.hyper["loc_weight_ap"]
+    head, losses, logits, boxes = atss(mm, monkeypatch, case, loss_cls={"type": "APLoss"}, ranking={"box_weight": weight})
+    golden = case.outputs("brs_atss_ap")
+    assert_close(losses["loss_ap"], golden["loss_rank"], "AP")
+    if case.name != "head010_posweight0":  # here a row that is ignored has no box loss either
+        assert_close(losses["loss_bbox"], golden["loss_bbox"], "box")
+        assert_close(boxes.grad, golden["grad_box"], "box gradient")
+    assert_close(logits.grad, golden["grad_scores"], "scores")
+    assert losses["SB_weight"] == weight
+
+
+@pytest.mark.parametrize("case", cases("head_rpn"))
+def test_golden_rpn_head(mm, monkeypatch, case):
+    inputs, hyper = case.inputs(), case.hyper
+    labels = inputs["labels"]
+    # Published boxes are decoded without anchors; GIoU does not change where anchors are shifted and scaled.
+    unit = torch.tensor([[-0.5, -0.5, 0.5, 0.5]], dtype=torch.float64).expand(len(labels), 4)
+    golden, loss, name = case.outputs("rs_rpn"), {"type": "RankSortLoss", "delta": hyper.get("delta", 0.5)}, "loss_rpn_rank"
+    if case.outputs("rs_rpn_alrp"):
+        golden, loss, name = case.outputs("rs_rpn_alrp"), {"type": "ALRPLoss", "iou_threshold": 0.7}, "loss_rpn_alrp"
+    targets = [[labels[None]], [inputs["label_weights"][None].double()], None, [unit[None]], 1.0]
+    head = golden_head(
+        mm, monkeypatch, "RankSortRPNHead", targets, unit, loss_cls=loss, ranking={"head_weight": hyper["head_weight"]}, bbox_coder=mm.coder(hyper["stds"])
+    )
+    targets[2] = [head.bbox_coder.decode(unit, inputs["delta_target"].double())[None]]
+    logits, deltas = (inputs[key].double().requires_grad_() for key in ("cls_scores", "delta_pred"))
+    losses = head.loss_by_feat([as_map(logits)], [as_map(deltas)], [None], [{}])
+    assert all("rpn" in key for key in losses) and {f"rpn_{key}" for key in LOGGED} < set(losses)
+    sum(value for key, value in losses.items() if "loss" in key).backward()
+    if losses["rpn_num_positives"] == 0:  # there a constant without a gradient, here a zero with one
+        assert case.name == "head014_rpn_nopos" and losses[name] == losses["loss_rpn_bbox"] == 0
+        assert logits.grad is not None and not logits.grad.any() and not deltas.grad.any()
+        return
+    assert_close(losses[name], golden["loss_rpn_cls" if "alrp" in name else name], name)
+    if "loss_rpn_sort" in golden:
+        assert_close(losses["loss_rpn_sort"], golden["loss_rpn_sort"], "sorting")
+    assert_close(losses["loss_rpn_bbox"], golden["loss_rpn_bbox"], "box")
+    assert_close(logits.grad, golden["grad_scores"], "scores")
+    assert_close(deltas.grad, golden["grad_delta"], "deltas")
+
+
+def one_stage(mm, head: str, seed: int = 0, test_cfg: dict | None = None, **parts):
+    is_atss = "ATSS" in head
+    training = mm.ATSS_TRAINING if is_atss else mm.RETINA_TRAINING
+    config = {"bbox_head": mm.dense_head(head, **parts), "train_cfg": training, "test_cfg": test_cfg or mm.TESTING}
+    return mm.detector("ATSS" if is_atss else "RetinaNet", seed, **config)
+
+
+def rpn(mm):
+    """The RPN of a two-stage detector, which stands alone."""
+    head = {
+        "type": "RankSortRPNHead",
+        "in_channels": mm.CHANNELS,
+        "feat_channels": mm.CHANNELS,
+        "anchor_generator": mm.anchors(ratios=(0.5, 1.0, 2.0)),
+        "bbox_coder": mm.coder((1.0,) * 4),
+    }
+    assigner = mm.MAX_IOU | {"pos_iou_thr": 0.7, "neg_iou_thr": 0.3, "min_pos_iou": 0.3, "match_low_quality": True}
+    training = {"rpn": {"assigner": assigner, "sampler": None, "allowed_border": -1, "pos_weight": -1, "debug": False}}
+    testing = {"rpn": {"nms_pre": 100, "max_per_img": 30, "nms": {"type": "nms", "iou_threshold": 0.7}, "min_bbox_size": 0}}
+    return mm.detector("RPN", rpn_head=head, train_cfg=training, test_cfg=testing)
+
+
+MODELS = {
+    "retina": lambda mm: one_stage(mm, "RankSortRetinaHead"),
+    "atss": lambda mm: one_stage(mm, "RankSortATSSHead"),
+    "atss_ap": lambda mm: one_stage(mm, "RankSortATSSHead", loss_cls={"type": "APLoss"}, ranking={"box_weight": 2.0}),
+    "retina_alrp": lambda mm: one_stage(mm, "RankSortRetinaHead", loss_cls={"type": "ALRPLoss"}, ranking={"balancing_period": 4}),
+    "rpn": rpn,
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_ten_steps_of_a_small_model(mm, generator, name):
+    """One call of the ranking loss per step over three levels and two images, a smaller loss after ten steps, and detections."""
+    model = MODELS[name](mm)
+    head = model.rpn_head if name == "rpn" else model.bbox_head
+    calls = []
+    head.ranking.classification.register_forward_hook(lambda module, arguments, result: calls.append(arguments))
+    batch = mm.make_batch(generator)
+    optimiser = torch.optim.AdamW(model.parameters(), 2e-3)
+    losses = []
+    for _ in range(10):
+        loss, log = mm.losses_of(model, copy.deepcopy(batch))
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(float(loss.detach()))
+    assert len(calls) == 10 and log[next(key for key in log if "num_positives" in key)] > 0
+    assert losses[-1] < 0.9 * losses[0], losses
+    without, empty = mm.losses_of(model, mm.make_batch(generator, boxes=0))
+    assert list(empty) == list(log) and without == 0
+    model.zero_grad()
+    without.backward()
+    assert all(value.grad is not None and not value.grad.any() for value in model.parameters() if value.requires_grad)
+    model.eval()
+    with torch.no_grad():
+        found = model(**model.data_preprocessor(batch, False), mode="predict")
+    assert all(0 < len(sample.pred_instances) <= 30 for sample in found)
+
+
+@pytest.mark.parametrize("head", KEYS)
+def test_bfloat16_autocast(mm, generator, head):
+    model = one_stage(mm, head)
+    batch = mm.make_batch(generator)
+    exact, log = mm.losses_of(model, copy.deepcopy(batch))
+    assert set(log) == KEYS[head]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = mm.losses_of(model, batch)
+    loss.backward()
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(exact.item(), rel=0.05)
+    assert all(value.grad.isfinite().all() for value in model.parameters() if value.requires_grad)
+
+
+def test_heads_see_flat_rows_in_the_order_of_their_targets(mm, generator):
+    """The loss of RetinaHead is that of FlatRetinaHead, whose losses are called once."""
+    loss_bbox = {"type": "SmoothL1Loss", "beta": 0.11}
+    batch = mm.make_batch(generator)
+    results, calls = [], []
+    for kind in ("RetinaHead", "FlatRetinaHead"):
+        model = one_stage(mm, kind, loss_cls={"type": "FocalLoss", "use_sigmoid": True}, loss_bbox=loss_bbox)
+        for module in (model.bbox_head.loss_cls, model.bbox_head.loss_bbox):
+            module.register_forward_hook(lambda *arguments, kind=kind: calls.append(kind))
+        loss, log = mm.losses_of(model, copy.deepcopy(batch))
+        loss.backward()
+        results.append((log, [value.grad for value in model.parameters()]))
+    assert calls.count("FlatRetinaHead") == 2 and calls.count("RetinaHead") == 2 * len(mm.STRIDES)
+    (wanted, gradients), (got, own) = results
+    for key in ("loss_cls", "loss_bbox"):
+        assert float(got[key]) == pytest.approx(float(wanted[key]), rel=1e-6)
+    for ours, theirs in zip(own, gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()) + 1e-9)
+
+
+def test_equalized_focal_loss_in_one_call(mm, generator):
+    """Its state advances once per step, by the gradients of all levels."""
+    loss = {"type": "EqualizedFocalLoss", "use_sigmoid": True, "num_classes": mm.CLASSES, "process_group": None}
+    model = one_stage(mm, "FlatRetinaHead", loss_cls=loss)
+    before = model.bbox_head.loss_cls.neg_grad.clone()
+    loss, _ = mm.losses_of(model, mm.make_batch(generator))
+    loss.backward()
+    assert not before.any() and (model.bbox_head.loss_cls.neg_grad > 0).all() and model.bbox_head.retina_cls.weight.grad.any()
+
+
+def test_state_is_in_checkpoints(mm, generator):
+    model = one_stage(mm, "RankSortRetinaHead")
+    mm.losses_of(model, mm.make_batch(generator))
+    factor = model.bbox_head.ranking.balancing.SB_weight.clone()
+    assert factor != 50
+    again = one_stage(mm, "RankSortRetinaHead", seed=1)
+    again.load_state_dict(model.state_dict(), strict=True)
+    assert torch.equal(again.bbox_head.ranking.balancing.SB_weight, factor)
+    plain = one_stage(mm, "RetinaHead").state_dict()
+    with pytest.warns(UserWarning, match="SB_weight"):
+        again.load_state_dict(plain, strict=True)
+    assert torch.equal(again.bbox_head.ranking.balancing.SB_weight, factor)
+
+
+def test_warnings_of_configurations_for_other_losses(mm):
+    with pytest.warns(UserWarning, match="score_thr is 0.05, but ranking orders scores"):
+        one_stage(mm, "RankSortRetinaHead", test_cfg=mm.TESTING | {"score_thr": 0.05})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*score_thr.*")
+        one_stage(mm, "RankSortRetinaHead", test_cfg=mm.TESTING | {"score_thr": 0.4, "score_thr_is_calibrated": True})
+        one_stage(mm, "RankSortATSSHead")
+    sampled = mm.RETINA_TRAINING | {"sampler": {"type": "RandomSampler", "num": 64, "pos_fraction": 0.5, "neg_pos_ub": -1}}
+    with pytest.warns(UserWarning, match="RandomSampler: anchors that it leaves out are not ranked"):
+        mm.detector("RetinaNet", bbox_head=mm.dense_head("RankSortRetinaHead"), train_cfg=sampled, test_cfg=mm.TESTING)
+
+
+def test_bad_configurations(mm):
+    with pytest.raises(TypeError, match="loss_cls must be RankSortLoss, APLoss or ALRPLoss, got FocalLoss"):
+        one_stage(mm, "RankSortRetinaHead", loss_cls={"type": "FocalLoss"})
+    with pytest.raises(ValueError, match="reg_decoded_bbox must be True"):
+        one_stage(mm, "RankSortATSSHead", reg_decoded_bbox=False)
+    with pytest.raises(NotImplementedError, match="use_sigmoid must be True"):
+        one_stage(mm, "RankSortRetinaHead", loss_cls={"type": "RankSortLoss", "use_sigmoid": False})
+
+
+def train_in_process(rank: int, folder: str) -> None:
+    mm = frameworks.mmdetection()
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    results = {}
+    for name, group in (("local", None), ("global", "default")):
+        model = one_stage(mm, "RankSortATSSHead", loss_cls={"type": "RankSortLoss", "process_group": group})
+        # Batch norm would see other images in one process than in two.
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.eval()
+        parallel = DistributedDataParallel(model)
+        batch = mm.make_batch(torch.Generator().manual_seed(3), boxes=3 if rank == 0 else 0)
+        losses = parallel(**model.data_preprocessor(batch, True), mode="loss")
+        loss, log = model.parse_losses(losses)
+        loss.backward()
+        gradient = torch.cat([value.grad.flatten() for value in model.parameters()])
+        results[name] = {"log": dict(log), "gradient": gradient, "keys": list(log)}
+    torch.save(results, pathlib.Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_one_without_positives(mm, tmp_path):
+    torch.multiprocessing.spawn(train_in_process, args=(str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2))
+    for name in ("local", "global"):
+        assert first[name]["keys"] == second[name]["keys"]
+        assert torch.equal(first[name]["gradient"], second[name]["gradient"]) and first[name]["gradient"].any()
+    assert second["local"]["log"]["loss"] == 0 and first["local"]["log"]["loss"] > 0
+    assert second["local"]["log"]["num_positives"] == 0 and first["local"]["log"]["num_positives"] > 0
+    # One ranking over both: the same losses on both, and the gradient of a process that has all images.
+    assert first["global"]["log"]["loss"] == second["global"]["log"]["loss"] > first["local"]["log"]["loss"]
