@@ -9,7 +9,7 @@ from mmdet.registry import MODELS
 from mmdet.structures.bbox import cat_boxes, get_box_tensor
 from torch import Tensor
 
-from rsloss_kernels.integrations.mmdet.ranking import RankingHead, positive_rows
+from rsloss_kernels.integrations.mmdet.ranking import RankingHead, positive_rows, warn_of_score_threshold
 
 
 class _Rows:
@@ -64,13 +64,7 @@ class _RankingDenseHead(_Rows, RankingHead):
     def check_ranking_configs(self) -> None:
         """Warns of what configurations for other losses bring along."""
         name = type(self).__name__
-        threshold = (self.test_cfg or {}).get("score_thr", 0)
-        if threshold > 0 and not self.test_cfg.get("score_thr_is_calibrated", False):
-            warnings.warn(
-                f"{name}: test_cfg.score_thr is {threshold}, but ranking orders scores without giving them a level: set it to 0 (max_per_img "
-                "alone then limits the detections), or to a value found on training data and score_thr_is_calibrated=True",
-                stacklevel=3,
-            )
+        warn_of_score_threshold(name, self.test_cfg)
         sampler = getattr(self, "sampler", None)
         if sampler is not None and not isinstance(sampler, PseudoSampler):
             warnings.warn(

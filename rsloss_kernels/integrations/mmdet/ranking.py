@@ -1,4 +1,5 @@
 """What every head of MMDetection that is trained by ranking shares, whatever makes its rows: anchors, points or regions."""
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -84,3 +85,14 @@ class RankingHead:
 def positive_rows(labels: Tensor, label_weights: Tensor, num_classes: int) -> Tensor:
     """[P]: the rows that are foreground, 0..num_classes-1, and not ignored, ascending. Waits for the device, as MMDetection does."""
     return ((labels >= 0) & (labels < num_classes) & (label_weights > 0)).nonzero().squeeze(1)
+
+
+def warn_of_score_threshold(name: str, test_cfg: dict | None) -> None:
+    """Warns of a score threshold that a configuration for another loss brings along; `name` is the head's."""
+    threshold = (test_cfg or {}).get("score_thr", 0)
+    if threshold > 0 and not test_cfg.get("score_thr_is_calibrated", False):
+        warnings.warn(
+            f"{name}: test_cfg.score_thr is {threshold}, but ranking orders scores without giving them a level: set it to 0 (max_per_img "
+            "alone then limits the detections), or to a value found on training data and score_thr_is_calibrated=True",
+            stacklevel=4,
+        )
