@@ -71,7 +71,6 @@ def atss(mm, monkeypatch, case, **parts):
     head = golden_head(mm, monkeypatch, "RankSortATSSHead", targets, boxes, case.hyper["num_classes"], **parts)
     head.bbox_coder = BoxesThemselves()
     logits, predicted = (inputs[name].double().requires_grad_() for name in ("cls_scores", "box_pred"))
-    # MMDetection asks for float32 boxes in the head's forward; here they are float64.
     losses = head.loss_by_feat([as_map(logits)], [as_map(predicted)], [None], [{}])
     sum(value for key, value in losses.items() if "loss" in key).backward()
     return head, losses, logits, predicted
@@ -125,9 +124,8 @@ def test_golden_rpn_head(mm, monkeypatch, case):
     if case.outputs("rs_rpn_alrp"):
         golden, loss, name = case.outputs("rs_rpn_alrp"), {"type": "ALRPLoss", "iou_threshold": 0.7}, "loss_rpn_alrp"
     targets = [[labels[None]], [inputs["label_weights"][None].double()], None, [unit[None]], 1.0]
-    head = golden_head(
-        mm, monkeypatch, "RankSortRPNHead", targets, unit, loss_cls=loss, ranking={"head_weight": hyper["head_weight"]}, bbox_coder=mm.coder(hyper["stds"])
-    )
+    options = {"loss_cls": loss, "ranking": {"head_weight": hyper["head_weight"]}, "bbox_coder": mm.coder(hyper["stds"])}
+    head = golden_head(mm, monkeypatch, "RankSortRPNHead", targets, unit, **options)
     targets[2] = [head.bbox_coder.decode(unit, inputs["delta_target"].double())[None]]
     logits, deltas = (inputs[key].double().requires_grad_() for key in ("cls_scores", "delta_pred"))
     losses = head.loss_by_feat([as_map(logits)], [as_map(deltas)], [None], [{}])
@@ -171,7 +169,7 @@ MODELS = {
     "retina": lambda mm: one_stage(mm, "RankSortRetinaHead"),
     "atss": lambda mm: one_stage(mm, "RankSortATSSHead"),
     "atss_ap": lambda mm: one_stage(mm, "RankSortATSSHead", loss_cls={"type": "APLoss"}, ranking={"box_weight": 2.0}),
-    "retina_alrp": lambda mm: one_stage(mm, "RankSortRetinaHead", loss_cls={"type": "ALRPLoss"}, ranking={"balancing_period": 4}),
+    "retina_alrp": lambda mm: one_stage(mm, "RankSortRetinaHead", loss_cls={"type": "ALRPLoss"}, ranking={"balancing_period": 1}),
     "rpn": rpn,
 }
 
@@ -180,7 +178,7 @@ MODELS = {
 def test_ten_steps_of_a_small_model(mm, generator, name):
     """One call of the ranking loss per step over three levels and two images, a smaller loss after ten steps, and detections."""
     model = MODELS[name](mm)
-    head = model.rpn_head if name == "rpn" else model.bbox_head
+    head = model.bbox_head
     calls = []
     head.ranking.classification.register_forward_hook(lambda module, arguments, result: calls.append(arguments))
     batch = mm.make_batch(generator)
