@@ -1,0 +1,214 @@
+"""torchvision's Faster R-CNN with losses for long-tailed classes, and as Dynamic R-CNN."""
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision_models as models
+from torch import nn
+from torchvision.models.detection import roi_heads as torchvision_roi_heads
+from torchvision.ops import box_iou
+
+from rsloss_kernels import (
+    ClassGroups,
+    DynamicLabelAssignment,
+    DynamicSmoothL1Loss,
+    EQLv2Loss,
+    GroupSoftmaxLoss,
+    _library,
+    group_softmax_loss,
+    group_softmax_scores,
+)
+from rsloss_kernels.integrations.torchvision import step_log, use_dynamic_rcnn, use_loss
+from rsloss_kernels.integrations.torchvision.roi_heads import rebound
+
+CLASSES = models.CHANNELS - 1
+ROI_LOSSES = ("group_softmax", "eqlv2", "seesaw")
+
+
+def options_of(loss: str, **more: object) -> dict:
+    return {"groups": ClassGroups.from_counts([5, 20, 3000, 7, 200]), **more} if loss == "group_softmax" else {}
+
+
+def captured(model: nn.Module, batch: tuple, seed: int = 0) -> tuple:
+    """The losses, and what the box head's losses were given."""
+    given = []
+    box_head_losses = type(model.roi_heads).box_head_losses
+    model.roi_heads.box_head_losses = lambda *arguments: given.append(arguments) or box_head_losses(model.roi_heads, *arguments)
+    torch.manual_seed(seed)
+    losses = model(*batch)
+    del model.roi_heads.box_head_losses
+    return losses, *given[0]
+
+
+@pytest.mark.parametrize("empty", [(), (0, 1, 2)], ids=["objects", "no objects"])
+@pytest.mark.parametrize("kind", ["faster_rcnn", "mask_rcnn"])
+def test_with_nothing_swapped_it_is_torchvisions(kind, empty):
+    batch = models.make_batch(empty=empty)
+    plain = models.make_model(kind)
+    ours = use_dynamic_rcnn(copy.deepcopy(plain), label_assignment=False, smooth_l1=False)
+    results = []
+    for model in (plain, ours):
+        torch.manual_seed(0)  # of the sampler
+        losses = model(*batch)
+        results.append((losses, models.gradients(model, losses), model.eval()(batch[0])))
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+    assert step_log(ours) == {} and ("loss_mask" in results[1][0]) == (kind == "mask_rcnn")
+
+
+def test_group_softmax_is_the_librarys():
+    plain = models.make_model("faster_rcnn")
+    before = copy.deepcopy(plain.roi_heads.box_predictor.cls_score)
+    model = use_loss(plain, "group_softmax", **options_of("group_softmax", others_ratio=None))
+    groups = model.roi_heads.class_loss.groups
+    losses, logits, _, labels, _ = captured(model, models.make_batch())
+    assert logits.shape[1] == groups.num_logits == model.roi_heads.box_predictor.cls_score.out_features
+    torch.testing.assert_close(losses["loss_classifier"], group_softmax_loss(logits, torch.cat(labels), groups, others_ratio=None).sum())
+    # The classifier goes on from the one that was there.
+    after = model.roi_heads.box_predictor.cls_score
+    for number in range(CLASSES + 1):
+        column = groups.column_of(number - 1 if number else CLASSES)
+        assert torch.equal(after.weight[column], before.weight[number]) and torch.equal(after.bias[column], before.bias[number])
+
+
+@pytest.mark.parametrize("loss", ROI_LOSSES)
+def test_classes_are_where_torchvision_has_them(loss):
+    """A classifier that is sure of one class detects that class, with the score of the loss."""
+    model = use_loss(models.make_model("faster_rcnn"), loss, **options_of(loss)).eval()
+    classifier = model.roi_heads.box_predictor.cls_score
+    of_loss = model.roi_heads.class_loss
+    for wanted in range(1, CLASSES + 1):
+        logits = torch.full((classifier.out_features,), -8.0)
+        if loss == "group_softmax":
+            groups = of_loss.groups
+            logits[list(groups.others)] = 0.0
+            logits[groups.others[groups.background_group]] = 4.0  # the foreground
+            logits[groups.column_of(wanted - 1)] = 4.0
+            score = group_softmax_scores(logits[None], groups)[0, wanted]
+        else:
+            logits[wanted - 1] = 4.0
+            if loss == "seesaw":
+                logits[-2] = 3.0  # an object
+            score = of_loss.get_activation(logits[None])[0, wanted - 1]
+        with torch.no_grad():
+            classifier.weight.zero_()
+            classifier.bias.copy_(logits)
+            found = model(models.make_batch(1)[0])[0]
+        assert len(found["labels"]) and (found["labels"] == wanted).all() and score > 0.8
+        torch.testing.assert_close(found["scores"], score.expand(found["scores"].shape))
+
+
+@pytest.mark.parametrize("loss", ["eqlv2", "seesaw"])
+def test_background_is_last_in_the_labels_of_the_loss(loss):
+    model = use_loss(models.make_model("faster_rcnn"), loss)
+    fresh = copy.deepcopy(model.roi_heads.class_loss)
+    losses, logits, _, labels, _ = captured(model, models.make_batch())
+    labels = torch.cat(labels)
+    assert (labels == 0).any() and (labels > 0).any()
+    wanted = fresh(logits, torch.where(labels == 0, CLASSES, labels - 1))
+    torch.testing.assert_close(losses["loss_classifier"], sum(wanted.values()) if isinstance(wanted, dict) else wanted)
+
+
+@pytest.mark.parametrize("loss", ROI_LOSSES)
+def test_one_call_per_step_and_ten_steps_reduce_the_loss(loss, monkeypatch):
+    calls = []
+    evaluate = _library.differentiable
+    monkeypatch.setattr(_library, "differentiable", lambda name, *given: calls.append(name) or evaluate(name, *given))
+    monkeypatch.setattr(torchvision_roi_heads, "fastrcnn_loss", lambda *given: pytest.fail("torchvision's loss was called"))
+    model = use_loss(use_dynamic_rcnn(models.make_model("faster_rcnn")), loss, **options_of(loss))
+    batch = models.make_batch()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    history = []
+    for _ in range(11):
+        calls.clear()
+        torch.manual_seed(0)
+        losses = model(*batch)
+        assert len(calls) == 2 and sum("smooth_l1" in name for name in calls) == 1, calls
+        total = sum(losses.values())
+        history.append(float(total.detach()))
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+    assert history[-1] < 0.9 * history[0], history
+    assert losses.keys() == {"loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg"}
+    assert all(found["scores"].isfinite().all() for found in model.eval()(batch[0]))
+
+
+def test_masks_go_with_it():
+    model = use_loss(use_dynamic_rcnn(models.make_model("mask_rcnn")), "seesaw")
+    losses = model(*models.make_batch())
+    assert losses["loss_mask"] > 0 and models.gradients(model, losses).keys() == dict(model.named_parameters()).keys()
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = model(*models.make_batch(empty=(0, 1, 2)))
+    assert all(value.isfinite() for value in models.gradients(model, losses).values() for value in [value.sum()])
+
+
+@pytest.mark.parametrize("variant", ["mmdet", "original"])
+def test_dynamic_rcnn_follows_the_boxes(variant):
+    """Threshold and beta of every step, and what they make of it, as computed from the proposals and the targets."""
+    topk = 3
+    model = use_dynamic_rcnn(
+        models.make_model("faster_rcnn"),
+        DynamicLabelAssignment(topk, update_iter_interval=2, initial_iou=0.2, variant=variant),
+        DynamicSmoothL1Loss(topk, update_iter_interval=2, initial_beta=100.0, variant=variant),
+    )
+    heads, batch, assigned = model.roi_heads, models.make_batch(), []
+    assign = type(heads).assign_targets_to_proposals
+    heads.assign_targets_to_proposals = lambda *given: assigned.append((given, assign(heads, *given))) or assigned[-1][1]
+    threshold, beta, window = (0.5 if variant == "mmdet" else 0.2), 100.0, []
+    for step in range(4):
+        losses, _, deltas, labels, targets = captured(model, batch, seed=step)
+        log = step_log(model)
+        assert log["iou_threshold"] == pytest.approx(threshold) and log["beta"] == pytest.approx(beta)
+        (proposals, objects, classes), (matched, assigned_labels) = assigned[-1]
+        best = [box_iou(boxes, proposal).max(0) for boxes, proposal in zip(objects, proposals, strict=True)]
+        for (iou, index), label, match, of_class in zip(best, assigned_labels, matched, classes, strict=True):
+            assert torch.equal(label, torch.where(iou >= threshold, of_class[index], 0)) and torch.equal(match, index)
+        labels, targets = torch.cat(labels), torch.cat(targets)
+        deltas = deltas.view(len(labels), -1, 4)[torch.arange(len(labels)), labels][labels > 0]
+        box = F.smooth_l1_loss(deltas, targets[labels > 0], beta=beta, reduction="sum") / len(labels)
+        torch.testing.assert_close(losses["loss_box_reg"], box)
+
+        if variant == "mmdet":  # of each image without its own objects; of the positives
+            ious = [iou[: len(iou) - len(boxes)].topk(topk).values[-1] for (iou, _), boxes in zip(best, objects, strict=True)]
+            iou, offsets = torch.stack(ious).mean(), targets[labels > 0, :2].abs().mean(1)
+        else:
+            iou, offsets = torch.cat([iou for iou, _ in best]).topk(topk * 3).values[-1], targets[:, :2].abs().mean(1)
+        window.append((float(iou), float(offsets.kthvalue(min(topk * 3, len(offsets))).values)))
+        if len(window) == 2:
+            ious, betas = zip(*window, strict=True)
+            threshold = max(0.2, sum(ious) / 2)
+            beta = min(100.0, sum(betas) / 2 if variant == "mmdet" else max(betas))
+            window.clear()
+    assert 0 < beta < 100 and threshold != 0.5
+
+    # The windows are in a checkpoint; in evaluation nothing moves.
+    resumed = use_dynamic_rcnn(
+        models.make_model("faster_rcnn", seed=2),
+        DynamicLabelAssignment(topk, update_iter_interval=2, initial_iou=0.2, variant=variant),
+        DynamicSmoothL1Loss(topk, update_iter_interval=2, initial_beta=100.0, variant=variant),
+    )
+    resumed.load_state_dict(model.state_dict())
+    assert resumed.roi_heads.smooth_l1.beta == pytest.approx(beta)
+    state = copy.deepcopy(model.state_dict())
+    model.eval()(batch[0])
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_bad_arguments():
+    model = models.make_model("faster_rcnn")
+    with pytest.raises(ValueError, match="loss must be one of 'group_softmax', 'eqlv2', 'seesaw'.*got 'rank_sort'"):
+        use_loss(model, "rank_sort")
+    with pytest.raises(ValueError, match="of the model's 5 classes without the background, got 6"):
+        use_loss(model, EQLv2Loss(6))
+    with pytest.raises(ValueError, match="of the model's 5 classes without the background, got 3"):
+        use_loss(model, GroupSoftmaxLoss(ClassGroups([[0, 1, 2]])))
+    with pytest.raises(TypeError, match="label_assignment must be a DynamicLabelAssignment, True or False, got DynamicSmoothL1Loss"):
+        use_dynamic_rcnn(model, DynamicSmoothL1Loss())
+    with pytest.raises(TypeError, match="use_dynamic_rcnn: model must be a FasterRCNN"):
+        use_dynamic_rcnn(models.make_model("retinanet"))
+    model.roi_heads.box_predictor = nn.Identity()
+    with pytest.raises(TypeError, match="got FasterRCNN with RoIHeads and Identity"):
+        use_loss(model, "eqlv2")
+    with pytest.raises(RuntimeError, match="does not use no_such_name"):
+        rebound(captured, no_such_name=None)
