@@ -56,6 +56,10 @@ MOST_REGISTERS = {
     "group_softmax_combine_kernel": 64,
     "group_softmax_backward_kernel": 64,
     "group_softmax_scores_kernel": 64,
+    "smooth_l1_forward_kernel": 80,
+    "smooth_l1_combine_kernel": 64,
+    "smooth_l1_elements_kernel": 96,
+    "smooth_l1_backward_kernel": 80,
 }
 # Of those, instances for float32 and narrower; float64 takes twice as many, class sums of the focal losses too. Three blocks of 256
 # threads are resident with 80.
@@ -63,6 +67,7 @@ MOST_REGISTERS_OF_FLOATS = {"ghm_histogram_kernel": 80, "ghm_backward_kernel": 6
 # Instances of each kernel: one per type of the logits or targets, two per type where loads may be unaligned, twice as many where
 # segments have a path of their own. GHM: in float and in double, three forms of targets each. Focal: in float, classes across and along
 # what a thread loads, and in double; with class sums and without, or losses and gradients. Group softmax: one per type of the logits.
+# Smooth L1: in float and in double.
 INSTANCES = {
     "ranking_mask_kernel": 6,
     "ranking_collect_kernel": 6,
@@ -91,6 +96,9 @@ INSTANCES = {
     "group_softmax_combine_kernel": 2,
     "group_softmax_backward_kernel": 4,
     "group_softmax_scores_kernel": 4,
+    "smooth_l1_forward_kernel": 2,
+    "smooth_l1_elements_kernel": 2,
+    "smooth_l1_backward_kernel": 2,
 }
 
 pytestmark = pytest.mark.skipif(os.environ.get("RSLOSS_NO_NVCC") == "1", reason="RSLOSS_NO_NVCC=1")
@@ -126,7 +134,7 @@ def resource_usage(report: str) -> list[tuple[str, bool, int, int, int]]:
     usage = []
     for part in report.split("Compiling entry function")[1:]:
         mangled = part.split("'")[1]
-        kernel = re.search(r"\d((?:ranking|rank_sort|average_precision|alrp|focal|ghm|group_softmax)_\w*?_kernel)(If)?", mangled)
+        kernel = re.search(r"\d((?:ranking|rank_sort|average_precision|alrp|focal|ghm|group_softmax|smooth_l1)_\w*?_kernel)(If)?", mangled)
         stack, stores, loads = map(int, re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes", part).groups())
         registers = int(re.search(r"Used (\d+) registers", part)[1])
         usage.append((kernel[1] if kernel else mangled, bool(kernel and kernel[2]), registers, stack, stores + loads))
@@ -173,7 +181,7 @@ def test_glue_compiles_against_the_stable_headers(source):
 
 def test_every_source_is_compiled():
     stages = ("backward", "bin", "collect", "finalize", "rank", "value")
-    losses = ("alrp", "ap", "focal", "ghm", "group_softmax", "rank_sort")
-    kernels = [*(f"{loss}_kernels.cu" for loss in losses), *(f"ranking_{stage}_kernels.cu" for stage in stages)]
-    assert [path.name for path in KERNEL_FILES] == kernels
-    assert [path.name for path in GLUE_FILES] == [*(f"{loss}_cuda.cpp" for loss in losses), "ranking_cuda.cpp"]
+    losses = ("alrp", "ap", "focal", "ghm", "group_softmax", "rank_sort", "smooth_l1")
+    kernels = {*(f"{loss}_kernels.cu" for loss in losses), *(f"ranking_{stage}_kernels.cu" for stage in stages)}
+    assert {path.name for path in KERNEL_FILES} == kernels and len(KERNEL_FILES) == len(kernels)
+    assert [path.name for path in GLUE_FILES] == sorted(f"{loss}_cuda.cpp" for loss in (*losses, "ranking"))

@@ -23,7 +23,7 @@ MAIN_TARGET = 90
 FLOATS = ("fp16", "bf16", "fp32", "fp64")
 ANY_FLAG = (False, True)
 # Integer arguments by name; the others are 32 bits wide, as the launcher passes small numbers.
-WIDE_INTEGERS = {"delta_bits", "scale_bits", "mu_bits", "momentum_bits", "log_momentum_bits", "ratio_bits", "p_bits", "q_bits", "log_eps_bits"}
+WIDE_INTEGERS = {"delta_bits", "scale_bits", "mu_bits", "fixed_beta_bits", "momentum_bits", "log_momentum_bits", "ratio_bits", "p_bits", "q_bits", "log_eps_bits"}
 
 
 def _double(*types: str) -> bool:
@@ -300,8 +300,31 @@ def _seesaw_variants(impl) -> dict[str, list[dict]]:
     return {f"seesaw_{name}_kernel": variants for name in ("forward", "backward")}
 
 
+def _smooth_l1_variants(impl) -> dict[str, list[dict]]:
+    passes = [
+        {
+            **{"pred_ptr": pred, "target_ptr": target, "weight_ptr": weight, "beta_ptr": beta, "normalizer_ptr": normalizer},
+            **{"result_ptr": pred, "grad_ptr": pred, "sums_ptr": "fp64", "size": size, "BY_ROW": by_row, "GRAD_OF_LOSS": of_loss},
+            **{"BLOCK": impl.BLOCK["cuda"], "num_warps": impl.WARPS},
+        }
+        for pred, target, weight, by_row, beta, normalizer, size, of_loss in (
+            ("fp32", "fp32", "fp32", False, "fp64", None, "i32", True),
+            ("bf16", "fp32", None, False, None, "fp32", "i64", False),
+            ("fp16", "fp16", "fp16", True, "fp32", "fp64", "i32", True),
+            ("fp64", "bf16", "fp64", True, None, None, "i32", False),
+        )
+    ]
+    combine = [
+        {"sums_ptr": "fp64", "normalizer_ptr": normalizer, "result_ptr": loss, "PROGRAMS": programs, "num_warps": impl.WARPS}
+        for normalizer, loss, programs in ((None, "fp32", 1), ("fp64", "fp64", impl.FORWARD_PROGRAMS))
+    ]
+    kernels = {f"smooth_l1_{name}_kernel": passes for name in ("forward", "elements", "backward")}
+    return {**kernels, "smooth_l1_combine_kernel": combine}
+
+
 def _variants() -> dict[str, list[dict]]:
     seesaw = importlib.import_module("rsloss_kernels.losses.seesaw.triton_impl")
+    smooth_l1 = importlib.import_module("rsloss_kernels.losses.smooth_l1.triton_impl")
     group_softmax = importlib.import_module("rsloss_kernels.losses.group_softmax.triton_impl")
     focal = importlib.import_module("rsloss_kernels.losses.focal.triton_impl")
     ghm = importlib.import_module("rsloss_kernels.losses.ghm.triton_impl")
@@ -316,6 +339,7 @@ def _variants() -> dict[str, list[dict]]:
         **_focal_variants(focal),
         **_group_softmax_variants(group_softmax),
         **_seesaw_variants(seesaw),
+        **_smooth_l1_variants(smooth_l1),
     }
 
 

@@ -7,7 +7,6 @@ import torch
 from rsloss_kernels import _library
 
 _TENSORS = "Tensor pred, Tensor target, Tensor? weight, Tensor? beta, Tensor? normalizer"
-BACKENDS = ("reference", "cpp")
 # Lists of one: an operator with a formula returns several tensors.
 FORWARD_SCHEMA = f"({_TENSORS}, float fixed_beta, float scale) -> Tensor[]"
 BACKWARD_SCHEMA = f"({_TENSORS}, Tensor grad, float fixed_beta, float scale) -> Tensor gradient"
@@ -50,7 +49,6 @@ _library.define(
     BACKWARD_SCHEMA,
     _backward_fake,
     *_library.without_derivative("smooth L1 loss has no second derivative here"),
-    backends=BACKENDS,
 )
-_library.define("smooth_l1", "smooth_l1_forward", FORWARD_SCHEMA, _forward_fake, _save, _make_backward, backends=BACKENDS)
-_library.define("smooth_l1", "smooth_l1_elements", FORWARD_SCHEMA, _elements_fake, _save, _make_backward, backends=BACKENDS)
+_library.define("smooth_l1", "smooth_l1_forward", FORWARD_SCHEMA, _forward_fake, _save, _make_backward)
+_library.define("smooth_l1", "smooth_l1_elements", FORWARD_SCHEMA, _elements_fake, _save, _make_backward)
