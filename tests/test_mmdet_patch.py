@@ -113,3 +113,19 @@ def test_a_patched_retinanet_trains_as_before(mm, generator, losses):
         for key, value in wanted.items():
             assert got[key].item() == pytest.approx(value.item(), rel=2e-5, abs=1e-7)
         torch.testing.assert_close(own, gradient, rtol=0, atol=2e-5 * float(gradient.abs().max()) + 1e-9)
+
+
+def test_swap_program(mm, tmp_path, capsys):
+    """Both models in miniature: our losses take less of the step than the loop's and MMDetection's, and the patch is taken back."""
+    import swap_in_mmdet
+
+    before = everything()
+    arguments = ["--image-size", "128", "--images", "1", "--boxes", "8", "--classes", "20", "--rounds", "3", "--out", str(tmp_path)]
+    results = swap_in_mmdet.main(arguments)
+    assert everything() == before
+    printed = capsys.readouterr().out
+    for model, (theirs, ours) in zip(("atss", "retinanet"), results, strict=True):
+        assert 0 < ours.loss < theirs.loss < theirs.step and ours.share < theirs.share
+        table = (tmp_path / f"mmdet_{model}.md").read_text()
+        assert f"| {ours.name} | {ours.step:.3g} | {ours.loss:.3g} |" in table and table.split("\n\n")[1] in printed
+    assert "8 losses of MMDetection replaced" in printed

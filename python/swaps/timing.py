@@ -28,7 +28,7 @@ class Times(NamedTuple):
         return self.loss / self.step
 
 
-def measure(variants: Iterable[Variant], rounds: int = 10, warmup: int = 2) -> list[Times]:
+def measure(variants: Iterable[Variant], rounds: int = 10, warmup: int = 1) -> list[Times]:
     """Times of all variants, which take turns, so that a load that comes and goes meets them all."""
     variants = list(variants)
     calls = [record(variant) for variant in variants]
