@@ -26,7 +26,12 @@ def resolve(operator: str, device_type: str) -> str:
                 f"{reason}. Backends that can: {', '.join(usable(operator, device_type))}"
             )
         return _forced
-    for backend in _PREFERENCE.get(device_type, ("reference",)):
+    chosen = _automatic.get((operator, device_type))
+    return _choose(operator, device_type) if chosen is None else chosen
+
+
+def _choose(operator: str, device_type: str) -> str:
+    for backend in _PREFERENCE.get(device_type, ()):
         if why_not(operator, backend, device_type) is None:
             return backend
     return "reference"
@@ -44,12 +49,15 @@ def why_not(operator: str, backend: str, device_type: str) -> str | None:
 
 # Filled once for all that is defined, not as it is asked for: compiled code guards on what it reads here.
 _reasons: dict[tuple[str, str, str], str | None] = {}
+_automatic: dict[tuple[str, str], str] = {}
 
 
 def look_up_reasons() -> None:
     """Looks at the loaded libraries; to be called after defining operators or loading a library."""
     for key in itertools.product(_library.defined, _library.BACKENDS, _PREFERENCE):
         _reasons[key] = _find_reason(*key)
+    for pair in itertools.product(_library.defined, _PREFERENCE):
+        _automatic[pair] = _choose(*pair)
 
 
 def _find_reason(operator: str, backend: str, device_type: str) -> str | None:

@@ -1,4 +1,5 @@
 """Checks of arguments that many losses share. Every message names the function, the argument, what was wanted and what was got."""
+import numbers
 import os
 
 import torch
@@ -6,10 +7,15 @@ from torch import Tensor
 
 LOGIT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
+# What `os.environ` keeps its variables in: asking itself for one that is not set encodes, raises and catches twice, which a small
+# loss feels.
+_ENVIRONMENT = os.environ._data
+_DEBUG_CHECKS, _ON = os.environ.encodekey("RSLOSS_DEBUG_CHECKS"), os.environ.encodevalue("1")
+
 
 def debug_checks() -> bool:
     """Whether checks that read values of the tensors (and so wait for the device) are on."""
-    return not torch.compiler.is_compiling() and os.environ.get("RSLOSS_DEBUG_CHECKS") == "1"
+    return not torch.compiler.is_compiling() and _ENVIRONMENT.get(_DEBUG_CHECKS) == _ON
 
 
 def check_tensor(function: str, name: str, value: object) -> None:
@@ -83,6 +89,17 @@ def as_labels(function: str, targets: Tensor, name: str = "targets") -> Tensor:
     if targets.dtype == torch.uint64:
         raise TypeError(f"{function}: {name} must be class indices that int64 can hold, got torch.uint64")
     return targets.to(torch.int64 if targets.dtype == torch.uint32 else torch.int32)
+
+
+def plain(value: Tensor) -> Tensor:
+    """Contiguous and without a gradient. A call of a method that changes nothing would still cost."""
+    value = value.detach() if value.requires_grad else value
+    return value if value.is_contiguous() else value.contiguous()
+
+
+def is_number(value: object) -> bool:
+    # The two first: an abstract class is slow to ask.
+    return type(value) in (float, int) or (isinstance(value, numbers.Real) and not isinstance(value, bool))
 
 
 def check_floating(function: str, name: str, value: Tensor) -> None:

@@ -5,7 +5,6 @@ one schema, one fake implementation and one autograd formula. The public functio
 overload of the same backend. Schemas are defined here in Python, so that the operators exist when nothing was compiled; the
 compiled libraries only add kernels to the overloads `.cpp` and `.cuda`, which the dispatcher then calls directly.
 """
-import contextlib
 import functools
 import importlib
 from collections.abc import Callable
@@ -55,9 +54,8 @@ def define(
             backward = make_backward(backend)
             torch.library.register_autograd(qualified, backward, setup_context=setup_context)
             _num_tables[name] = num_tables
-            _functions[name, backend] = _eager_function(
-                operator(name, backend), setup_context, backward, num_tables, num_saved_tables
-            )
+            function = _eager_function(operator(name, backend), setup_context, backward, num_tables, num_saved_tables)
+            _functions[name, backend] = super(torch.autograd.Function, function).apply, function.apply
 
 
 _implemented_by: dict[str, tuple[str, ...]] = {}
@@ -80,7 +78,8 @@ def without_derivative(reason: str) -> tuple[Callable, Callable[[str], Callable]
     return lambda ctx, inputs, output: None, make_backward
 
 
-_functions: dict[tuple[str, str], type[torch.autograd.Function]] = {}
+# The `apply` of an autograd function in C++, and the one in Python around it, which does nothing but refuse functorch's transforms.
+_functions: dict[tuple[str, str], tuple[Callable, Callable]] = {}
 _num_tables: dict[str, int] = {}
 
 
@@ -96,7 +95,10 @@ def differentiable(
     if torch.compiler.is_compiling():
         outputs = operator(name, backend)(logits, *args)
         return outputs[: len(outputs) - _num_tables[name]]
-    return _functions[name, backend].apply(args, *([logits] if isinstance(logits, torch.Tensor) else logits))
+    apply, checked_apply = _functions[name, backend]
+    if torch._C._are_functorch_transforms_active():
+        apply = checked_apply
+    return apply(args, logits) if isinstance(logits, torch.Tensor) else apply(args, *logits)
 
 
 def operator(name: str, backend: str) -> torch._ops.OpOverload:
@@ -121,6 +123,10 @@ class _Context:
     non_differentiable: tuple[torch.Tensor, ...] = ()
     saved_tensors: tuple[torch.Tensor | None, ...] = ()
 
+    def __init__(self, state: dict[str, object] | None = None):
+        if state is not None:
+            self.__dict__ = state
+
     def mark_non_differentiable(self, *outputs: torch.Tensor) -> None:
         self.non_differentiable = outputs
 
@@ -132,10 +138,7 @@ class _Context:
 
     def with_tensors_of_caller(self, tensors: tuple[torch.Tensor | None, ...]) -> "_Context":
         """Another one, whole, for one call of the formula. Not by `copy`, which costs several times as much."""
-        context = _Context()
-        context.__dict__.update(self.__dict__)
-        context.saved_tensors = (*tensors, *self.saved_tensors)
-        return context
+        return _Context({**self.__dict__, "saved_tensors": (*tensors, *self.saved_tensors)})
 
 
 # Whether the backward that is running was called with retain_graph=True. Without the answer tables live as long as the loss.
@@ -146,33 +149,40 @@ def _eager_function(
     overload: Callable, setup_context: Callable, formula: Callable, num_tables: int, num_saved_tables: int
 ) -> type[torch.autograd.Function]:
     takes_list = isinstance(overload._schema.arguments[0].type, torch.ListType)
+    missing = (None,) * num_tables
+    below_autograd, is_grad_enabled = torch._C._AutoDispatchBelowAutograd, torch.is_grad_enabled
 
     # forward with ctx rather than a separate setup_context: torch binds the arguments of the latter by inspection on every call.
     def forward(ctx, args, *levels):
         logits = levels if takes_list else levels[0]
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             output = overload(logits, *args)
         context = _Context()
         setup_context(context, (logits, *args), output)
-        of_caller = len(context.saved_tensors) - num_saved_tables
-        ctx.save_for_backward(*context.saved_tensors[:of_caller])
-        context.saved_tensors = context.saved_tensors[of_caller:]
+        saved = context.saved_tensors
+        of_caller = len(saved) - num_saved_tables
+        ctx.save_for_backward(*saved[:of_caller])
+        context.saved_tensors = saved[of_caller:]
         ctx.context = context
         ctx.set_materialize_grads(False)
-        returned = tuple(output[: len(output) - num_tables])
-        ctx.mark_non_differentiable(*context.non_differentiable[: len(context.non_differentiable) - num_tables])
-        return returned
+        non_differentiable = context.non_differentiable
+        if len(non_differentiable) > num_tables:
+            ctx.mark_non_differentiable(*non_differentiable[: len(non_differentiable) - num_tables])
+        return tuple(output[: len(output) - num_tables])
 
     def backward(ctx, *grads):
+        kept = ctx.context
         # Hooks that unpack tensors run here, where they see autograd.
-        context = ctx.context.with_tensors_of_caller(ctx.saved_tensors)
-        missing = (None,) * num_tables
+        context = kept.with_tensors_of_caller(ctx.saved_tensors)
         # With create_graph=True the operators inside must see autograd, to refuse a second derivative.
-        with contextlib.nullcontext() if torch.is_grad_enabled() else torch._C._AutoDispatchBelowAutograd():
+        if is_grad_enabled():
             grad_logits = formula(context, *grads, *missing)[0]
+        else:
+            with below_autograd():
+                grad_logits = formula(context, *grads, *missing)[0]
         if not _keeps_graph():
-            ctx.context.saved_tensors = ()
-        return (None, *(grad_logits if takes_list else [grad_logits]))
+            kept.saved_tensors = ()
+        return (None, *grad_logits) if takes_list else (None, grad_logits)
 
     # Named when it is made, after the loss and the backend: torch makes the name of `grad_fn` from it then.
     operator_name, _, backend = overload.name().removeprefix(f"{NAMESPACE}::").partition(".")

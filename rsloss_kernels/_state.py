@@ -1,4 +1,5 @@
-"""The base of losses that keep state in buffers: full precision under `.half()`, and checkpoints of another loss still load."""
+"""What modules share: the base of losses that keep state in buffers, which stay in full precision under `.half()` and load
+checkpoints of another loss; and the weight of a loss."""
 
 import warnings
 
@@ -40,6 +41,13 @@ def keeps_statistics(module: nn.Module) -> bool:
 
 
 def store(buffer: torch.Tensor, value: torch.Tensor) -> None:
-    """Overwrites a contiguous buffer in place, outside of autograd."""
-    # Through a view: torch.compile (2.13) takes a 0-d float64 CPU tensor for a Python number and loses a write to it itself.
-    buffer.view(-1).copy_(value.detach().reshape(-1))
+    """Overwrites a buffer in place with a value of its shape, outside of autograd."""
+    if buffer.dim() == 0:
+        # Through a view: torch.compile (2.13) takes a 0-d float64 CPU tensor for a Python number and loses a write to it itself.
+        buffer, value = buffer.view(1), value.reshape(1)
+    buffer.copy_(value.detach() if value.requires_grad else value)
+
+
+def weighted(loss: torch.Tensor, loss_weight: float) -> torch.Tensor:
+    """The loss times its weight. A weight of 1 costs nothing, in forward and backward."""
+    return loss if type(loss_weight) in (float, int) and loss_weight == 1 else loss * loss_weight

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from rsloss_kernels import _checks, distributed
+from rsloss_kernels._state import weighted
 from rsloss_kernels.losses.ranking import api as ranking
 from rsloss_kernels.losses.ranking.arguments import read_arguments
 
@@ -264,4 +265,4 @@ class ALRPLoss(ranking.RankingLoss):
     def forward(self, logits: Tensor, targets: Tensor, regression_losses: Tensor) -> ALRPLosses:
         """`alrp_loss` of a batch, with its arguments; `classification` is multiplied by `loss_weight`."""
         classification, rank, order = alrp_loss(logits, targets, regression_losses, **self.options())
-        return ALRPLosses(classification * self.loss_weight, rank, order)
+        return ALRPLosses(weighted(classification, self.loss_weight), rank, order)

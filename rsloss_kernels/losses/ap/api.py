@@ -1,6 +1,7 @@
 """AP loss: the public function and module."""
 from torch import Tensor
 
+from rsloss_kernels._state import weighted
 from rsloss_kernels.losses.ranking import api as ranking
 from rsloss_kernels.losses.ranking.arguments import read_arguments
 
@@ -105,4 +106,4 @@ class APLoss(ranking.RankingLoss):
             num_segments: how many, in place of the module's `num_segments`.
         """
         options = self.options(segments=segments, num_segments=num_segments)
-        return average_precision_loss(logits, targets, **options) * self.loss_weight
+        return weighted(average_precision_loss(logits, targets, **options), self.loss_weight)

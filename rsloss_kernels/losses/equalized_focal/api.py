@@ -77,7 +77,7 @@ def equalized_focal_loss(
         function, logits, labels, None, pos_neg, gamma, alpha, scale_factor, weighting_factor, Modulator.FOCAL, weight, "sum",
         avg_factor, background, ignore_index, layout,
     )  # fmt: skip
-    return evaluate(request)
+    return _named(*loss_and_sums(request))
 
 
 def equalized_quality_focal_loss(
@@ -109,7 +109,7 @@ def equalized_quality_focal_loss(
         function, logits, labels, quality, pos_neg, gamma, -1.0, scale_factor, weighting_factor, Modulator.QUALITY, weight, "sum",
         avg_factor, background, ignore_index, layout,
     )  # fmt: skip
-    return evaluate(request)
+    return _named(*loss_and_sums(request))
 
 
 def eqlv2_loss(
@@ -145,7 +145,7 @@ def eqlv2_loss(
     Raises: as `equalized_focal_loss`.
     """
     function = "eqlv2_loss"
-    return evaluate_eqlv2(read_eqlv2(function, logits, labels, pos_neg, gamma, mu, alpha, focal_gamma, 1.0))
+    return _named(*eqlv2_loss_and_sums(read_eqlv2(function, logits, labels, pos_neg, gamma, mu, alpha, focal_gamma, 1.0)))
 
 
 def read_equalized_focal(
@@ -172,10 +172,12 @@ def read_equalized_focal(
     levels = arguments.read_levels(function, logits, layout, len(pos_neg))
     _check_labels(function, labels)
     ratio = arguments.read_class_vector(function, "pos_neg", pos_neg, levels).clamp(0, 1)
-    focus = gamma + scale_factor * (1 - ratio)
-    factor = focus / gamma if weighting_factor else torch.ones_like(focus)
+    # The exponent and both weights are linear in the ratio: from where it is 0 to where it is 1, which is the focal loss.
     positive, negative = focal.read_alpha(function, alpha)
-    table = torch.stack([focus, positive * factor, negative * factor])
+    most = gamma + scale_factor
+    factor = most / gamma if weighting_factor else 1.0
+    at_zero = arguments.table_of_numbers(1, (most, positive * factor, negative * factor), ratio)
+    table = torch.lerp(at_zero, arguments.table_of_numbers(1, (gamma, positive, negative), ratio), ratio)
     # "mean" without `avg_factor` divides by 1, as published.
     common = (weight, "sum" if reduction == "mean" else reduction, avg_factor, background, ignore_index, "labels")
     return focal.make_request(levels, labels, quality, table, modulator, *common, loss_weight=loss_weight)
@@ -219,9 +221,11 @@ def read_eqlv2(
     levels = arguments.read_levels(function, logits, "rows", len(pos_neg) + 1)
     _check_labels(function, labels)
     _checks.check_device(function, "pos_neg", pos_neg, levels.first)
-    negative = torch.sigmoid(gamma * (pos_neg.detach().double() - mu))
-    negative = torch.cat([negative, negative.new_ones(1)])
-    table = torch.stack([torch.full_like(negative, focal_gamma), 1 + alpha * (1 - negative), negative])
+    negative = torch.sigmoid(gamma * (arguments.as_double(pos_neg) - mu))
+    negative = torch.nn.functional.pad(negative, (0, 1), value=1.0)
+    # Rows: the exponent, 1 + alpha (1 - negative), negative.
+    constant = arguments.table_of_numbers(1, (focal_gamma, 1.0 + alpha, 0.0), negative)
+    table = torch.addcmul(constant, arguments.table_of_numbers(1, (0.0, -alpha, 1.0), negative), negative)
     return focal.make_request(
         levels, labels, None, table, Modulator.FOCAL, None, "mean", None, "last", None, "labels",
         loss_weight=loss_weight, mean_over=levels.num_rows,
@@ -244,14 +248,22 @@ def check_background_column(function: str, logits: Tensor | Sequence[Tensor], nu
             )
 
 
-def evaluate(request: focal.Request) -> EqualizedLoss:
-    """The sums are of the returned loss."""
+def loss_and_sums(request: focal.Request) -> tuple[Tensor, Tensor]:
+    """The loss, and its sums by class of positives and of negatives, [2, C]."""
     loss, sums = request.call("focal_forward", True)
     factor = abs(request.scale)
-    sums = sums * factor if request.normalizer is None else sums * (factor / request.normalizer.double().abs())
-    return EqualizedLoss(loss, *sums)
+    if request.normalizer is not None:
+        sums = sums * (factor / request.normalizer.double().abs())
+    elif factor != 1:
+        sums = sums * factor
+    return loss, sums
 
 
-def evaluate_eqlv2(request: focal.Request) -> EqualizedLoss:
+def eqlv2_loss_and_sums(request: focal.Request) -> tuple[Tensor, Tensor]:
+    """As `loss_and_sums`, without what scales the loss and without the background."""
     loss, sums = request.call("focal_forward", True)
-    return EqualizedLoss(loss, *sums[:, :-1])
+    return loss, sums[:, :-1]
+
+
+def _named(loss: Tensor, sums: Tensor) -> EqualizedLoss:
+    return EqualizedLoss(loss, *sums.unbind())

@@ -42,20 +42,23 @@ class _GradientBalance(distributed.HoldsGroup, StatefulLoss):
                 return
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
-    def _accumulate(self, losses: Tensor, pos_grad: Tensor, neg_grad: Tensor) -> None:
-        """Adds the sums of all processes, once per step; leaves the state as it is where anything of theirs is not finite."""
+    def _accumulate(self, loss: Tensor, sums: Tensor) -> None:
+        """Adds the sums [2, C] of all processes, once per step; leaves the state as it is where anything of theirs is not finite."""
         if not keeps_statistics(self):
             return
         group = None if self.process_group is None else distributed.resolve_group(type(self).__name__, self.process_group)
-        packed = torch.cat([pos_grad, neg_grad, losses.detach().double().sum()[None]])
-        packed = distributed.sum_over_group(packed, group)
-        added = packed[:-1].view(2, self.num_classes)
-        before = torch.stack([self.pos_grad, self.neg_grad])
-        is_kept = packed.isfinite().all()
-        after = before + torch.where(is_kept, added, 0.0)
-        store(self.pos_neg, torch.where(is_kept, self._ratio(*after), self.pos_neg))
-        store(self.pos_grad, after[0])
-        store(self.neg_grad, after[1])
+        loss = loss.detach()
+        if group is not None:
+            packed = distributed.sum_over_group(torch.cat([sums.flatten(), loss.double()[None]]), group)
+            sums, loss = packed[:-1].view(2, self.num_classes), packed[-1]
+        # Infinities and NaN survive in a sum, which finite gradients do not overflow; it less itself is NaN then.
+        total = sums.sum() + loss
+        is_kept = total - total == 0
+        pos_grad, neg_grad, pos_neg = self.pos_grad, self.neg_grad, self.pos_neg
+        added_pos, added_neg = torch.where(is_kept, sums, 0.0).unbind()
+        pos_grad.add_(added_pos)
+        neg_grad.add_(added_neg)
+        store(pos_neg, torch.where(is_kept, self._ratio(pos_grad, neg_grad), pos_neg))
 
     def _ratio(self, pos_grad: Tensor, neg_grad: Tensor) -> Tensor:
         return pos_grad / (neg_grad + 1e-10)
@@ -116,14 +119,14 @@ class _EqualizedFocus(_GradientBalance):
             self.modulator, weight, reduction, avg_factor, self.background, self.ignore_index, self.layout, self.loss_weight,
         )  # fmt: skip
         if reduction != "none":
-            result = api.evaluate(request)
-            self._accumulate(*result)
-            return result.loss
+            loss, sums = api.loss_and_sums(request)
+            self._accumulate(loss, sums)
+            return loss
         losses = request.reduce("none")
         if keeps_statistics(self):
             with torch.no_grad():
-                sums = api.evaluate(request)
-            self._accumulate(*sums)
+                loss, sums = api.loss_and_sums(request)
+            self._accumulate(loss, sums)
         return losses
 
 
@@ -286,9 +289,9 @@ class EQLv2Loss(_GradientBalance):
             weight, avg_factor, reduction_override: have no effect, as published: the loss is the mean over the rows.
         """
         settings = (self.gamma, self.mu, self.alpha, self.focal_gamma, self.loss_weight)
-        result = api.evaluate_eqlv2(api.read_eqlv2("EQLv2Loss", cls_score, label, self.pos_neg, *settings))
-        self._accumulate(*result)
-        return result.loss
+        loss, sums = api.eqlv2_loss_and_sums(api.read_eqlv2("EQLv2Loss", cls_score, label, self.pos_neg, *settings))
+        self._accumulate(loss, sums)
+        return loss
 
     def get_cls_channels(self, num_classes: int) -> int:
         """Channels of a classifier for `num_classes` foreground classes."""

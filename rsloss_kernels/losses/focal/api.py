@@ -24,7 +24,7 @@ class Request(NamedTuple):
     scale: float
 
     def call(self, operator: str, *more: object) -> tuple[Tensor, ...]:
-        logits = self.levels.logits
+        logits = [level.logits for level in self.levels.levels]
         backend = _backends.resolve(operator, logits[0].device.type)
         tensors = self.targets, self.qualities, self.weights, self.class_table, self.normalizer
         options = int(self.modulator), self.levels.maps, self.background_first, self.ignore_index, self.scale

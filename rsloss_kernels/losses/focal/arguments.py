@@ -6,7 +6,6 @@ channels-last memory. README.md has what the operators take.
 """
 import functools
 import math
-import numbers
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -67,9 +66,9 @@ def read_levels(
     is_list = not isinstance(logits, Tensor)
     given = _as_list(function, "logits", logits)
     _checks.check_choice(function, "layout", layout, LAYOUTS)
-    for level in given:
+    for number, level in enumerate(given):
         _checks.check_logits(function, level)
-        if level.dtype != given[0].dtype or level.device != given[0].device:
+        if number and (level.dtype != given[0].dtype or level.device != given[0].device):
             raise TypeError(
                 f"{function}: all levels of logits must have one dtype and device, {given[0].dtype} on {given[0].device}, "
                 f"got {level.dtype} on {level.device}"
@@ -86,7 +85,9 @@ def read_levels(
 
 
 def _as_list(function: str, name: str, value: object) -> list[Tensor]:
-    values = [value] if isinstance(value, Tensor) else value
+    if isinstance(value, Tensor):
+        return [value]
+    values = value
     if not isinstance(values, (list, tuple)) or not values:
         raise TypeError(f"{function}: {name} must be a Tensor or a list of one or more, got {_describe(value)}")
     for entry in values:
@@ -99,10 +100,10 @@ def _describe(value: object) -> str:
 
 
 def _read_num_classes(function: str, first: Tensor, layout: str, num_classes: int | None, of_table: int | None) -> int:
-    if num_classes is not None and (isinstance(num_classes, bool) or not isinstance(num_classes, int)):
-        raise TypeError(f"{function}: num_classes must be an int, got {type(num_classes).__name__}")
     if num_classes is None:
         num_classes = of_table
+    elif isinstance(num_classes, bool) or not isinstance(num_classes, int):
+        raise TypeError(f"{function}: num_classes must be an int, got {type(num_classes).__name__}")
     if num_classes is None:
         num_classes = first.shape[-1 if layout == "rows" else 1]
     if num_classes < 1:
@@ -119,8 +120,9 @@ def _check_channels(function: str, found: int, num_classes: int, is_right: bool)
 
 
 def _read_rows(function: str, level: Tensor, num_classes: int) -> Level:
-    _check_channels(function, level.shape[-1], num_classes, level.shape[-1] == num_classes)
-    return Level(level, level.contiguous(), "", {}, tuple(level.shape[:-1]))
+    *rows, channels = level.shape
+    _check_channels(function, channels, num_classes, channels == num_classes)
+    return Level(level, level if level.is_contiguous() else level.contiguous(), "", {}, tuple(rows))
 
 
 def _read_maps(function: str, given: list[Tensor], layout: str, num_classes: int) -> list[Level]:
@@ -185,15 +187,17 @@ def read_values(
         values = _as_list(function, name, value)
         if len(values) != len(given):
             raise ValueError(f"{function}: {name} must be one Tensor or {len(given)}, one per level of logits, got {len(values)}")
-    read = []
+    read, is_per_row = [], None
     for level, entry in zip(given, values, strict=True):
         _checks.check_strided(function, name, entry)
         _checks.check_device(function, name, entry, level.given)
-        read.append(_read_value(levels, name, level, entry.detach(), per_row, per_element))
-    forms = {is_per_row for _, is_per_row in read}
-    if len(forms) > 1:
-        raise ValueError(f"{function}: {name} must have one form on all levels, got some per row and some per element")
-    return [entry for entry, _ in read], forms.pop()
+        entry = entry.detach() if entry.requires_grad else entry
+        ordered, has_rows = _read_value(levels, name, level, entry, per_row, per_element)
+        read.append(ordered)
+        if is_per_row not in (None, has_rows):
+            raise ValueError(f"{function}: {name} must have one form on all levels, got some per row and some per element")
+        is_per_row = has_rows
+    return read, is_per_row
 
 
 def _split(levels: Levels, name: str, value: Tensor, per_row: bool, per_element: bool) -> Sequence[Tensor]:
@@ -218,9 +222,9 @@ def _read_value(levels: Levels, name: str, level: Level, value: Tensor, per_row:
     shape = tuple(value.shape)
     if not level.order:
         if per_row and shape == level.rows:
-            return value.contiguous(), True
+            return value if value.is_contiguous() else value.contiguous(), True
         if per_element and shape == level.given.shape:
-            return value.contiguous(), False
+            return value if value.is_contiguous() else value.contiguous(), False
         wanted = [level.rows] * per_row + [tuple(level.given.shape)] * per_element
     else:
         batch, places, anchors, classes = (level.sizes[letter] for letter in "BSAC")
@@ -256,17 +260,21 @@ def read_targets(
     """
     function = levels.function
     _checks.check_choice(function, "background", background, ("last", "first"))
-    dtypes = {entry.dtype for entry in _as_list(function, name, targets)}
-    if any(dtype.is_complex for dtype in dtypes) or len(dtypes) > 1 and any(not dtype.is_floating_point for dtype in dtypes):
-        raise TypeError(f"{function}: {name} must be class indices or floating, of one dtype on all levels, got {_names(dtypes)}")
-    is_integral = not any(dtype.is_floating_point for dtype in dtypes)
-    values, has_labels = read_values(levels, name, targets, is_integral and torch.bool not in dtypes, name != "labels")
+    entries = _as_list(function, name, targets)
+    dtype = entries[0].dtype
+    # Floating targets may mix dtypes.
+    is_mixed = any(entry.dtype != dtype and not (entry.is_floating_point() and dtype.is_floating_point) for entry in entries[1:])
+    if dtype.is_complex or is_mixed:
+        names = ", ".join(sorted({str(entry.dtype) for entry in entries}))
+        raise TypeError(f"{function}: {name} must be class indices or floating, of one dtype on all levels, got {names}")
+    is_integral = not dtype.is_floating_point
+    values, has_labels = read_values(levels, name, targets, is_integral and dtype != torch.bool, name != "labels")
     if has_labels:
         values = [_checks.as_labels(function, value, name) for value in values]
-    elif is_integral:
-        values = [value.to(levels.first.dtype) for value in values]
-    for value in values:
-        if not has_labels:
+    else:
+        if is_integral:
+            values = [value.to(levels.first.dtype) for value in values]
+        for value in values:
             _checks.check_floating(function, "targets", value)
     _check_target_values(levels, name, values, has_labels)
     if quality is None:
@@ -277,10 +285,6 @@ def read_targets(
     for value in qualities:
         _checks.check_floating(function, "quality", value)
     return values, qualities
-
-
-def _names(dtypes: set[torch.dtype]) -> str:
-    return ", ".join(sorted(map(str, dtypes)))
 
 
 def _check_target_values(levels: Levels, name: str, values: list[Tensor], has_labels: bool) -> None:
@@ -335,7 +339,7 @@ def read_reduction(
             normalizer = normalizer.double() + eps
         return normalizer, loss_weight
     if avg_factor is not None:
-        if isinstance(avg_factor, bool) or not isinstance(avg_factor, numbers.Real):
+        if not _checks.is_number(avg_factor):
             raise TypeError(f"{function}: avg_factor must be a number or a 0-d Tensor, got {type(avg_factor).__name__}")
         return _divided_by(avg_factor + eps, loss_weight, levels)
     if reduction == "mean":
@@ -357,7 +361,7 @@ def read_ignore_index(function: str, ignore_index: int | None) -> int | None:
 
 
 def read_number(function: str, name: str, value: object, least: float | None = 0.0) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    if not _checks.is_number(value):
         raise TypeError(f"{function}: {name} must be a number, got {type(value).__name__}")
     # NaN fails the comparisons.
     if not (-1e30 <= value <= 1e30) or (least is not None and value < least):
@@ -376,7 +380,12 @@ def read_class_vector(function: str, name: str, value: Tensor | Sequence[float],
     if value.is_complex():
         raise TypeError(f"{function}: {name} must be real, got {value.dtype}")
     _checks.check_shape(function, name, value, (levels.num_classes,), "one number per class")
-    return value.detach().double()
+    return as_double(value)
+
+
+def as_double(value: Tensor) -> Tensor:
+    value = value.detach() if value.requires_grad else value
+    return value if value.dtype == torch.float64 else value.double()
 
 
 def class_table(
@@ -391,7 +400,7 @@ def class_table(
     function, like = levels.function, levels.logits[0]
     parts = (gamma, positive, negative)
     if class_weight is None and class_mask is None and not any(isinstance(part, Tensor) for part in parts):
-        return _table_of_numbers(levels.num_classes, parts, like)
+        return table_of_numbers(levels.num_classes, parts, like)
     factor = like.new_ones(levels.num_classes, dtype=torch.float64)
     if class_weight is not None:
         factor = read_class_vector(function, "class_weight", class_weight, levels)
@@ -402,7 +411,8 @@ def class_table(
     return torch.stack([rows[0], rows[1] * factor, rows[2] * factor])
 
 
-def _table_of_numbers(num_classes: int, parts: tuple[float, float, float], like: Tensor) -> Tensor:
+def table_of_numbers(num_classes: int, parts: tuple[float, float, float], like: Tensor) -> Tensor:
+    """float64 [3, C], the same for every class, kept from call to call where that is possible."""
     device = like.device
     # Tensors of a tracer, of a fake mode or of a CUDA graph in the making must not outlive it.
     is_lasting = not torch.compiler.is_compiling() and type(like) in (Tensor, torch.nn.Parameter)

@@ -266,7 +266,7 @@ def _read_target(function: str, pred_name: str, pred: Tensor, target: Tensor, mu
     _checks.check_floating(function, "target", target)
     if mu is None and _checks.debug_checks() and bool(((target < 0) | (target > 1)).any()):
         raise ValueError(f"{function}: target must be within [0, 1], got [{float(target.min())}, {float(target.max())}]")
-    return _detached(target)
+    return _checks.plain(target)
 
 
 def _read_weight(function: str, pred_name: str, pred: Tensor, weight: Tensor, mu: float | None) -> Tensor:
@@ -285,13 +285,7 @@ def _read_weight(function: str, pred_name: str, pred: Tensor, weight: Tensor, mu
     elif mu is not None or pred.dim() == 0 or weight.shape != pred.shape[:-1]:
         less = " (or that less its last dimension)" if mu is None else ""
         _checks.check_shape(function, "weight", weight, pred.shape, f"the shape of {pred_name}{less}")
-    return _detached(weight)
-
-
-def _detached(value: Tensor) -> Tensor:
-    """Contiguous and without a gradient; each call of a method that changes nothing would still cost."""
-    value = value.detach() if value.requires_grad else value
-    return value if value.is_contiguous() else value.contiguous()
+    return _checks.plain(weight)
 
 
 def _check_device(function: str, name: str, value: Tensor, pred_name: str, pred: Tensor) -> None:
@@ -332,7 +326,7 @@ def read_state(request: Request, acc_sum: Tensor | None, num_updates: Tensor | N
         if value is not None:
             _checks.check_tensor(request.function, name, value)
     op_checks.check_state(request.function, acc_sum, num_updates, request.pred, request.bins, request.momentum)
-    return tuple(value if value is None else _detached(value) for value in (acc_sum, num_updates))
+    return tuple(value if value is None else _checks.plain(value) for value in (acc_sum, num_updates))
 
 
 def evaluate(

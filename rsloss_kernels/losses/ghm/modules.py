@@ -1,12 +1,11 @@
 """GHMC and GHMR: the losses as modules with MMDetection's constructor and forward, and the state of their momentum."""
 import math
-import numbers
 
 import torch
 from torch import Tensor
 
 from rsloss_kernels import _checks, distributed
-from rsloss_kernels._state import StatefulLoss, keeps_statistics, store
+from rsloss_kernels._state import StatefulLoss, keeps_statistics, store, weighted
 from rsloss_kernels.losses.ghm import api, op_checks, reference
 
 REDUCTIONS = ("none", "mean")
@@ -115,7 +114,7 @@ class _GradientHarmonizing(distributed.HoldsGroup, StatefulLoss):
             for buffer, value in zip(state, new_state, strict=True):
                 if buffer is not None:
                     store(buffer, value)
-        return loss * self.loss_weight
+        return weighted(loss, self.loss_weight)
 
     def _elementwise(
         self, request: api.Request, pred: Tensor, label_weight: Tensor | None, state: tuple[Tensor | None, Tensor | None]
@@ -148,8 +147,7 @@ class _GradientHarmonizing(distributed.HoldsGroup, StatefulLoss):
 
 def _check_avg_factor(function: str, avg_factor: object) -> None:
     """It has no effect, but MMDetection's GHMC takes `reduction_override` in its place."""
-    is_number = isinstance(avg_factor, numbers.Real) and not isinstance(avg_factor, bool)
-    if not (avg_factor is None or is_number or (isinstance(avg_factor, Tensor) and avg_factor.dim() == 0)):
+    if not (avg_factor is None or _checks.is_number(avg_factor) or (isinstance(avg_factor, Tensor) and avg_factor.dim() == 0)):
         got = f"a Tensor of shape {list(avg_factor.shape)}" if isinstance(avg_factor, Tensor) else repr(avg_factor)
         raise TypeError(
             f"{function}: avg_factor must be None, a number or a 0-d Tensor (pass reduction_override by keyword), got {got}"

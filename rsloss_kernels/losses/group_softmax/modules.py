@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rsloss_kernels import _checks
-from rsloss_kernels._state import StatefulLoss
+from rsloss_kernels._state import StatefulLoss, weighted
 from rsloss_kernels.losses.focal.arguments import REDUCTIONS, read_number
 from rsloss_kernels.losses.group_softmax import api
 from rsloss_kernels.losses.group_softmax.groups import ClassGroups
@@ -85,8 +85,7 @@ class GroupSoftmaxLoss(StatefulLoss):
         name = type(self).__name__
         if reduction_override is not None:
             _checks.check_choice(name, "reduction_override", reduction_override, REDUCTIONS)
-        is_number = isinstance(avg_factor, numbers.Real) or (isinstance(avg_factor, Tensor) and avg_factor.numel() == 1)
-        if avg_factor is not None and not is_number:
+        if not (avg_factor is None or isinstance(avg_factor, numbers.Real) or (isinstance(avg_factor, Tensor) and avg_factor.numel() == 1)):
             got = f"shape {list(avg_factor.shape)}" if isinstance(avg_factor, Tensor) else type(avg_factor).__name__
             raise TypeError(f"{name}: avg_factor must be None, a number or a Tensor of one number, got {got}")
         if weight is not None:
@@ -100,7 +99,7 @@ class GroupSoftmaxLoss(StatefulLoss):
             background=self.background,
             class_weights=self.class_weights,
         )
-        return (losses if reduction_override == "none" else losses.sum()) * self.loss_weight
+        return weighted(losses if reduction_override == "none" else losses.sum(), self.loss_weight)
 
     def _without_weightless(self, label: Tensor, weight: Tensor) -> Tensor:
         name = type(self).__name__

@@ -3,6 +3,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from rsloss_kernels._state import weighted
 from rsloss_kernels.losses.ranking import api as ranking
 from rsloss_kernels.losses.ranking.arguments import read_arguments
 
@@ -146,4 +147,4 @@ class RankSortLoss(ranking.RankingLoss):
             num_segments: how many, in place of the module's `num_segments`.
         """
         losses = rank_sort_loss(logits, targets, quality, **self.options(segments=segments, num_segments=num_segments))
-        return RankSortLosses(losses.ranking * self.loss_weight, losses.sorting * self.loss_weight)
+        return RankSortLosses(*(weighted(loss, self.loss_weight) for loss in losses))

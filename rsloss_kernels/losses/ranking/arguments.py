@@ -55,9 +55,13 @@ def read_arguments(
     _checks.check_tensor(function, "targets", targets)
     delta = check_options(function, delta, background, max_positives)
     targets, quality = read_targets(function, logits, targets, quality)
-    ids, num_segments = None, read_num_segments(function, logits, segments, num_segments)
-    if num_segments > 1 or isinstance(segments, Tensor):
-        ids = read_segment_ids(function, logits, targets, segments, num_segments)
+    ids = None
+    if segments is None and num_segments is None:
+        num_segments = 1
+    else:
+        num_segments = read_num_segments(function, logits, segments, num_segments)
+        if num_segments > 1 or isinstance(segments, Tensor):
+            ids = read_segment_ids(function, logits, targets, segments, num_segments)
     group = None if process_group is None else distributed.resolve_group(function, process_group)
     backend = _backends.resolve(operator, logits.device.type)
     if group is None:
@@ -73,7 +77,7 @@ def read_arguments(
             check_capacity(function, is_positive, limit)
     return Request(
         function,
-        logits.contiguous(),
+        logits if logits.is_contiguous() else logits.contiguous(),
         targets,
         quality,
         ids,
@@ -105,28 +109,12 @@ def read_targets(
     """Class indices as int32/int64, or dense targets in a floating dtype; and the list of qualities, empty if there are none."""
     _checks.check_strided(function, "targets", targets)
     _checks.check_device(function, "targets", targets, logits)
-    if _checks.is_index_form(targets, logits):
-        targets = _checks.as_labels(function, targets)
-        if quality is None:
-            return targets.contiguous(), []
-        _checks.check_tensor(function, "quality", quality)
-        _checks.check_floating(function, "quality", quality)
-        _checks.check_strided(function, "quality", quality)
-        _checks.check_device(function, "quality", quality, logits)
-        _checks.check_shape(function, "quality", quality, targets.shape, "the shape of targets")
-        return targets.contiguous(), [(quality.detach() if quality.requires_grad else quality).contiguous()]
-    if logits.dim() > 0 and targets.shape == logits.shape[:-1]:
-        wanted = "integers where they have the shape of logits less its last dimension (class indices)"
-        raise TypeError(f"{function}: targets must be {wanted}, got {targets.dtype}")
-    _checks.check_shape(
-        function,
-        "targets",
-        targets,
-        logits.shape,
-        "the shape of logits (dense), or be integers with that shape less its last dimension (class indices)",
-    )
+    if targets.shape != logits.shape:
+        return _read_labels(function, logits, targets, quality)
     if quality is not None:
         raise ValueError(f"{function}: quality must be None with dense targets (they hold it already), got a Tensor")
+    if targets.dtype in _checks.LOGIT_TYPES:
+        return _checks.plain(targets), []
     if targets.is_complex():
         raise TypeError(f"{function}: targets must be real, got {targets.dtype}")
     if logits.dim() == 1 and _is_integral(targets) and _checks.debug_checks():
@@ -135,9 +123,28 @@ def read_targets(
             f"give logits a last dimension of classes, [{len(logits)}, 1]",
             stacklevel=4,
         )
-    dense = targets if targets.is_floating_point() else targets.to(torch.float32)
-    _checks.check_floating(function, "targets", dense)
-    return (dense.detach() if dense.requires_grad else dense).contiguous(), []
+    if targets.is_floating_point():
+        _checks.check_floating(function, "targets", targets)
+    return targets.to(torch.float32).contiguous(), []
+
+
+def _read_labels(function: str, logits: Tensor, targets: Tensor, quality: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+    """`read_targets` of targets without the shape of `logits`."""
+    if logits.dim() == 0 or targets.shape != logits.shape[:-1]:
+        wanted = "the shape of logits (dense), or be integers with that shape less its last dimension (class indices)"
+        _checks.check_shape(function, "targets", targets, logits.shape, wanted)
+    if not _is_integral(targets):
+        wanted = "integers where they have the shape of logits less its last dimension (class indices)"
+        raise TypeError(f"{function}: targets must be {wanted}, got {targets.dtype}")
+    labels = _checks.plain(_checks.as_labels(function, targets))
+    if quality is None:
+        return labels, []
+    _checks.check_tensor(function, "quality", quality)
+    _checks.check_floating(function, "quality", quality)
+    _checks.check_strided(function, "quality", quality)
+    _checks.check_device(function, "quality", quality, logits)
+    _checks.check_shape(function, "quality", quality, targets.shape, "the shape of targets")
+    return labels, [_checks.plain(quality)]
 
 
 def _is_integral(values: Tensor) -> bool:

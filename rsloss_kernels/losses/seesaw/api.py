@@ -1,5 +1,4 @@
 """Seesaw loss: the public function."""
-import numbers
 from typing import NamedTuple
 
 import torch
@@ -159,6 +158,6 @@ def _read_avg_factor(function: str, avg_factor: object, reduction: str, logits: 
         if avg_factor.numel() != 1 or avg_factor.dim() > 1 or avg_factor.is_complex():
             raise ValueError(f"{function}: avg_factor must be a number or a 0-d Tensor, got shape {list(avg_factor.shape)}")
         return avg_factor.detach().reshape(()).double() + eps
-    if isinstance(avg_factor, bool) or not isinstance(avg_factor, numbers.Real):
+    if not _checks.is_number(avg_factor):
         raise TypeError(f"{function}: avg_factor must be a number or a 0-d Tensor, got {type(avg_factor).__name__}")
     return logits.new_full((), avg_factor + eps, dtype=torch.float64)

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from rsloss_kernels import _checks, distributed
-from rsloss_kernels._state import StatefulLoss, keeps_statistics, store
+from rsloss_kernels._state import StatefulLoss, keeps_statistics, store, weighted
 from rsloss_kernels.losses.focal.arguments import REDUCTIONS, read_number
 from rsloss_kernels.losses.focal.modules import EPS
 from rsloss_kernels.losses.seesaw import api
@@ -101,7 +101,7 @@ class SeesawLoss(distributed.HoldsGroup, StatefulLoss):
         losses = api.evaluate(name, cls_score, labels, counts, label_weights, *settings)
         if counts is not self.cum_samples:
             store(self.cum_samples, counts)
-        objectness, classes = (value * self.loss_weight for value in losses)
+        objectness, classes = (weighted(value, self.loss_weight) for value in losses)
         if not self.return_dict:
             return objectness + classes
         return {"loss_cls_objectness": objectness, "loss_cls_classes": classes}
