@@ -13,6 +13,7 @@ import torch
 from ghm_samples import CLASSIFICATION, GHM, GHM_LOSSES
 from group_softmax_samples import OPERATORS as OF_GROUP_SOFTMAX
 from seesaw_samples import OPERATORS as OF_SEESAW
+from smooth_l1_samples import OPERATORS as OF_SMOOTH_L1
 from harness import Backend, assert_gates
 from rsloss_kernels import _library
 from samples import LOSSES, RANKING_SAMPLES, Inputs, Loss
@@ -82,8 +83,8 @@ def differentiable(function: torch._ops.OpOverload, args: tuple) -> tuple:
 
 def test_every_operator_is_reached_by_a_sample(backend, generator):
     claimed = {name for loss in EVERY_LOSS.values() for name in loss.operators}
-    # Those of group softmax, whose losses are one per group, and of Seesaw loss are reached in their own files.
-    elsewhere = {*OF_GROUP_SOFTMAX, *OF_SEESAW}
+    # Those of group softmax, whose losses are one per group, of Seesaw loss and of smooth L1 are reached in their own files.
+    elsewhere = {*OF_GROUP_SOFTMAX, *OF_SEESAW, *OF_SMOOTH_L1}
     assert claimed.isdisjoint(elsewhere) and claimed | elsewhere == set(OPERATORS)
     for loss in EVERY_LOSS.values():
         calls = record(backend, loss, loss.operator_samples[0], generator)

@@ -23,7 +23,10 @@ MAIN_TARGET = 90
 FLOATS = ("fp16", "bf16", "fp32", "fp64")
 ANY_FLAG = (False, True)
 # Integer arguments by name; the others are 32 bits wide, as the launcher passes small numbers.
-WIDE_INTEGERS = {"delta_bits", "scale_bits", "mu_bits", "fixed_beta_bits", "momentum_bits", "log_momentum_bits", "ratio_bits", "p_bits", "q_bits", "log_eps_bits"}
+WIDE_INTEGERS = {
+    *("delta_bits", "scale_bits", "mu_bits", "fixed_beta_bits", "momentum_bits", "log_momentum_bits", "ratio_bits", "p_bits", "q_bits"),
+    "log_eps_bits",
+}
 
 
 def _double(*types: str) -> bool:
