@@ -20,26 +20,25 @@ SHARED_OPTIONS = ("update_iter_interval", "variant", "process_group", "max_image
 class DynamicIoUAssigner(MaxIoUAssigner):
     """`MaxIoUAssigner` of RoI heads with the one threshold of a DynamicLabelAssignment, which it asks anew each time.
 
-    `max_overlaps` gathers the largest IoU of each box, one Tensor per image, until it is emptied. Takes the arguments of
-    `MaxIoUAssigner` without thresholds. No low-quality matches.
+    `results` gathers what it returns, until it is emptied: samplers that add the objects to the proposals add their IoUs of 1 there.
+    Takes the arguments of `MaxIoUAssigner` without thresholds. No low-quality matches.
     """
 
     def __init__(self, label_assignment: DynamicLabelAssignment, **kwargs: object):
         super().__init__(pos_iou_thr=None, neg_iou_thr=None, match_low_quality=False, **kwargs)
         self.label_assignment = label_assignment
-        self.max_overlaps: list[Tensor] = []
+        self.results: list[AssignResult] = []
 
     def assign_wrt_overlaps(self, overlaps: Tensor, gt_labels: Tensor) -> AssignResult:
         """As in `MaxIoUAssigner`: `overlaps` is [objects, boxes]. A box whose overlaps are all negative is ignored."""
-        threshold = self.label_assignment.iou_threshold
         if overlaps.numel() == 0:
             result = super().assign_wrt_overlaps(overlaps, gt_labels)
         else:
             max_overlaps, objects = overlaps.max(0)
-            assigned = assign_by_iou(max_overlaps, threshold.to(overlaps.device))
+            assigned = assign_by_iou(max_overlaps, self.label_assignment.iou_threshold.to(overlaps.device))
             labels = torch.where(assigned == 1, gt_labels[objects], -1)
             result = AssignResult(len(overlaps), torch.where(assigned == 1, objects + 1, assigned), max_overlaps, labels)
-        self.max_overlaps.append(result.max_overlaps.to(threshold.device))
+        self.results.append(result)
         return result
 
 
@@ -95,10 +94,10 @@ class FusedDynamicRoIHead(StandardRoIHead):
     def loss(self, x: tuple[Tensor, ...], rpn_results_list: InstanceList, batch_data_samples: SampleList) -> dict[str, Tensor]:
         """As in `StandardRoIHead`; in training mode it takes a step of the threshold and of beta, which count from the next step on."""
         logged = {"dynamic_iou": self.label_assignment.iou_threshold.clone(), "dynamic_beta": self.bbox_head.loss_bbox.beta.clone()}
-        self.bbox_assigner.max_overlaps = []
+        self.bbox_assigner.results = []
         losses = super().loss(x, rpn_results_list, batch_data_samples)
-        self.label_assignment.update(self.bbox_assigner.max_overlaps)
-        self.bbox_assigner.max_overlaps = []
+        self.label_assignment.update([result.max_overlaps for result in self.bbox_assigner.results])
+        self.bbox_assigner.results = []
         return losses | {name: value.float() for name, value in logged.items()}
 
     def bbox_loss(self, x: tuple[Tensor, ...], sampling_results: list[SamplingResult]) -> dict:
