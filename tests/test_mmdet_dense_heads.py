@@ -203,6 +203,20 @@ def test_ten_steps_of_a_small_model(mm, generator, name):
     assert all(0 < len(sample.pred_instances) <= 30 for sample in found)
 
 
+@pytest.fixture(scope="module")
+def trained(mm):
+    """An ATSS that has learnt one batch by heart, and the batch."""
+    model = one_stage(mm, "RankSortATSSHead")
+    batch = mm.make_batch(torch.Generator().manual_seed(1))
+    optimiser = torch.optim.AdamW(model.parameters(), 3e-3)
+    for _ in range(25):
+        loss, _ = mm.losses_of(model, copy.deepcopy(batch))
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    return model, batch
+
+
 @pytest.mark.parametrize("head", KEYS)
 def test_bfloat16_autocast(mm, generator, head):
     model = one_stage(mm, head)
@@ -270,6 +284,20 @@ def test_warnings_of_configurations_for_other_losses(mm):
     sampled = mm.RETINA_TRAINING | {"sampler": {"type": "RandomSampler", "num": 64, "pos_fraction": 0.5, "neg_pos_ub": -1}}
     with pytest.warns(UserWarning, match="RandomSampler: anchors that it leaves out are not ranked"):
         mm.detector("RetinaNet", bbox_head=mm.dense_head("RankSortRetinaHead"), train_cfg=sampled, test_cfg=mm.TESTING)
+
+
+def test_calibrated_threshold_keeps_the_right_detections(mm, generator, trained):
+    from rsloss_kernels.integrations.mmdet import calibrate_score_thr
+
+    model, batch = trained
+    threshold = calibrate_score_thr(model, [copy.deepcopy(batch)], keep=1.0)
+    assert model.training and model.bbox_head.test_cfg.score_thr_is_calibrated
+    assert 0 < threshold == model.bbox_head.test_cfg.score_thr
+    assert calibrate_score_thr(model, [copy.deepcopy(batch)], keep=0.3) > threshold
+    with pytest.warns(UserWarning, match="no detection is right"):
+        assert calibrate_score_thr(model, [mm.make_batch(generator, boxes=0)]) == 0
+    with pytest.raises(ValueError, match="keep must be within"):
+        calibrate_score_thr(model, [], keep=0)
 
 
 def test_bad_configurations(mm):

@@ -5,6 +5,7 @@ Or, before models are built: `from rsloss_kernels.integrations.mmdet import patc
 """
 import mmdet.models  # noqa: F401  registers its own first
 
+from rsloss_kernels.integrations.mmdet.calibration import calibrate_score_thr
 from rsloss_kernels.integrations.mmdet.dense_heads import FlatRetinaHead, RankSortATSSHead, RankSortRetinaHead, RankSortRPNHead
 from rsloss_kernels.integrations.mmdet.dynamic_roi_head import FusedDynamicRoIHead
 from rsloss_kernels.integrations.mmdet.group_softmax import GroupSoftmaxLoss, read_class_counts
@@ -30,6 +31,7 @@ __all__ = [
     "RankSortRetinaHead",
     "RankedLosses",
     "RankingHead",
+    "calibrate_score_thr",
     "patch_mmdet",
     "positive_rows",
     "read_class_counts",

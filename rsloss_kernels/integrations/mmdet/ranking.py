@@ -93,6 +93,6 @@ def warn_of_score_threshold(name: str, test_cfg: dict | None) -> None:
     if threshold > 0 and not test_cfg.get("score_thr_is_calibrated", False):
         warnings.warn(
             f"{name}: test_cfg.score_thr is {threshold}, but ranking orders scores without giving them a level: set it to 0 (max_per_img "
-            "alone then limits the detections), or to a value found on training data and score_thr_is_calibrated=True",
+            "alone then limits the detections), or after training to what calibrate_score_thr finds, with score_thr_is_calibrated=True",
             stacklevel=4,
         )

@@ -1,5 +1,4 @@
 """A score threshold for a model whose scores have an order but no level."""
-import math
 import warnings
 from collections.abc import Iterable
 
@@ -7,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.ops import box_iou
+
+from rsloss_kernels.integrations._calibration import right_scores, threshold_that_keeps
 
 
 def threshold_holder(model: nn.Module) -> nn.Module:
@@ -43,28 +44,14 @@ def calibrate_score_thresh(
     right = []
     try:
         for images, targets in batches:
-            right += [right_scores(found, target, iou_thresh) for found, target in zip(model(images), targets, strict=True)]
+            for found, target in zip(model(images), targets, strict=True):
+                ious = box_iou(found["boxes"], target["boxes"].to(found["boxes"]))
+                right.append(right_scores(found["scores"], found["labels"], ious, target["labels"].to(ious.device), iou_thresh))
     finally:
         model.train(was_training)
-    scores = torch.cat(right).sort(descending=True).values if right else torch.empty(0)
-    if scores.numel() == 0:
+    threshold = threshold_that_keeps(right, keep)
+    if threshold is None:
         warnings.warn("calibrate_score_thresh: no detection is right, the threshold is 0", stacklevel=2)
         return 0.0
-    lowest = scores[math.ceil(keep * scores.numel()) - 1]
-    # The model keeps what is above its threshold, not what is at it.
-    holder.score_thresh = float(torch.nextafter(lowest, torch.zeros_like(lowest)))
-    return holder.score_thresh
-
-
-def right_scores(found: dict[str, Tensor], target: dict[str, Tensor], iou_thresh: float) -> Tensor:
-    """Scores of the detections of an image that are right."""
-    order = found["scores"].argsort(descending=True)
-    ious = box_iou(found["boxes"][order], target["boxes"].to(found["boxes"]))
-    ious = torch.where(found["labels"][order][:, None] == target["labels"].to(order.device), ious, 0.0).cpu()
-    is_right = torch.zeros(order.shape[0], dtype=torch.bool)
-    for place in range(order.shape[0] if ious.shape[1] else 0):
-        best, index = ious[place].max(0)
-        if best >= iou_thresh:
-            is_right[place] = True
-            ious[:, index] = 0
-    return found["scores"][order].cpu()[is_right].float()
+    holder.score_thresh = threshold
+    return threshold
