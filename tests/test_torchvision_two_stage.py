@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import torchvision_models as models
 from torch import nn
 from torchvision.models.detection import roi_heads as torchvision_roi_heads
-from torchvision.ops import box_iou
+from torchvision.ops import box_iou, generalized_box_iou_loss
 
 from rsloss_kernels import (
     ClassGroups,
@@ -18,6 +18,8 @@ from rsloss_kernels import (
     _library,
     group_softmax_loss,
     group_softmax_scores,
+    rank_sort_loss,
+    score_weights,
 )
 from rsloss_kernels.integrations.torchvision import step_log, use_dynamic_rcnn, use_loss
 from rsloss_kernels.integrations.torchvision.roi_heads import rebound
@@ -195,10 +197,68 @@ def test_dynamic_rcnn_follows_the_boxes(variant):
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("empty", [(), (0, 1, 2)], ids=["objects", "no objects"])
+def test_ranking_loss_is_the_librarys(empty):
+    """Of all proposals, as computed from them: boxes decoded where they lie, GIoU by torchvision."""
+    model = models.make_model("faster_rcnn", box_batch_size_per_image=200, box_positive_fraction=1.0)
+    model = use_loss(use_dynamic_rcnn(model, smooth_l1=False), "rank_sort")
+    heads, chosen = model.roi_heads, []
+    select = type(heads).select_training_samples
+    heads.select_training_samples = lambda *given: chosen.append(select(heads, *given)) or chosen[-1]
+    losses, logits, deltas, labels, targets = captured(model, models.make_batch(empty=empty))
+    proposals = torch.cat(chosen[0][0])
+    labels, targets = torch.cat(labels), torch.cat(targets)
+    positives = (labels > 0).nonzero()[:, 0]
+    assert logits.shape == (len(proposals), CLASSES) and heads.score_thresh == 0 and bool(len(positives)) != bool(empty)
+    deltas = deltas.view(len(labels), -1, 4)[positives, labels[positives]]
+    boxes, truth = (heads.box_coder.decode_single(codes, proposals[positives]) for codes in (deltas, targets[positives]))
+    ious = box_iou(boxes, truth).diagonal()
+    background_last = torch.where(labels > 0, labels - 1, CLASSES)
+    quality = torch.zeros(len(labels)).index_copy(0, positives, ious.detach())
+    ranking, sorting = rank_sort_loss(logits, background_last, quality)
+    torch.testing.assert_close(losses["loss_classifier"], ranking + sorting)
+    # Balanced: its value is that of the ranking loss, its gradient that of the weighted mean.
+    torch.testing.assert_close(losses["loss_box_reg"], ranking + sorting)
+    weights = score_weights(logits, background_last)[positives]
+    mean = (generalized_box_iou_loss(boxes, truth) * weights).sum() / weights.sum() if len(positives) else deltas.sum()
+    log = step_log(model)
+    torch.testing.assert_close(log["bbox_unbalanced"], mean.detach(), rtol=1e-5, atol=1e-6)
+    assert log["num_positives"] == len(positives)
+    gradient = torch.autograd.grad(losses["loss_box_reg"], heads.box_predictor.bbox_pred.weight, retain_graph=True)[0]
+    wanted = torch.autograd.grad(mean * log["SB_weight"], heads.box_predictor.bbox_pred.weight, retain_graph=True)[0]
+    torch.testing.assert_close(gradient, torch.zeros_like(wanted) if empty else wanted, rtol=1e-4, atol=1e-6)
+    assert models.gradients(model, losses).keys() == dict(model.named_parameters()).keys()
+
+
+def test_ranking_loss_trains_and_detects():
+    model = use_loss(models.make_model("faster_rcnn"), "rank_sort")
+    batch, history = models.make_batch(), []
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(11):
+        torch.manual_seed(0)
+        total = sum(model(*batch).values())
+        history.append(float(total.detach()))
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+    assert history[-1] < 0.9 * history[0], history
+    classifier = model.roi_heads.box_predictor.cls_score
+    with torch.no_grad():
+        classifier.weight.zero_()
+        classifier.bias.copy_(torch.tensor([-9.0, -9.0, 2.0, -9.0, -9.0]))
+        found = model.eval()(batch[0])[0]
+    best = found["labels"][found["scores"] > 0.5]
+    assert len(best) and (best == 3).all() and found["scores"].max() == pytest.approx(torch.tensor(2.0).sigmoid().item())
+
+
 def test_bad_arguments():
     model = models.make_model("faster_rcnn")
-    with pytest.raises(ValueError, match="loss must be one of 'group_softmax', 'eqlv2', 'seesaw'.*got 'rank_sort'"):
-        use_loss(model, "rank_sort")
+    with pytest.raises(ValueError, match="loss must be one of 'group_softmax', 'eqlv2', 'seesaw', 'rank_sort'.*got 'focal'"):
+        use_loss(model, "focal")
+    with pytest.raises(ValueError, match="use_dynamic_rcnn: a ranking loss has a box loss of its own"):
+        use_dynamic_rcnn(use_loss(models.make_model("faster_rcnn"), "ap"))
+    with pytest.raises(ValueError, match="use_loss: a ranking loss has a box loss of its own"):
+        use_loss(use_dynamic_rcnn(models.make_model("faster_rcnn")), "ap")
     with pytest.raises(ValueError, match="of the model's 5 classes without the background, got 6"):
         use_loss(model, EQLv2Loss(6))
     with pytest.raises(ValueError, match="of the model's 5 classes without the background, got 3"):

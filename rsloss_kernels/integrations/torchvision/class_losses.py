@@ -38,11 +38,12 @@ ROI_LOSSES: dict[str, Callable[..., nn.Module]] = {
     "group_softmax": lambda classes, **options: GroupSoftmaxLoss(**options),
     "eqlv2": lambda classes, **options: EQLv2Loss(classes, **options),
     "seesaw": lambda classes, **options: SeesawLoss(classes, **options),
+    **{name: DENSE_LOSSES[name] for name in ("rank_sort", "ap", "alrp")},
 }
 # Their score is how good the box is, which a centre-ness would multiply once more.
 QUALITY_LOSSES = (QualityFocalLoss, VarifocalLoss, EqualizedQualityFocalLoss)
 DENSE_CLASSES = (*RANKING_LOSSES, SigmoidFocalLoss, *QUALITY_LOSSES, GHMC, EqualizedFocalLoss, EQLv2Loss)
-ROI_CLASSES = (GroupSoftmaxLoss, EQLv2Loss, SeesawLoss)
+ROI_CLASSES = (*RANKING_LOSSES, GroupSoftmaxLoss, EQLv2Loss, SeesawLoss)
 
 
 def make_dense_loss(loss: str | nn.Module, channels: int, **options: object) -> nn.Module:
@@ -55,7 +56,12 @@ def make_dense_loss(loss: str | nn.Module, channels: int, **options: object) -> 
 
 
 def make_roi_loss(loss: str | nn.Module, num_classes: int, **options: object) -> nn.Module:
-    made = _make(loss, ROI_LOSSES, ROI_CLASSES, num_classes, options)
+    """A RankingHeadLoss around a ranking loss, any other as it is."""
+    made = _make(loss, ROI_LOSSES, (RankingHeadLoss, *ROI_CLASSES), num_classes, options)
+    if isinstance(made, RANKING_LOSSES):
+        made = RankingHeadLoss(made)
+    if isinstance(made, RankingHeadLoss):
+        return made
     of_loss = made.groups.num_classes if isinstance(made, GroupSoftmaxLoss) else made.num_classes
     if of_loss != num_classes:
         raise ValueError(f"use_loss: the loss must be of the model's {num_classes} classes without the background, got {of_loss}")

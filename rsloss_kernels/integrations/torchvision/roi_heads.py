@@ -9,6 +9,7 @@ from torchvision.models.detection import roi_heads
 from torchvision.ops import box_iou
 
 from rsloss_kernels import DynamicLabelAssignment, DynamicSmoothL1Loss, assign_by_iou
+from rsloss_kernels.integrations._ranking_head import RankingHeadLoss, giou_losses
 
 # As in torchvision.
 SMOOTH_L1_BETA = 1 / 9
@@ -39,11 +40,13 @@ class _ScoresAreGiven:
 class RoIHeads(roi_heads.RoIHeads):
     """torchvision's RoIHeads with a loss of the classes, with a dynamic assignment and with a dynamic smooth L1 loss; each may be None.
 
-    `class_loss`: GroupSoftmaxLoss, EQLv2Loss or SeesawLoss. The classifier has as many channels as the loss asks for, which also
-    gives the scores. `label_assignment`: DynamicLabelAssignment, in place of `proposal_matcher`. `smooth_l1`: DynamicSmoothL1Loss, in
-    place of a beta of 1/9; both normalise as torchvision, by the sampled boxes.
+    `class_loss`: GroupSoftmaxLoss, EQLv2Loss or SeesawLoss, which also gives the scores; or RankingHeadLoss, whose scores are sigmoids
+    of C logits and which has a box loss of its own, GIoU. The classifier has as many channels as the loss asks for.
+    `label_assignment`: DynamicLabelAssignment, in place of `proposal_matcher`. `smooth_l1`: DynamicSmoothL1Loss, in place of a beta of
+    1/9; both normalise as torchvision, by the sampled boxes.
 
-    `log`, after each training step: "iou_threshold" and "beta" of that step, where they are dynamic.
+    `log`, after each training step: "iou_threshold" and "beta" of that step, where they are dynamic; of a ranking loss
+    "bbox_unbalanced", "SB_weight", "num_positives" and "positives_iou", without positives too.
     """
 
     class_loss: nn.Module | None
@@ -62,6 +65,8 @@ class RoIHeads(roi_heads.RoIHeads):
         labels, targets = torch.cat(labels), torch.cat(regression_targets)
         positives = (labels > 0).nonzero().squeeze(1)
         boxes = box_regression.view(labels.shape[0], -1, 4)[positives, labels[positives]]
+        if isinstance(self.class_loss, RankingHeadLoss):
+            return self.rank(class_logits, boxes, labels, targets[positives], positives)
         count = max(1, labels.numel())
         if self.smooth_l1 is None:
             box = F.smooth_l1_loss(boxes, targets[positives], beta=SMOOTH_L1_BETA, reduction="sum") / count
@@ -71,12 +76,26 @@ class RoIHeads(roi_heads.RoIHeads):
             self.smooth_l1.update(targets, labels > 0, num_images=num_images)
         return self.classify(class_logits, labels), box
 
+    def rank(
+        self, class_logits: Tensor, boxes: Tensor, labels: Tensor, targets: Tensor, positives: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        # GIoU is the same whatever the proposal that both boxes are decoded from: it cancels from every ratio of areas.
+        unit = boxes.new_tensor([0, 0, 1, 1], dtype=torch.float32).expand(boxes.shape)
+        box_losses, ious = giou_losses(*(self.box_coder.decode_single(codes.float(), unit) for codes in (boxes, targets)))
+        losses = self.class_loss(class_logits, self.with_background_last(labels, class_logits.shape[1]), positives, box_losses, ious)
+        self.log.update(losses.log)
+        # Connected to the boxes where nothing is positive.
+        return sum(losses.classification.values()), losses.box + boxes.sum() * 0
+
+    @staticmethod
+    def with_background_last(labels: Tensor, num_classes: int) -> Tensor:
+        return torch.where(labels > 0, labels - 1, torch.where(labels == 0, num_classes, -1))
+
     def classify(self, class_logits: Tensor, labels: Tensor) -> Tensor:
         if self.class_loss is None:
             return F.cross_entropy(class_logits, labels)
         if self.is_background_last:
-            num_classes = self.class_loss.num_classes
-            labels = torch.where(labels > 0, labels - 1, torch.where(labels == 0, num_classes, -1))
+            labels = self.with_background_last(labels, self.class_loss.num_classes)
         losses = self.class_loss(class_logits, labels)
         return sum(losses.values()) if isinstance(losses, dict) else losses
 
@@ -89,9 +108,12 @@ class RoIHeads(roi_heads.RoIHeads):
         detect = super().postprocess_detections
         if self.class_loss is None:
             return detect(class_logits, *args, **kwargs)
-        scores = self.class_loss.get_activation(class_logits)
-        if self.is_background_last:
-            scores = scores.roll(1, -1)
+        if isinstance(self.class_loss, RankingHeadLoss):
+            scores = F.pad(class_logits.sigmoid(), (1, 0))
+        else:
+            scores = self.class_loss.get_activation(class_logits)
+            if self.is_background_last:
+                scores = scores.roll(1, -1)
         return rebound(detect.__func__, F=_ScoresAreGiven)(self, scores, *args, **kwargs)
 
     def assign_targets_to_proposals(

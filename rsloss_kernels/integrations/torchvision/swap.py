@@ -9,11 +9,13 @@ from torchvision.models.detection import roi_heads as torchvision_roi_heads
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from rsloss_kernels import DynamicLabelAssignment, DynamicSmoothL1Loss, EQLv2Loss, GroupSoftmaxLoss, convert_classifier
+from rsloss_kernels.integrations._ranking_head import RankingHeadLoss
 from rsloss_kernels.integrations.torchvision.calibration import threshold_holder
 from rsloss_kernels.integrations.torchvision.class_losses import make_roi_loss
 from rsloss_kernels.integrations.torchvision.dense_heads import FIRST_BACKGROUND_LOGIT, FCOSHead, RetinaNetHead
 from rsloss_kernels.integrations.torchvision.roi_heads import RoIHeads
 
+TWO_BOX_LOSSES = "a ranking loss has a box loss of its own, take use_dynamic_rcnn(model, smooth_l1=False)"
 Model = TypeVar("Model", bound=nn.Module)
 DENSE_HEADS = {
     retinanet.RetinaNetHead: RetinaNetHead,
@@ -34,8 +36,10 @@ def use_loss(model: Model, loss: str | nn.Module = "rank_sort", *, score_thresh:
     Args:
         model: RetinaNet or FCOS with torchvision's head; or a Faster R-CNN with torchvision's FastRCNNPredictor.
         loss: for RetinaNet and FCOS "rank_sort", "ap", "alrp", "focal", "quality_focal", "varifocal", "ghm", "efl", "eqfl", "eqlv2";
-            for Faster R-CNN "group_softmax" (with `groups=ClassGroups(...)`), "eqlv2", "seesaw". Or a module of the library, or for a
-            ranking loss a RankingHeadLoss, which has the options of its box loss. See RetinaNetHead, FCOSHead, RoIHeads.
+            for Faster R-CNN "rank_sort", "ap", "alrp", "group_softmax" (with `groups=ClassGroups(...)`), "eqlv2", "seesaw". Or a module of
+            the library, or for a ranking loss a RankingHeadLoss, which has the options of its box loss. See RetinaNetHead, FCOSHead,
+            RoIHeads. A ranking loss wants no sampler: make the Faster R-CNN with a `box_batch_size_per_image` above the number of
+            proposals and `box_positive_fraction=1.0`. Its RPN stays as it is.
         score_thresh: of the detections. "auto": 0 for a ranking loss, which orders the scores but gives them no level, so that only the
             number of detections limits them (`calibrate_score_thresh` finds a better one after training); else the model's own. A
             number: that. None: the model's own, with a warning for a ranking loss if it is above 0.
@@ -46,8 +50,7 @@ def use_loss(model: Model, loss: str | nn.Module = "rank_sort", *, score_thresh:
     Raises TypeError, ValueError: another model or head, an unknown loss, options that the loss does not take.
     """
     if isinstance(model, GeneralizedRCNN):
-        is_ranking = False
-        _use_roi_loss(model, loss, options)
+        is_ranking = _use_roi_loss(model, loss, options)
     else:
         head = getattr(model, "head", None)
         if not isinstance(model, (retinanet.RetinaNet, fcos.FCOS)) or type(head) not in DENSE_HEADS:
@@ -76,9 +79,11 @@ def use_dynamic_rcnn(
         model: FasterRCNN, MaskRCNN or KeypointRCNN.
         label_assignment, smooth_l1: modules; True for those with the published settings, False for torchvision's fixed ones.
 
-    Returns the model. Raises TypeError for another model.
+    Returns the model. Raises TypeError for another model, ValueError for a smooth L1 beside the box loss of a ranking loss.
     """
     heads = _roi_heads_of(model, "use_dynamic_rcnn")
+    if isinstance(heads.class_loss, RankingHeadLoss) and smooth_l1 is not False:
+        raise ValueError(f"use_dynamic_rcnn: {TWO_BOX_LOSSES}")
     device = heads.box_predictor.cls_score.weight.device
     for name, value, make in (
         ("label_assignment", label_assignment, DynamicLabelAssignment),
@@ -130,14 +135,18 @@ def _roi_heads_of(model: nn.Module, function: str) -> RoIHeads:
     return heads
 
 
-def _use_roi_loss(model: GeneralizedRCNN, loss: str | nn.Module, options: dict[str, object]) -> None:
+def _use_roi_loss(model: GeneralizedRCNN, loss: str | nn.Module, options: dict[str, object]) -> bool:
+    """Whether it is a ranking loss."""
     heads = _roi_heads_of(model, "use_loss")
     predictor = heads.box_predictor
     num_classes = predictor.bbox_pred.out_features // 4 - 1
     loss = make_roi_loss(loss, num_classes, **options)
     old = predictor.cls_score
+    is_ranking = isinstance(loss, RankingHeadLoss)
+    if is_ranking and heads.smooth_l1 is not None:
+        raise ValueError(f"use_loss: {TWO_BOX_LOSSES}")
     heads.class_loss = loss.to(old.weight.device)
-    channels = loss.get_cls_channels(num_classes)
+    channels = num_classes if is_ranking else loss.get_cls_channels(num_classes)
     predictor.cls_score = nn.Linear(old.in_features, channels, device=old.weight.device, dtype=old.weight.dtype)
     with torch.no_grad():
         if isinstance(loss, GroupSoftmaxLoss) and old.out_features == num_classes + 1:
@@ -151,6 +160,7 @@ def _use_roi_loss(model: GeneralizedRCNN, loss: str | nn.Module, options: dict[s
                 # Sigmoids: objects start out rare, the background, which is last, is sure of itself.
                 predictor.cls_score.bias[:-1] = -FIRST_BACKGROUND_LOGIT
                 predictor.cls_score.bias[-1] = FIRST_BACKGROUND_LOGIT
+    return is_ranking
 
 
 def _set_threshold(model: nn.Module, score_thresh: float | str | None, is_ranking: bool) -> None:
