@@ -78,6 +78,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in --out")
     parser.add_argument("--checkpoint-every", type=int, default=500, metavar="STEPS", help="steps from one checkpoint to the next")
+    parser.add_argument(
+        "--model",
+        choices=("one_stage", "two_stage"),
+        default="one_stage",
+        help="two_stage: torchvision's Faster R-CNN, the tables of Dynamic R-CNN and of a sampler's worth instead",
+    )
     tables = parser.add_mutually_exclusive_group()
     tables.add_argument(
         "--ablation", action="store_true", help="the table of learning rates, score weights and box weight instead"
@@ -108,6 +114,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     for name in ("imbalance", "long_tail"):
         if getattr(options, name) and options.loss:
             parser.error(f"--{name.replace('_', '-')} has losses of its own, got --loss")
+    if options.model == "two_stage":
+        if processes.are_several():
+            parser.error("--model two_stage takes one process, got more from torchrun")
+        for name in ("ablation", "imbalance", "long_tail", "loss"):
+            if getattr(options, name):
+                parser.error(f"--model two_stage has tables and losses of its own, got --{name.replace('_', '-')}")
     if options.long_tail and options.data is not None:
         parser.error("--long-tail makes its own canvases, got --data")
     for name in ("compare_steps", "time_steps"):
@@ -125,6 +137,8 @@ def main(arguments: list[str] | None = None) -> dict | None:
             return app.run_ablation(options)
         if options.long_tail:
             return app.run_long_tail(options)
+        if options.model == "two_stage":
+            return app.run_two_stage(options)
         return app.run_imbalance(options) if options.imbalance else app.run(options)
 
 

@@ -5,8 +5,9 @@ import dataclasses
 import statistics
 
 import torch
+from swaps.frameworks import use_torchvision
 
-from digits_detector import ablation, comparison, evaluation, figures, imbalance, long_tail, processes, report
+from digits_detector import ablation, comparison, evaluation, figures, imbalance, long_tail, processes, report, two_stage
 from digits_detector.coco_folder import read_coco_folder
 from digits_detector.data import Canvases, make_canvases
 from digits_detector.losses import LOSSES
@@ -166,6 +167,11 @@ def run_ablation(options: argparse.Namespace) -> dict:
 def run_long_tail(options: argparse.Namespace) -> dict:
     pool = make_canvases("train", options.pool, tail_ratio=options.tail_ratio)
     return long_tail.run(options, pool, make_canvases("held_out", options.held_out))
+
+
+def run_two_stage(options: argparse.Namespace) -> dict:
+    use_torchvision()
+    return two_stage.run(options, *load_data(options))
 
 
 def run_imbalance(options: argparse.Namespace) -> dict:

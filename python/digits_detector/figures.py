@@ -188,3 +188,17 @@ def draw_long_tail(results: dict, path: pathlib.Path) -> None:
         norm.invert_xaxis()
         norm.legend(fontsize=8)
         _save(figure, path)
+
+
+def draw_two_stage(results: dict, path: pathlib.Path) -> None:
+    """Dynamic R-CNN's IoU threshold and beta over training, every seed of the run in which both follow it."""
+    runs = next(row["runs"] for row in results["rows"] if row["row"] == "both")
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.6), layout="constrained")
+        for axis, name, title in zip(axes, ("iou_threshold", "beta"), ("IoU threshold", "beta of smooth L1"), strict=True):
+            for number, run in enumerate(runs):
+                steps, values = run["schedules"][name]["steps"], run["schedules"][name]["values"]
+                axis.step(steps, values, where="post", color=BOX_COLOURS(number), lw=1.5, label=f"seed {run['settings']['seed']}")
+            axis.set(title=title, xlabel="step", ylim=(0, None))
+        axes[0].legend()
+        _save(figure, path)

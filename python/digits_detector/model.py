@@ -1,4 +1,5 @@
-"""A one-stage, anchor-free detector with two levels of features, strides 8 and 16, and one head for both."""
+"""A one-stage, anchor-free detector with two levels of features, strides 8 and 16, and one head for both; the levels serve the
+two-stage detector too."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -18,13 +19,10 @@ class Predictions(NamedTuple):
     centerness: Tensor  # [B, A], logits
 
 
-class Detector(nn.Module):
-    """`num_logits`: of each location, one per class for most losses. `first_logit`: their level before training, one for all or one
-    for each. `group_norm`: no statistics of a batch anywhere."""
+class Pyramid(nn.Module):
+    """Features [B, width, H / stride, W / stride] of the levels, from images [B, 3, H, W] in [-0.5, 0.5]."""
 
-    def __init__(
-        self, num_logits: int, first_logit: float | Sequence[float] = 0.0, group_norm: bool = False, width: int = 32
-    ):
+    def __init__(self, width: int = 32, group_norm: bool = False):
         super().__init__()
         norm = _group_norm if group_norm else nn.BatchNorm2d
         self.stem = nn.Sequential(_block(3, width // 2, 2, norm), _block(width // 2, width, 2, norm))
@@ -32,22 +30,41 @@ class Detector(nn.Module):
         self.stage4 = nn.Sequential(_block(2 * width, 2 * width, 2, norm), _block(2 * width, 2 * width, 1, norm))
         self.lateral3 = nn.Conv2d(2 * width, width, 1)
         self.lateral4 = nn.Conv2d(2 * width, width, 1)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        features3 = self.stage3(self.stem(images))
+        level4 = self.lateral4(self.stage4(features3))
+        return self.lateral3(features3) + F.interpolate(level4, scale_factor=2.0), level4
+
+
+class Detector(nn.Module):
+    """`num_logits`: of each location, one per class for most losses. `first_logit`: their level before training, one for all or one
+    for each. `group_norm`: no statistics of a batch anywhere. `trains_centerness`: else that branch gets no gradient."""
+
+    def __init__(
+        self,
+        num_logits: int,
+        first_logit: float | Sequence[float] = 0.0,
+        group_norm: bool = False,
+        trains_centerness: bool = False,
+        width: int = 32,
+    ):
+        super().__init__()
+        self.pyramid = Pyramid(width, group_norm)
         # Both levels share the towers but not their statistics: running means of a batch norm would be those of neither.
         self.class_tower = _block(width, width, 1, _group_norm)
         self.box_tower = _block(width, width, 1, _group_norm)
         self.classify = nn.Conv2d(width, num_logits, 3, padding=1)
         self.regress = nn.Conv2d(width, 4, 3, padding=1)
-        self.center = nn.Conv2d(width, 1, 3, padding=1)
+        # Where processes train together, each waits for a gradient of every parameter that asks for one.
+        self.center = nn.Conv2d(width, 1, 3, padding=1).requires_grad_(trains_centerness)
         with torch.no_grad():
             self.classify.bias.copy_(torch.as_tensor(first_logit))
 
     def forward(self, images: Tensor) -> Predictions:
         """`images`: uint8 [B, 3, H, W], both sides multiples of 16."""
-        features3 = self.stage3(self.stem(images.float().div(255).sub(0.5)))
-        level4 = self.lateral4(self.stage4(features3))
-        level3 = self.lateral3(features3) + F.interpolate(level4, scale_factor=2.0)
         levels = []
-        for features, stride in zip((level3, level4), STRIDES, strict=True):
+        for features, stride in zip(self.pyramid(images.float().div(255).sub(0.5)), STRIDES, strict=True):
             for_class, for_box = self.class_tower(features), self.box_tower(features)
             distances = F.softplus(self.regress(for_box)).flatten(2).transpose(1, 2) * stride  # [B, HW, 4]
             points = locations(*features.shape[-2:], stride, images.device)

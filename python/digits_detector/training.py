@@ -64,8 +64,6 @@ class Trainer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             self.model = self._make_model().to(self.device)
-        # Every parameter that is left must get a gradient in every step, or the processes wait for each other.
-        self.model.center.requires_grad_(settings.loss == "focal_centerness")
         self.network = processes.replicated(self.model)
         decays = [parameter for parameter in self.model.parameters() if parameter.dim() > 1]
         others = [parameter for parameter in self.model.parameters() if parameter.dim() <= 1]
@@ -82,8 +80,9 @@ class Trainer:
         epoch_steps = max(1, len(self.pool) // settings.batch_size)
         return make_loss(settings.loss, settings.use_score_weights, settings.box_weight, group, epoch_steps)
 
-    def _make_model(self) -> Detector:
-        return Detector(len(self.pool.class_names), FIRST_LOGIT[self.settings.loss], self.settings.group_norm)
+    def _make_model(self) -> nn.Module:
+        loss = self.settings.loss
+        return Detector(len(self.pool.class_names), FIRST_LOGIT[loss], self.settings.group_norm, loss == "focal_centerness")
 
     def _set_mode(self) -> None:
         self.model.train()
@@ -114,11 +113,22 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
         started = self._clock()
+        parts, loss_seconds = self._set_gradients(loss or self.loss)
+        self.optimizer.step()
+        self.step += 1
+        self.times.append(StepTimes(loss_seconds * 1e3, (self._clock() - started) * 1e3))
+        values = processes.mean_over_processes(torch.stack([value.detach().double() for value in parts.values()]))
+        for name, value in zip(parts, values.tolist(), strict=True):
+            self.curves.setdefault(name, []).append(value)
+        return dict(zip(parts, values, strict=True))
+
+    def _set_gradients(self, loss: nn.Module) -> tuple[dict[str, Tensor], float]:
+        """The parts of the loss of the present batch, whose gradients the parameters then have, and the seconds that the loss took."""
         predictions, assigned = self.predict_batch()
         # The loss is differentiated by itself first, so that its time, backward included, can be told from the network's.
         leaves = Predictions(*(part.detach().requires_grad_() for part in predictions))
         before_loss = self._clock()
-        parts = (loss or self.loss)(leaves, assigned)
+        parts = loss(leaves, assigned)
         gradients = torch.autograd.grad(sum(parts.values()), leaves, allow_unused=True)
         after_loss = self._clock()
         used = [
@@ -128,13 +138,7 @@ class Trainer:
         ]
         self.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(*map(list, zip(*used, strict=True)))
-        self.optimizer.step()
-        self.step += 1
-        self.times.append(StepTimes((after_loss - before_loss) * 1e3, (self._clock() - started) * 1e3))
-        values = processes.mean_over_processes(torch.stack([value.detach().double() for value in parts.values()]))
-        for name, value in zip(parts, values.tolist(), strict=True):
-            self.curves.setdefault(name, []).append(value)
-        return dict(zip(parts, values, strict=True))
+        return parts, after_loss - before_loss
 
     def train(self, checkpoint: pathlib.Path | None = None, every: int = 500, resume: bool = False) -> "Trainer":
         """Trains to the end of the settings' steps, with a checkpoint `every` so many steps and at the end."""
