@@ -92,16 +92,18 @@ struct BinTables {
     grid = make_grid(parted, 16, elements);
     const int64_t part_cells = num_cells(grid), num_parts = static_cast<int64_t>(parted.parts.size());
     origin = start_of_cell(grid, 0);
-    // Offsets span the whole grid in as many bits as near offsets span a window; never in finer units than those.
-    const double range = std::exp2(std::ceil(std::log2(num_cells(grid) * grid.width))), window = unit * (near.most + 1);
-    const double far_unit = std::max(unit, range / (near.most + 1));
-    far = {unit > 0 ? 1 / far_unit : 0, near.most};
+    // Offsets span the whole grid in as many bits as near offsets span a window, or as a packed word has for one; never in
+    // finer units than those, nor in such that `shift` would not be exact.
+    const double steps = is_packed() ? std::exp2(kPackedOffsetBits) : near.most + 1;
+    const auto power_above = [](double value) { return value > 0 ? std::exp2(std::ceil(std::log2(value))) : 0; };
+    const double range = power_above(num_cells(grid) * grid.width);
+    const double far_unit = std::max({unit, range / steps, 0x1p-50 * power_above(std::fabs(origin))});
+    far_scale = unit > 0 ? 1 / far_unit : 0;
     far_steps = unit > 0 ? static_cast<int64_t>(std::log2(far_unit / unit)) : 0;
-    // Around 0 floats are finer than far units. Where a window would feel it, the elements there are searched for, and those
-    // whose left breakpoint may lie there.
+    // Around 0 floats are finer than far units. Where a window would feel it, the elements there are searched for.
     int32_t blurred_begin = 0, blurred_end = 0;
     if (far_steps > kFarSteps) {
-      const float reach = static_cast<float>(std::min(0x1p24 * far_unit + window, 0x1p127));
+      const float reach = static_cast<float>(std::min(0x1p24 * far_unit, 0x1p127));
       blurred_begin = cell_of(grid, -reach);
       blurred_end = cell_of(grid, reach) + 1;
     }
@@ -113,18 +115,20 @@ struct BinTables {
             BinCell* table = &cells[part * part_cells];
             std::fill(table + begin, table + end, BinCell{nan, static_cast<uint32_t>(before)});
             for (int32_t cell = std::max(begin, blurred_begin); cell < std::min(end, blurred_end); ++cell)
-              table[cell].before |= kCrowded;
+              table[cell] = crowded_cell(before, 0, true);
           },
           [&](int64_t part, int32_t cell, int32_t begin, int32_t end) {
-            const bool is_crowded = end - begin > 1 || (cell == 0 && grid.cuts_low) ||
-                                    (cell + 1 == part_cells && grid.cuts_high) || (cell >= blurred_begin && cell < blurred_end);
-            cells[part * part_cells + cell] = is_crowded ? BinCell{nan, kCrowded | static_cast<uint32_t>(begin)}
-                                                         : BinCell{parted.edges[begin], static_cast<uint32_t>(begin)};
+            const bool is_blurred = (cell == 0 && grid.cuts_low) || (cell + 1 == part_cells && grid.cuts_high) ||
+                                    (cell >= blurred_begin && cell < blurred_end);
+            cells[part * part_cells + cell] = is_blurred || end - begin > 1
+                                                  ? crowded_cell(begin, end - begin, is_blurred)
+                                                  : BinCell{parted.edges[begin], static_cast<uint32_t>(begin)};
           });
     });
   }
 
-  BinPass<T> pass(BinSums* sums) const {
+  // packed: none if is_packed() is false.
+  BinPass<T> pass(BinSums* sums, PackedSums* packed) const {
     BinSums* searched = sums + num_sums() / 2;
     if constexpr (std::is_same_v<T, float>)
       return {parted.edges.data(),
@@ -133,9 +137,9 @@ struct BinTables {
               num_cells(grid),
               parted.lowest(0),
               grid,
-              origin,
-              far,
-              origin * far.scale,
+              far_scale,
+              kIntegerShift - origin * far_scale,
+              packed,
               near,
               sums,
               searched};
@@ -144,27 +148,31 @@ struct BinTables {
 
   int64_t part_cells() const { return num_cells(grid); }
 
+  bool is_packed() const { return std::is_same_v<T, float> && parted.size() < kMostPackedBins; }
+
   // Sums of one task: [2, edges + 1], far offsets before near ones.
   int64_t num_sums() const { return 2 * (int64_t{parted.size()} + 1); }
 
   // The sum of the offsets from the left breakpoint of bin `bin` > 0, which a window covers, in near units, of all its
-  // elements. The breakpoint may lie below the grid. Terms may wrap around, the sum cannot.
+  // elements. The breakpoint may lie below the grid, and between two far units. Terms may wrap around, the sum cannot.
   int64_t near_sum(const BinSums* sums, int64_t bin) const {
     const BinSums& distant = sums[bin];
     const int64_t searched = sums[num_sums() / 2 + bin].sum;
-    if (distant.count == 0 || far.scale == 0) return searched;
-    const auto left = static_cast<int64_t>(std::floor((static_cast<double>(parted.edges[bin - 1]) - origin) * far.scale));
-    const uint64_t sum =
-        static_cast<uint64_t>(distant.sum) - static_cast<uint64_t>(distant.count) * static_cast<uint64_t>(left);
     // Far units that much coarser: all these elements lie at the breakpoint, their sum is 0.
-    return far_steps < 64 ? static_cast<int64_t>(sum << far_steps) + searched : searched;
+    if (distant.count == 0 || far_scale == 0 || far_steps > 62) return searched;
+    const double left = (static_cast<double>(parted.edges[bin - 1]) - origin) * far_scale, whole = std::floor(left);
+    const auto rest = static_cast<uint64_t>((left - whole) * static_cast<double>(int64_t{1} << far_steps));
+    const uint64_t count = static_cast<uint64_t>(distant.count);
+    const uint64_t far_sum = static_cast<uint64_t>(distant.sum) - count * static_cast<uint64_t>(static_cast<int64_t>(whole));
+    return static_cast<int64_t>((far_sum << far_steps) - count * rest) + searched;
   }
 
   PartedEdges<T> parted;
-  OffsetScale near, far{};
+  OffsetScale near;
   CellGrid grid{};
   std::unique_ptr<BinCell[]> cells;
   double origin = 0;
+  double far_scale = 0;   // 1 / far unit; 0 for delta = 0
   int64_t far_steps = 0;  // log2 of the far unit over the near one
 };
 
@@ -218,6 +226,8 @@ int64_t stream_negatives(const Tensors& logits, const uint64_t* words, const Seg
   const int64_t tasks = limit_by_memory(std::min(task_count(mask_words(local_elements), kWordsPerTask), worthwhile),
                                         num_sums * static_cast<int64_t>(sizeof(BinSums)));
   const std::unique_ptr<BinSums[]> sums(new BinSums[tasks * num_sums]);
+  const int64_t num_words = tables.is_packed() ? num_sums / 2 : 0;
+  const std::unique_ptr<uint64_t[]> words_of_tasks(new uint64_t[tasks * num_words]);
   std::vector<int64_t> nan_counts(tasks, 0);
   for (size_t level = 0; level < logits.size(); ++level) {
     const In* data = static_cast<const In*>(logits[level].const_data_ptr());
@@ -225,7 +235,9 @@ int64_t stream_negatives(const Tensors& logits, const uint64_t* words, const Seg
     run_tasks(tasks, [&](int64_t task) {
       BinSums* mine = &sums[task * num_sums];
       if (level == 0) std::memset(mine, 0, static_cast<size_t>(num_sums) * sizeof(BinSums));
-      const BinPass<T> pass = tables.pass(mine);
+      PackedSums packed{&words_of_tasks[task * num_words], static_cast<int32_t>(num_words), 0};
+      std::fill_n(packed.words, num_words, 0);
+      const BinPass<T> pass = tables.pass(mine, num_words > 0 ? &packed : nullptr);
       int64_t nan_count = 0;
       const auto bin = [&](int64_t begin, int64_t end, const MixedSpan* span, const BinPass<T>& of_part) {
         nan_count += RSL_ISA_CALL(bin_negatives, data + begin * 64, std::min(end * 64, count) - begin * 64, words + begin, span,
@@ -240,6 +252,8 @@ int64_t stream_negatives(const Tensors& logits, const uint64_t* words, const Seg
             const MixedSpan span = lookup.span(level, begin * 64);
             bin(begin, end, &span, pass);
           });
+      if constexpr (std::is_same_v<T, float>)
+        if (num_words > 0) RSL_ISA_CALL(empty_packed, pass);
       nan_counts[task] += nan_count;
     });
     words += level_words;

@@ -14,9 +14,21 @@ static void bin_word(const In* logits, uint64_t negatives, const int32_t* part, 
   }
 }
 
+// Adds the words to the sums, and clears them.
+static void empty_packed(const BinPass<float>& pass) {
+  PackedSums& packed = *pass.packed;
+  for (int32_t bin = 0; bin < packed.bins; ++bin) {
+    const uint64_t word = packed.words[bin];
+    pass.sums[bin].count += static_cast<int64_t>(word >> kPackedSumBits);
+    pass.sums[bin].sum += static_cast<int64_t>(word & ((uint64_t{1} << kPackedSumBits) - 1));
+    packed.words[bin] = 0;
+  }
+  packed.pending = 0;
+}
+
 #if RSL_ISA != 0
 
-constexpr int kBuffer = 1024;
+constexpr int kBuffer = 256;
 
 struct BinBuffer {
   alignas(64) float value[kBuffer + 64 + kLanes];
@@ -24,28 +36,49 @@ struct BinBuffer {
   alignas(64) int32_t bin[kBuffer + 64 + kLanes];
   alignas(64) int32_t first_cell[kBuffer + 64 + kLanes];  // of the part, only where segments are mixed
   alignas(64) int64_t offset[kBuffer + 64 + kLanes];
+  alignas(64) int32_t crowded[kBuffer + 64 + kLanes];  // lanes
 };
 
-// Three loops over the whole buffer, so that no load waits for a store just before it: cells and offsets; bins; the scattered
-// additions.
+// Loops over the whole buffer, so that no load waits for a store just before it: cells and offsets; bins; those in crowded
+// cells; the scattered additions.
 template <bool kMixed>
 static inline void bin_buffer(const BinPass<float>& pass, BinBuffer& buffer, int filled) {
+  const int64_t one = pass.packed == nullptr ? 0 : int64_t{1} << kPackedSumBits;
   for (int i = 0; i < filled; i += kLanes) {
     const Floats x = load(buffer.value + i);
     store_cells(pass.grid, x, buffer.cell + i);
-    store_offsets(pass, x, buffer.offset + i);
+    store_offsets(pass, x, one - static_cast<int64_t>(kIntegerShiftBits), buffer.offset + i);
   }
   if constexpr (kMixed)
     for (int i = 0; i < filled; ++i) buffer.cell[i] += buffer.first_cell[i];
+  int crowded = 0;
   for (int i = 0; i < filled; i += kLanes) {
     const Entries entries = gather_pairs(pass.cells, buffer.cell + i);
-    uint32_t crowded = store_bins(entries, load(buffer.value + i), buffer.bin + i);
-    for (; __builtin_expect(crowded != 0, 0); crowded &= crowded - 1) {
-      const int lane = i + __builtin_ctz(crowded);
-      if (lane < filled) bin_crowded(pass, buffer.cell[lane], buffer.value[lane]);
-      buffer.bin[lane] = 0;  // adds to bin 0, which nobody reads
-      buffer.offset[lane] = 0;
+    const uint32_t mask = store_bins(entries, load(buffer.value + i), buffer.bin + i);
+    store_lanes(i, mask, buffer.crowded + crowded);
+    crowded += __builtin_popcount(mask);
+  }
+  for (int i = 0; i < crowded; ++i) {
+    const int lane = buffer.crowded[i];
+    if (lane >= filled) break;
+    const int32_t bin = bin_crowded(pass, pass.cells[buffer.cell[lane]], buffer.value[lane]);
+    buffer.bin[lane] = bin;
+    if (bin == 0) buffer.offset[lane] = 0;  // adds nothing to bin 0, which nobody reads
+  }
+  if (pass.packed != nullptr) {
+    if (pass.packed->pending + filled > kMostPacked) empty_packed(pass);
+    pass.packed->pending += filled;
+    uint64_t* words = pass.packed->words;
+    // Bins come two at a time; behind the last one may be one of nothing.
+    if (filled % 2 != 0) buffer.bin[filled] = buffer.offset[filled] = 0;
+#pragma GCC unroll 4
+    for (int i = 0; i < filled; i += 2) {
+      uint64_t bins;
+      __builtin_memcpy(&bins, buffer.bin + i, sizeof bins);
+      words[static_cast<uint32_t>(bins)] += static_cast<uint64_t>(buffer.offset[i]);
+      words[bins >> 32] += static_cast<uint64_t>(buffer.offset[i + 1]);
     }
+    return;
   }
 #pragma GCC unroll 8
   for (int i = 0; i < filled; ++i) {

@@ -96,14 +96,14 @@ RSL_INLINE void add_cells(const int32_t* a, const int32_t* b, int32_t* sums) {
   _mm512_storeu_si512(sums, _mm512_add_epi32(_mm512_loadu_si512(a), _mm512_loadu_si512(b)));
 }
 
-// Both terms of the fused subtraction are exact, so this is what the scalar code computes. Offsets of crowded cells may be
-// garbage.
-RSL_INLINE void store_offsets(const BinPass<float>& pass, Floats x, int64_t* offsets) {
+// far_offset() of 16 values, with `added` to the bits. The product is exact, so fusing it changes nothing. Offsets of crowded
+// cells may be garbage.
+RSL_INLINE void store_offsets(const BinPass<float>& pass, Floats x, int64_t added, int64_t* offsets) {
+  const Floats bounded = _mm512_min_ps(broadcast(pass.grid.top), x);
   for (int half = 0; half < 2; ++half) {
-    const __m256 value = half ? _mm512_extractf32x8_ps(x, 1) : _mm512_castps512_ps256(x);
-    const __m512d offset =
-        _mm512_fmsub_pd(_mm512_cvtps_pd(value), _mm512_set1_pd(pass.far.scale), _mm512_set1_pd(pass.scaled_origin));
-    _mm512_storeu_si512(offsets + 8 * half, _mm512_cvttpd_epi64(_mm512_min_pd(offset, _mm512_set1_pd(pass.far.most))));
+    const __m256 value = half ? _mm512_extractf32x8_ps(bounded, 1) : _mm512_castps512_ps256(bounded);
+    const __m512d shifted = _mm512_fmadd_pd(_mm512_cvtps_pd(value), _mm512_set1_pd(pass.far_scale), _mm512_set1_pd(pass.shift));
+    _mm512_storeu_si512(offsets + 8 * half, _mm512_add_epi64(_mm512_castpd_si512(shifted), _mm512_set1_epi64(added)));
   }
 }
 
@@ -112,6 +112,13 @@ RSL_INLINE uint32_t store_bins(const Entries& entries, Floats x, int32_t* bins) 
   const __mmask16 right = _mm512_cmp_ps_mask(x, _mm512_castsi512_ps(entries.first), _CMP_GE_OQ);
   _mm512_storeu_si512(bins, _mm512_mask_add_epi32(entries.second, right, entries.second, _mm512_set1_epi32(1)));
   return _mm512_movepi32_mask(entries.second);
+}
+
+// The numbers from `first` on of the lanes that are set, in front.
+RSL_INLINE void store_lanes(int32_t first, uint32_t mask, int32_t* lanes) {
+  const __m512i numbers = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  _mm512_storeu_si512(
+      lanes, _mm512_maskz_compress_epi32(static_cast<__mmask16>(mask), _mm512_add_epi32(numbers, _mm512_set1_epi32(first))));
 }
 
 static inline Floats as_floats(__m512i bits) { return _mm512_castsi512_ps(bits); }
@@ -203,21 +210,13 @@ RSL_INLINE void add_cells(const int32_t* a, const int32_t* b, int32_t* sums) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums), _mm256_add_epi32(load_integers(a), load_integers(b)));
 }
 
-// AVX2 converts doubles to int32 only: the high and the low part of the offset go separately, both exact.
-static inline __m256i to_int64(__m256d x) {
-  const __m256d high = _mm256_floor_pd(_mm256_mul_pd(x, _mm256_set1_pd(0x1p-22)));
-  const __m256d low = _mm256_fnmadd_pd(high, _mm256_set1_pd(0x1p22), x);
-  const __m256i high_bits = _mm256_cvtepi32_epi64(_mm256_cvttpd_epi32(high));
-  return _mm256_add_epi64(_mm256_slli_epi64(high_bits, 22), _mm256_cvtepi32_epi64(_mm256_cvttpd_epi32(low)));
-}
-
-RSL_INLINE void store_offsets(const BinPass<float>& pass, Floats x, int64_t* offsets) {
+RSL_INLINE void store_offsets(const BinPass<float>& pass, Floats x, int64_t added, int64_t* offsets) {
+  const Floats bounded = _mm256_min_ps(broadcast(pass.grid.top), x);
   for (int half = 0; half < 2; ++half) {
-    const __m128 value = half ? _mm256_extractf128_ps(x, 1) : _mm256_castps256_ps128(x);
-    const __m256d offset =
-        _mm256_fmsub_pd(_mm256_cvtps_pd(value), _mm256_set1_pd(pass.far.scale), _mm256_set1_pd(pass.scaled_origin));
+    const __m128 value = half ? _mm256_extractf128_ps(bounded, 1) : _mm256_castps256_ps128(bounded);
+    const __m256d shifted = _mm256_fmadd_pd(_mm256_cvtps_pd(value), _mm256_set1_pd(pass.far_scale), _mm256_set1_pd(pass.shift));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(offsets + 4 * half),
-                        to_int64(_mm256_min_pd(offset, _mm256_set1_pd(pass.far.most))));
+                        _mm256_add_epi64(_mm256_castpd_si256(shifted), _mm256_set1_epi64x(added)));
   }
 }
 
@@ -226,6 +225,13 @@ RSL_INLINE uint32_t store_bins(const Entries& entries, Floats x, int32_t* bins) 
   const __m256i right = _mm256_castps_si256(_mm256_cmp_ps(x, _mm256_castsi256_ps(entries.first), _CMP_GE_OQ));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(bins), _mm256_sub_epi32(entries.second, right));
   return bits_of(_mm256_castsi256_ps(entries.second));
+}
+
+// The numbers from `first` on of the lanes that are set, in front.
+RSL_INLINE void store_lanes(int32_t first, uint32_t mask, int32_t* lanes) {
+  const uint64_t bytes = _pdep_u64(mask, 0x0101010101010101u) * 0xFF;
+  const __m256i order = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(_pext_u64(0x0706050403020100u, bytes))));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes), _mm256_add_epi32(order, _mm256_set1_epi32(first)));
 }
 
 static inline Floats as_floats(__m256i bits) { return _mm256_castsi256_ps(bits); }

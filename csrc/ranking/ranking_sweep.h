@@ -88,13 +88,37 @@ struct OffsetScale {
 };
 
 // A cell: its only breakpoint (NaN if there is none) and the number of distinct breakpoints before it. A crowded cell has
-// several, or lies where offsets from the grid's origin would not fit or lose digits: kCrowded is set, and its elements are
-// searched for.
+// several: kCrowded is set, and the breakpoint's bits hold how many. With kBlurred too, however many there are, offsets from
+// the grid's origin would not fit or lose digits.
 struct BinCell {
   float breakpoint;
   uint32_t before;
 };
 constexpr uint32_t kCrowded = 0x80000000u;
+constexpr uint32_t kBlurred = 0x40000000u;
+
+inline BinCell crowded_cell(int32_t before, int32_t count, bool is_blurred) {
+  BinCell cell{0, static_cast<uint32_t>(before) | kCrowded | (is_blurred ? kBlurred : 0)};
+  __builtin_memcpy(&cell.breakpoint, &count, sizeof count);
+  return cell;
+}
+
+// Few bins fit the first-level cache as one word each, which holds a count above a sum: one addition per element. A word must
+// be emptied before it has taken more elements than its count can tell; many bins are not worth that.
+constexpr int kPackedSumBits = 50;
+constexpr int kPackedOffsetBits = 36;
+constexpr int64_t kMostPacked = (int64_t{1} << (64 - kPackedSumBits)) - 1;
+constexpr int32_t kMostPackedBins = 4096;
+
+struct PackedSums {
+  uint64_t* words;  // [bins]
+  int32_t bins;     // edges + 1
+  int64_t pending;  // elements that a word may hold
+};
+
+// Added to less than half of it, it leaves a rounded integer in the low bits of a double.
+constexpr double kIntegerShift = 0x1.8p52;
+constexpr uint64_t kIntegerShiftBits = 0x4338000000000000u;
 
 template <class T>
 struct BinPass;
@@ -107,12 +131,12 @@ struct BinPass<float> {
   int32_t part_cells;
   float lowest;  // first edge of the first of these parts
   CellGrid grid;
-  double origin;         // of the offsets in `sums`
-  OffsetScale far;       // their scale
-  double scaled_origin;  // origin * far.scale
-  OffsetScale near;      // scale of the offsets in `searched`, from the left breakpoint of the bin
-  BinSums* sums;         // [edges + 1]
-  BinSums* searched;     // [edges + 1]
+  double far_scale;    // of the offsets in `sums` and `packed`, from the origin of the grid
+  double shift;        // kIntegerShift - origin * far.scale
+  PackedSums* packed;  // none where there are too many bins
+  OffsetScale near;    // scale of the offsets in `searched`, from the left breakpoint of the bin
+  BinSums* sums;       // [edges + 1]
+  BinSums* searched;   // [edges + 1]
 };
 
 template <>
@@ -128,33 +152,50 @@ inline void add(BinSums& bin, double distance, OffsetScale scale) {
   bin.sum += fixed_point_offset(distance, scale.scale, scale.most);
 }
 
-// `from` edges are at or below the value, one of part `part`, and some of them are its own; or the value is at or above the
-// first.
+// `from` of the edges before `end` are at or below the value; it has edges of its part at or below it.
 template <class T>
-inline void bin_searched(const BinPass<T>& pass, int32_t part, int32_t from, T value) {
-  const int32_t bin = count_edges(pass.edges, pass.parts[part].end, from, value);
+inline void bin_searched(const BinPass<T>& pass, int32_t end, int32_t from, T value) {
+  const int32_t bin = count_edges(pass.edges, end, from, value);
   add(pass.searched[bin], static_cast<double>(value) - static_cast<double>(pass.edges[bin - 1]), pass.near);
 }
 
-// The cell at `address`, that of the value.
-inline void bin_crowded(const BinPass<float>& pass, int32_t address, float value) {
-  bin_searched<float>(pass, address / pass.part_cells, static_cast<int32_t>(pass.cells[address].before & ~kCrowded), value);
+// The bin of a value in a crowded cell; 0 where that did not do, and it went to the searched ones.
+inline int32_t bin_crowded(const BinPass<float>& pass, BinCell cell, float value) {
+  int32_t count;
+  __builtin_memcpy(&count, &cell.breakpoint, sizeof count);
+  const int32_t before = static_cast<int32_t>(cell.before & ~(kCrowded | kBlurred)), end = before + count;
+  if (cell.before & kBlurred) {
+    bin_searched<float>(pass, end, before, value);
+    return 0;
+  }
+  // Mostly there are two, and no branch depends on the value.
+  const int32_t bin = before + (value >= pass.edges[before] ? 1 : 0) + (value >= pass.edges[before + 1] ? 1 : 0);
+  return count == 2 ? bin : count_edges(pass.edges, end, bin, value);
+}
+
+// The offset of a value from the grid's origin, rounded to far units. Beyond the grid it is garbage, which is never read.
+inline int64_t far_offset(const BinPass<float>& pass, float value) {
+  const double shifted = static_cast<double>(value < pass.grid.top ? value : pass.grid.top) * pass.far_scale + pass.shift;
+  uint64_t bits;
+  __builtin_memcpy(&bits, &shifted, sizeof bits);
+  return static_cast<int64_t>(bits - kIntegerShiftBits);
 }
 
 inline void bin_one(const BinPass<float>& pass, int32_t part, float value) {
   if (!(value >= pass.edges[pass.parts[part].first])) return;
   const int32_t address = part * pass.part_cells + cell_of(pass.grid, value);
   const BinCell cell = pass.cells[address];
-  if (cell.before & kCrowded) {
-    bin_crowded(pass, address, value);
-  } else {
-    add(pass.sums[cell.before + (value >= cell.breakpoint ? 1 : 0)], static_cast<double>(value) - pass.origin, pass.far);
+  const int32_t bin = cell.before & kCrowded ? bin_crowded(pass, cell, value)
+                                             : static_cast<int32_t>(cell.before) + (value >= cell.breakpoint ? 1 : 0);
+  if (bin > 0) {
+    pass.sums[bin].count += 1;
+    pass.sums[bin].sum += far_offset(pass, value);
   }
 }
 
 inline void bin_one(const BinPass<double>& pass, int32_t part, double value) {
   const int32_t first = pass.parts[part].first;
-  if (value >= pass.edges[first]) bin_searched<double>(pass, part, first, value);
+  if (value >= pass.edges[first]) bin_searched<double>(pass, pass.parts[part].end, first, value);
 }
 
 // value + slope * (s - left breakpoint) inside a bin.
