@@ -89,6 +89,17 @@ def test_pure_wheel_carries_the_sources(pure_wheel):
     assert not [name for name in names if name.split("/")[0] in ("tests", "bench", "python")]
 
 
+def test_no_extra_names_torch(pure_wheel):
+    """Only the package itself asks for torch, by a lower bound: what an extra adds cannot replace the torch that is there."""
+    with zipfile.ZipFile(pure_wheel[0]) as archive:
+        (metadata,) = (archive.read(name).decode() for name in archive.namelist() if name.endswith("/METADATA"))
+    extras = set(re.findall("^Provides-Extra: (.+)$", metadata, re.MULTILINE))
+    assert {"mmdet", "torchvision", "ultralytics", "eval", "bench", "demo", "test", "dev"} <= extras
+    wanted = re.findall("^Requires-Dist: (.+)$", metadata, re.MULTILINE)
+    assert [line for line in wanted if re.match(r"torch\b", line)] == ["torch>=2.11"]
+    assert [line for line in wanted if "torchvision" in line and "extra" in line]
+
+
 def test_build_prints_every_switch_and_how_to_compile(pure_wheel):
     _, printed = pure_wheel
     assert "RSLOSS_NO_EXT=1" in printed
