@@ -7,6 +7,7 @@
     python python/train_detector.py --data DIR            # a folder in COCO format: DIR/images and DIR/instances.json
     python python/train_detector.py --seeds 3 --ablation  # learning rates, score weights, box weight; goes on where it was stopped
     python python/train_detector.py --long-tail --seeds 3 # some digits are rare: focal, EQL v2, EFL, Seesaw, group softmax; likewise
+    python python/train_detector.py --model two_stage     # Faster R-CNN: Dynamic R-CNN, and samplers for CE and Rank & Sort; likewise
     python python/train_detector.py --imbalance           # CE, OHEM, focal, GHM-C; smooth L1, ASL1, GHM-R; goes on likewise
 
 Under torchrun every process takes its part of each batch, DistributedDataParallel averages the gradients and the first process
