@@ -92,8 +92,12 @@ def as_labels(function: str, targets: Tensor, name: str = "targets") -> Tensor:
 
 
 def plain(value: Tensor) -> Tensor:
-    """Contiguous and without a gradient. A call of a method that changes nothing would still cost."""
-    value = value.detach() if value.requires_grad else value
+    """Contiguous and without a gradient."""
+    return contiguous(value.detach() if value.requires_grad else value)
+
+
+def contiguous(value: Tensor) -> Tensor:
+    # A call of a method that changes nothing would still cost.
     return value if value.is_contiguous() else value.contiguous()
 
 

@@ -222,7 +222,7 @@ def read_eqlv2(
     _check_labels(function, labels)
     _checks.check_device(function, "pos_neg", pos_neg, levels.first)
     negative = torch.sigmoid(gamma * (arguments.as_double(pos_neg) - mu))
-    negative = torch.nn.functional.pad(negative, (0, 1), value=1.0)
+    negative = torch.cat([negative, arguments.table_of_numbers(1, (1.0,), negative).view(1)])
     # Rows: the exponent, 1 + alpha (1 - negative), negative.
     constant = arguments.table_of_numbers(1, (focal_gamma, 1.0 + alpha, 0.0), negative)
     table = torch.addcmul(constant, arguments.table_of_numbers(1, (0.0, -alpha, 1.0), negative), negative)

@@ -1,4 +1,5 @@
 """EqualizedFocalLoss, EqualizedQualityFocalLoss and EQLv2Loss: the losses as modules that keep the gradients of each class."""
+import math
 from collections.abc import Sequence
 
 import torch
@@ -51,14 +52,15 @@ class _GradientBalance(distributed.HoldsGroup, StatefulLoss):
         if group is not None:
             packed = distributed.sum_over_group(torch.cat([sums.flatten(), loss.double()[None]]), group)
             sums, loss = packed[:-1].view(2, self.num_classes), packed[-1]
-        # Infinities and NaN survive in a sum, which finite gradients do not overflow; it less itself is NaN then.
-        total = sums.sum() + loss
-        is_kept = total - total == 0
+        is_kept = _are_finite(loss, sums)
+        if is_kept is False:
+            return
         pos_grad, neg_grad, pos_neg = self.pos_grad, self.neg_grad, self.pos_neg
-        added_pos, added_neg = torch.where(is_kept, sums, 0.0).unbind()
+        added_pos, added_neg = (sums if is_kept is True else torch.where(is_kept, sums, 0.0)).unbind()
         pos_grad.add_(added_pos)
         neg_grad.add_(added_neg)
-        store(pos_neg, torch.where(is_kept, self._ratio(pos_grad, neg_grad), pos_neg))
+        ratio = self._ratio(pos_grad, neg_grad)
+        store(pos_neg, ratio if is_kept is True else torch.where(is_kept, ratio, pos_neg))
 
     def _ratio(self, pos_grad: Tensor, neg_grad: Tensor) -> Tensor:
         return pos_grad / (neg_grad + 1e-10)
@@ -68,6 +70,14 @@ class _GradientBalance(distributed.HoldsGroup, StatefulLoss):
         if self.process_group != "default":
             options["process_group"] = distributed.describe_group(self.process_group)
         return ", ".join(f"{name}={value}" for name, value in options.items())
+
+
+def _are_finite(loss: Tensor, sums: Tensor) -> bool | Tensor:
+    """Read on the host where it need not wait; on a GPU and in a traced graph 0-d."""
+    # Infinities and NaN survive in a sum, which finite gradients do not overflow.
+    if sums.is_cpu and not torch.compiler.is_compiling():
+        return math.isfinite(float(sums.sum()) + float(loss))
+    return (sums.sum() + loss).isfinite()
 
 
 class _EqualizedFocus(_GradientBalance):

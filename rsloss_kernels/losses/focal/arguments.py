@@ -122,7 +122,7 @@ def _check_channels(function: str, found: int, num_classes: int, is_right: bool)
 def _read_rows(function: str, level: Tensor, num_classes: int) -> Level:
     *rows, channels = level.shape
     _check_channels(function, channels, num_classes, channels == num_classes)
-    return Level(level, level if level.is_contiguous() else level.contiguous(), "", {}, tuple(rows))
+    return Level(level, _checks.contiguous(level), "", {}, tuple(rows))
 
 
 def _read_maps(function: str, given: list[Tensor], layout: str, num_classes: int) -> list[Level]:
@@ -222,9 +222,9 @@ def _read_value(levels: Levels, name: str, level: Level, value: Tensor, per_row:
     shape = tuple(value.shape)
     if not level.order:
         if per_row and shape == level.rows:
-            return value if value.is_contiguous() else value.contiguous(), True
+            return _checks.contiguous(value), True
         if per_element and shape == level.given.shape:
-            return value if value.is_contiguous() else value.contiguous(), False
+            return _checks.contiguous(value), False
         wanted = [level.rows] * per_row + [tuple(level.given.shape)] * per_element
     else:
         batch, places, anchors, classes = (level.sizes[letter] for letter in "BSAC")
@@ -411,8 +411,8 @@ def class_table(
     return torch.stack([rows[0], rows[1] * factor, rows[2] * factor])
 
 
-def table_of_numbers(num_classes: int, parts: tuple[float, float, float], like: Tensor) -> Tensor:
-    """float64 [3, C], the same for every class, kept from call to call where that is possible."""
+def table_of_numbers(num_classes: int, parts: tuple[float, ...], like: Tensor) -> Tensor:
+    """float64 [parts, C], the same for every class, kept from call to call where that is possible."""
     device = like.device
     # Tensors of a tracer, of a fake mode or of a CUDA graph in the making must not outlive it.
     is_lasting = not torch.compiler.is_compiling() and type(like) in (Tensor, torch.nn.Parameter)
@@ -425,10 +425,10 @@ def table_of_numbers(num_classes: int, parts: tuple[float, float, float], like: 
 
 
 @functools.lru_cache(maxsize=64)
-def _cached_table(num_classes: int, parts: tuple[float, float, float], device: torch.device, stream: int | None) -> Tensor:
+def _cached_table(num_classes: int, parts: tuple[float, ...], device: torch.device, stream: int | None) -> Tensor:
     with torch.inference_mode(False):
         return _make_table(num_classes, parts, device)
 
 
-def _make_table(num_classes: int, parts: tuple[float, float, float], device: torch.device) -> Tensor:
+def _make_table(num_classes: int, parts: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.stack([torch.full((num_classes,), part, dtype=torch.float64, device=device) for part in parts])

@@ -220,7 +220,7 @@ def read_arguments(
     group = None if process_group is None else distributed.resolve_group(function, process_group)
     return Request(
         function,
-        pred if pred.is_contiguous() else pred.contiguous(),
+        _checks.contiguous(pred),
         target,
         weights,
         bins,

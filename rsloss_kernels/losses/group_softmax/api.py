@@ -114,7 +114,7 @@ def read_rows(
         raise TypeError(f"{function}: labels must be class indices, integers, got {labels.dtype}")
     _checks.check_device(function, "labels", labels, logits)
     _checks.check_shape(function, "labels", labels, logits.shape[:1], f"one label per row of {name}")
-    labels = _checks.as_labels(function, labels, "labels").contiguous()
+    labels = _checks.contiguous(_checks.as_labels(function, labels, "labels"))
     if _checks.debug_checks() and labels.numel() and int(labels.max()) > groups.num_classes:
         raise ValueError(
             f"{function}: labels must be at most {groups.num_classes}, the number of classes "
@@ -137,11 +137,12 @@ def _read_logits(function: str, name: str, logits: Tensor, groups: ClassGroups) 
     _checks.check_floating(function, name, logits)
     _checks.check_strided(function, name, logits)
     op_checks.check_columns(function, name, logits, groups)
-    if groups.class_columns.device != logits.device:
+    device = groups.class_columns.device
+    if device != logits.device:
         raise ValueError(
-            f"{function}: groups must be on the device of {name}, {logits.device} (groups.to(device)), got {groups.class_columns.device}"
+            f"{function}: groups must be on the device of {name}, {logits.device} (groups.to(device)), got {device}"
         )
-    return logits.contiguous()
+    return _checks.contiguous(logits)
 
 
 def _sample(
@@ -176,7 +177,7 @@ def _read_weights(function: str, weights: Tensor, logits: Tensor, groups: ClassG
     if not (weights.dtype.is_floating_point or weights.dtype.is_complex):
         weights = weights.double()
     _checks.check_floating(function, "sample_weights", weights)
-    return weights.detach().contiguous()
+    return _checks.plain(weights)
 
 
 def _reweight(

@@ -77,7 +77,7 @@ def read_arguments(
             check_capacity(function, is_positive, limit)
     return Request(
         function,
-        logits if logits.is_contiguous() else logits.contiguous(),
+        _checks.contiguous(logits),
         targets,
         quality,
         ids,

@@ -102,13 +102,13 @@ def read_rows(function: str, name: str, logits: Tensor, labels: Tensor, classes:
         raise TypeError(f"{function}: labels must be class indices, integers, got {labels.dtype}")
     _checks.check_device(function, "labels", labels, logits)
     _checks.check_shape(function, "labels", labels, logits.shape[:1], f"one label per row of {name}")
-    labels = _checks.as_labels(function, labels, "labels").contiguous()
+    labels = _checks.contiguous(_checks.as_labels(function, labels, "labels"))
     classes = logits.shape[1] - 2
     if _checks.debug_checks() and labels.numel() and int(labels.max()) > classes:
         raise ValueError(
             f"{function}: labels must be at most {classes}, the number of classes (that is the background), got {int(labels.max())}"
         )
-    return logits.contiguous(), labels
+    return _checks.contiguous(logits), labels
 
 
 def check_columns(function: str, name: str, logits: Tensor, classes: int | None) -> None:
@@ -145,7 +145,7 @@ def _read_weight(function: str, weight: Tensor | None, logits: Tensor) -> Tensor
     if not (weight.dtype.is_floating_point or weight.dtype.is_complex):
         weight = weight.double()
     _checks.check_floating(function, "weight", weight)
-    return weight.detach().contiguous()
+    return _checks.plain(weight)
 
 
 def _read_avg_factor(function: str, avg_factor: object, reduction: str, logits: Tensor, eps: float) -> Tensor | None:
