@@ -9,7 +9,7 @@ import pytest
 import rsloss_kernels
 import torch
 
-OPTIONS = {"iou_topk": 6, "beta_topk": 10, "update_iter_interval": 2, "initial_iou": 0.2, "initial_beta": 1.0}
+OPTIONS = {"iou_topk": 6, "beta_topk": 10, "update_iter_interval": 2, "initial_iou": 0.2, "initial_beta": 8.0}
 BOXES = two_stage.SOFTMAX | {"loss_bbox": {"type": "SmoothL1Loss", "beta": 0.9, "loss_weight": 0.7}}
 
 

@@ -46,7 +46,7 @@ def dice_by_hand(given: dict, is_agnostic: bool = False) -> tuple[torch.Tensor, 
     labels = torch.cat([result.pos_gt_labels for result in given["sampling_results"]])
     weights = torch.cat([result.ranked.weights for result in given["sampling_results"]])
     targets = given["mask_targets"].double()
-    assert targets.any() and len(labels) >= 6
+    assert targets.any() and len(labels) == len(logits) > 0
     dice = []
     for mask, label, target in zip(logits, labels.tolist(), targets, strict=True):
         probability = mask[0 if is_agnostic else label].sigmoid()
@@ -119,3 +119,29 @@ def test_needs_a_ranked_box_head(mm, generator):
     model = two_stage.two_stage(mm, two_stage.SOFTMAX, mask_head=RANKED)
     with pytest.raises(TypeError, match="RankSortMaskHead: bbox_head must be a RankSortBBoxHead"):
         mm.losses_of(model, two_stage.with_masks(mm.make_batch(generator)))
+
+
+def test_some_masks_of_many(mm, generator):
+    """Four masks of two images, with their own weights and targets; each positive's turn comes."""
+    model = two_stage.two_stage(mm, mask_head=RANKED, kind="RankSortRoIHead")
+    model.roi_head.max_masks = 4
+    batch, seen = two_stage.with_masks(mm.make_batch(generator)), []
+    box_head = model.roi_head.bbox_head
+    original = box_head.loss_and_target
+    box_head.loss_and_target = lambda **given: seen.append(given["sampling_results"]) or original(**given)
+    drawn = set()
+    for _ in range(8):
+        given, gradient, log = masks_of(mm, model, batch)
+        assert gradient.shape[0] == 4 and log["num_positives"] >= 6
+        assert log["mask_unbalanced"] == pytest.approx(dice_by_hand(given)[0].item(), rel=1e-6)
+        for few, all_of_image in zip(given["sampling_results"], seen[-1], strict=True):
+            places = [all_of_image.pos_inds.tolist().index(place) for place in few.pos_inds.tolist()]
+            assert places == sorted(places)
+            for name in ("pos_priors", "pos_gt_labels", "pos_assigned_gt_inds", "pos_gt_bboxes"):
+                assert torch.equal(getattr(few, name), getattr(all_of_image, name)[places]), name
+            assert torch.equal(few.ranked.weights, all_of_image.ranked.weights[places])
+        drawn |= {(image, place) for image, few in enumerate(given["sampling_results"]) for place in few.pos_inds.tolist()}
+    assert len(drawn) > 4
+    model.roi_head.max_masks = 100
+    given, _, log = masks_of(mm, model, batch)
+    assert len(given["mask_preds"]) == log["num_positives"]

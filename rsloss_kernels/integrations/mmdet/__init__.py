@@ -10,7 +10,7 @@ from rsloss_kernels.integrations.mmdet.dense_heads import FlatRetinaHead, RankSo
 from rsloss_kernels.integrations.mmdet.dynamic_roi_head import FusedDynamicRoIHead
 from rsloss_kernels.integrations.mmdet.group_softmax import GroupSoftmaxLoss, read_class_counts
 from rsloss_kernels.integrations.mmdet.losses import FUSED, ALRPLoss, APLoss, RankSortLoss
-from rsloss_kernels.integrations.mmdet.mask_head import RankSortMaskHead
+from rsloss_kernels.integrations.mmdet.mask_head import RankSortMaskHead, RankSortRoIHead
 from rsloss_kernels.integrations.mmdet.patch import MMDetPatch, patch_mmdet, unpatch_mmdet
 from rsloss_kernels.integrations.mmdet.ranking import RankedLosses, RankingHead, positive_rows
 from rsloss_kernels.integrations.mmdet.roi_heads import RankSortBBoxHead
@@ -29,6 +29,7 @@ __all__ = [
     "RankSortMaskHead",
     "RankSortRPNHead",
     "RankSortRetinaHead",
+    "RankSortRoIHead",
     "RankedLosses",
     "RankingHead",
     "calibrate_score_thr",

@@ -1,5 +1,8 @@
 """Rank & Sort in the mask head of Mask R-CNN: dice losses weighted by the scores of the boxes, balanced against their ranking."""
+import copy
+
 import torch
+from mmdet.models.roi_heads import StandardRoIHead
 from mmdet.models.roi_heads.mask_heads import FCNMaskHead
 from mmdet.models.task_modules.samplers import SamplingResult
 from mmdet.registry import MODELS
@@ -63,3 +66,43 @@ class RankSortMaskHead(FCNMaskHead):
         factor = torch.full_like(unscaled, self.mask_weight) if self.balancing is None else self.balancing.SB_weight.clone()
         logged = {"mask_unbalanced": unscaled.detach(), "mask_SB_weight": factor.detach().float()}
         return dict(loss_mask={"loss_mask": loss} | logged, mask_targets=targets)
+
+
+@MODELS.register_module()
+class RankSortRoIHead(StandardRoIHead):
+    """`StandardRoIHead` that trains `max_masks` masks of a batch at most, drawn at random, as published: without a sampler there may be
+    more positives than there is memory for masks.
+
+    Raises ValueError: masks without a `mask_roi_extractor` of their own.
+    """
+
+    def __init__(self, *args: object, max_masks: int = 200, **kwargs: object):
+        super().__init__(*args, **kwargs)
+        if self.with_mask and self.share_roi_extractor:
+            raise ValueError("RankSortRoIHead: mask_roi_extractor must be given")
+        self.max_masks = max_masks
+
+    def mask_loss(
+        self, x: tuple[Tensor, ...], sampling_results: list[SamplingResult], bbox_feats: Tensor, batch_gt_instances: InstanceList
+    ) -> dict:
+        """As in `StandardRoIHead`."""
+        return super().mask_loss(x, draw_positives(sampling_results, self.max_masks), bbox_feats, batch_gt_instances)
+
+
+def draw_positives(sampling_results: list[SamplingResult], most: int) -> list[SamplingResult]:
+    """The same results, with `most` positives of all images together if there are more, each as likely as any other."""
+    counts = [len(result.pos_priors) for result in sampling_results]
+    if sum(counts) <= most:
+        return sampling_results
+    is_drawn = torch.zeros(sum(counts), dtype=torch.bool)
+    is_drawn[torch.randperm(sum(counts))[:most]] = True
+    drawn = []
+    for result, is_of_image in zip(sampling_results, is_drawn.split(counts), strict=True):
+        rows = is_of_image.nonzero().squeeze(1).to(result.pos_priors.device)
+        few = copy.copy(result)
+        for name in ("pos_inds", "pos_priors", "pos_is_gt", "pos_assigned_gt_inds", "pos_gt_labels", "pos_gt_bboxes"):
+            setattr(few, name, getattr(result, name)[rows])
+        if hasattr(result, "ranked"):
+            few.ranked = result.ranked._replace(weights=result.ranked.weights[rows])
+        drawn.append(few)
+    return drawn
