@@ -29,16 +29,34 @@ namespace {
 
 using Numbers = std::vector<int64_t>;
 
-int64_t label_at(const Tensor& labels, int64_t row) {
-  return labels.scalar_type() == ScalarType::Int ? static_cast<const int32_t*>(labels.const_data_ptr())[row]
-                                                 : static_cast<const int64_t*>(labels.const_data_ptr())[row];
-}
+// Labels, of which the address and the type are asked for once: asking costs more than reading.
+class Labels {
+ public:
+  Labels(const GroupLayout& layout, const int* class_columns, const Tensor& labels)
+      : layout_(layout),
+        class_columns_(class_columns),
+        data_(labels.const_data_ptr()),
+        is_int_(labels.scalar_type() == ScalarType::Int),
+        rows_(labels.size(0)) {}
 
-// Column of a row's label; -1 for a row that is ignored.
-int column_of_row(const GroupLayout& layout, const int* class_columns, const Tensor& labels, int64_t row) {
-  const int number = layout.class_of(label_at(labels, row));
-  return number < 0 ? -1 : class_columns[number];
-}
+  int64_t rows() const { return rows_; }
+  int64_t operator[](int64_t row) const {
+    return is_int_ ? static_cast<const int32_t*>(data_)[row] : static_cast<const int64_t*>(data_)[row];
+  }
+  bool is_ignored(int64_t row) const { return (*this)[row] < 0; }
+  // -1 for a row that is ignored.
+  int column(int64_t row) const {
+    const int number = layout_.class_of((*this)[row]);
+    return number < 0 ? -1 : class_columns_[number];
+  }
+
+ private:
+  const GroupLayout& layout_;
+  const int* class_columns_;
+  const void* data_;
+  bool is_int_;
+  int64_t rows_;
+};
 
 const int* int_data(const Tensor& tensor) { return static_cast<const int*>(tensor.const_data_ptr()); }
 
@@ -60,22 +78,21 @@ void for_chunks(int64_t rows, int64_t columns, const Body& body) {
   });
 }
 
-void fill_chunk(const GroupLayout& layout, const int* class_columns, const Tensor& labels, const Tensor& weights, int64_t begin,
-                int64_t count, GroupChunk& chunk) {
-  const int64_t rows = labels.size(0);
+void fill_chunk(const GroupLayout& layout, const Labels& labels, const Tensor& weights, int64_t begin, int64_t count,
+                GroupChunk& chunk) {
   bool is_used[kChunkRows];
   chunk.layout = &layout;
   chunk.rows = static_cast<int>(count);
   for (int64_t i = 0; i < count; ++i) {
-    is_used[i] = label_at(labels, begin + i) >= 0;
-    chunk.columns[i] = column_of_row(layout, class_columns, labels, begin + i);
+    is_used[i] = !labels.is_ignored(begin + i);
+    chunk.columns[i] = labels.column(begin + i);
   }
   dispatch_floating(weights.scalar_type(), [&](auto tag) {
     const auto* data = static_cast<const decltype(tag)*>(weights.const_data_ptr());
     for (int group = 0; group < layout.groups; ++group) {
       double* out = chunk.weights + group * kChunkRows;
       for (int64_t i = 0; i < kChunkRows; ++i)
-        out[i] = i < count && is_used[i] ? static_cast<double>(widen(data[group * rows + begin + i])) : 0;
+        out[i] = i < count && is_used[i] ? static_cast<double>(widen(data[group * labels.rows() + begin + i])) : 0;
     }
   });
 }
@@ -83,13 +100,11 @@ void fill_chunk(const GroupLayout& layout, const int* class_columns, const Tenso
 constexpr uint8_t kIgnoredRow = 255;  // above every group
 
 // The group of each row's label.
-std::vector<uint8_t> groups_of_rows(const GroupLayout& layout, const int* class_columns, const Tensor& labels) {
-  std::vector<uint8_t> of_classes(layout.classes + 1), of_rows(labels.size(0));
-  for (int number = 0; number <= layout.classes; ++number)
-    of_classes[number] = static_cast<uint8_t>(layout.group_of(class_columns[number]));
+std::vector<uint8_t> groups_of_rows(const GroupLayout& layout, const Labels& labels) {
+  std::vector<uint8_t> of_rows(labels.rows());
   for (size_t row = 0; row < of_rows.size(); ++row) {
-    const int number = layout.class_of(label_at(labels, static_cast<int64_t>(row)));
-    of_rows[row] = number < 0 ? kIgnoredRow : of_classes[number];
+    const int64_t at = static_cast<int64_t>(row);
+    of_rows[row] = labels.is_ignored(at) ? kIgnoredRow : static_cast<uint8_t>(layout.group_of(labels.column(at)));
   }
   return of_rows;
 }
@@ -148,7 +163,7 @@ Tensor group_softmax_sample(Tensor labels, Tensor class_columns, std::optional<T
       read_groups_with_background(op, class_columns, labels, starts, others, background_group, background_first);
   check_group_sampling(op, labels, keys, layout.groups, others_ratio);
   const int64_t rows = labels.size(0), groups = layout.groups;
-  const std::vector<uint8_t> of_rows = groups_of_rows(layout, int_data(class_columns), labels);
+  const std::vector<uint8_t> of_rows = groups_of_rows(layout, Labels(layout, int_data(class_columns), labels));
   Tensor weights = new_cpu_tensor({groups, rows}, ScalarType::Float);
   float* data = static_cast<float*>(weights.mutable_data_ptr());
   const float* key_data = keys ? static_cast<const float*>(keys->const_data_ptr()) : nullptr;
@@ -173,6 +188,7 @@ std::tuple<Tensor, Tensor, Tensor> group_softmax_forward(Tensor logits, Tensor l
   Tensor losses = new_cpu_tensor({groups}, wide_type(logits));
   Tensor averages = new_cpu_tensor({groups}, ScalarType::Double);
   Tensor row_tables = new_cpu_tensor({kRowTables, groups, rows}, wide_type(logits));
+  const Labels row_labels(layout, int_data(class_columns), labels);
   // Loss and weight of each group by chunk.
   std::vector<double> parts((rows + kChunkRows - 1) / kChunkRows * 2 * groups);
   dispatch_floating(logits.scalar_type(), [&](auto tag) {
@@ -182,7 +198,7 @@ std::tuple<Tensor, Tensor, Tensor> group_softmax_forward(Tensor logits, Tensor l
     for_chunks(rows, layout.columns(), [&](int64_t begin, int64_t count) {
       GroupChunk chunk;
       GroupChunkResult result;
-      fill_chunk(layout, int_data(class_columns), labels, weights, begin, count, chunk);
+      fill_chunk(layout, row_labels, weights, begin, count, chunk);
       const In* data = static_cast<const In*>(logits.const_data_ptr()) + begin * layout.columns();
       RSL_ISA_CALL(forward_chunk, chunk, data, result);
       double* part = parts.data() + begin / kChunkRows * 2 * groups;
@@ -223,12 +239,13 @@ Tensor group_softmax_backward(Tensor logits, Tensor labels, Tensor class_columns
       factors[group] =
           static_cast<double>(widen(upstream[group])) / static_cast<const double*>(averages.const_data_ptr())[group];
   });
+  const Labels row_labels(layout, int_data(class_columns), labels);
   Tensor gradient = new_cpu_tensor_like(logits);
   dispatch_floating(logits.scalar_type(), [&](auto tag) {
     using In = decltype(tag);
     for_chunks(rows, layout.columns(), [&](int64_t begin, int64_t count) {
       GroupChunk chunk;
-      fill_chunk(layout, int_data(class_columns), labels, weights, begin, count, chunk);
+      fill_chunk(layout, row_labels, weights, begin, count, chunk);
       const int64_t first = begin * layout.columns();
       const In* data = static_cast<const In*>(logits.const_data_ptr()) + first;
       const auto* tables = static_cast<const Arithmetic<In>*>(row_tables.const_data_ptr()) + begin;

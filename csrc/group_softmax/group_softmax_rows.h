@@ -17,23 +17,27 @@ struct GroupChunk {
   double weights[kMostGroups * kChunkRows];  // 0: not read; rows that are ignored too
 };
 
-// What one row's logits are summed up in. sum * e^remainder is r, the exponentials of all but one of the largest logits over
-// that one's; or those of all but the target over the target's, whose log1p is the cross entropy. Of a pair of two entries
-// `sum` is the distance of the two, and r the exponential of its negative. NaN of a broken pair.
+// What one row's logits are summed up in: sum * e^remainder is the sum of e^(z - other) over all logits but the target, NaN of
+// a broken pair.
 struct PairSums {
-  double largest;
-  double gap;  // m - z_t
+  double target;
+  double other;  // the largest but the target
   double sum;
   double remainder;
-  bool is_of_target;
 };
 
-// Losses of a chunk, the tables of its pairs (row_tables of the README), and sums on the way there.
+// Those of a group's rows.
+struct PairColumns {
+  double target[kChunkRows];
+  double other[kChunkRows];
+  double sum[kChunkRows];
+  double remainder[kChunkRows];
+};
+
+// Losses of a chunk, and the tables of its pairs (row_tables of the README).
 struct GroupChunkResult {
   double loss[kMostGroups];
   double tables[kRowTables][kMostGroups * kChunkRows];
-  double remainder[kMostGroups * kChunkRows];
-  double of_target[kMostGroups * kChunkRows];
 };
 
 }  // namespace rsloss

@@ -1,99 +1,89 @@
 // Chunks of rows -> losses and tables of their pairs, gradients, scores. Compiled once per instruction set
-// (common/for_each_isa.h). Forward goes once over a row, group by group: exponentials relative to the target as pairs of
-// floats, right to 1e-8, summed in double; what follows from the sums (logarithms, quotients) for all rows of a chunk at once,
-// in double. Pairs of float64 logits, and those whose numbers leave the range of float, are computed in double throughout.
+// (common/for_each_isa.h). Forward goes twice over the logits of a pair, which lie in the nearest cache: the largest but the
+// target's, then the exponentials relative to it as pairs of floats, right to 1e-8, and their sum to as much; what follows from
+// the sums (logarithms, quotients) for all rows of a chunk at once, in double. Pairs of float64 logits, and those whose numbers
+// leave the range of float, are computed in double throughout. Backward: once, in floats right to 7e-7.
 #include "common/vectors_simd.h"
 #include "group_softmax/row_vectors_simd.h"
 #include "group_softmax/shifted_exponentials_simd.h"
 
-// The largest of the logits, NaN left out; `has_constant`: and of 0.
+// The largest logit but that of column `skipped` (-1: none), NaN left out; `has_constant`: and of 0.
 template <class In>
-static inline double largest_of(const In* z, int count, bool has_constant) {
+static inline double largest_of(const In* z, int count, int skipped, bool has_constant) {
   double largest = -kDoubleInfinity;
   if constexpr (sizeof(In) == 8) {
     DoubleVec best = all_doubles(-kDoubleInfinity);
-    for_doubles(z, count, [&](int, DoubleVec x, int) { best = x > best ? x : best; });
-    for (int lane = 0; lane < kDoubles; ++lane) largest = best[lane] > largest ? best[lane] : largest;
-  } else {
-    FloatVec best = all_floats(-kFloatInfinity), other = best;
-    int i = 0;
-    for (; i + 2 * kFloats <= count; i += 2 * kFloats) {
-      const FloatVec x = load_floats(z + i), y = load_floats(z + i + kFloats);
+    for_doubles(z, count, [&](int i, DoubleVec x, int) {
+      if (skipped >= i && skipped < i + kDoubles) x[skipped - i] = -kDoubleInfinity;
       best = x > best ? x : best;
-      other = y > other ? y : other;
-    }
-    for_floats(z + i, count - i, [&](int, FloatVec x, int) { best = x > best ? x : best; });
-    largest = static_cast<double>(largest_lane(best > other ? best : other));
+    });
+    largest = largest_lane(best);
+  } else {
+    largest = static_cast<double>(OtherLogits<In>(z, count, skipped).largest_of(count));
   }
   return has_constant && largest < 0 ? 0 : largest;
 }
 
-// r in double, for any pair.
+// The sum of e^(z - largest) in double, for any logits; other arguments as above.
 template <class In>
-static inline double wide_rest(const In* z, int count, bool has_constant, double largest) {
-  DoubleVec sum{}, equal{};
-  for_doubles(z, count, [&](int, DoubleVec x, int) {
-    const DoubleVec below = largest - x;
-    const DoubleVec one = all_doubles(1), none = all_doubles(0);
-    sum += below == 0.0 ? none : exp_minus(below);
-    equal += below == 0.0 ? one : none;
+static inline double wide_sum(const In* z, int count, int skipped, bool has_constant, double largest) {
+  // Where all are -inf, so is the largest, and the difference would be NaN.
+  const double shift = largest == -kDoubleInfinity ? 0 : largest;
+  DoubleVec sum{};
+  for_doubles(z, count, [&](int i, DoubleVec x, int) {
+    if (skipped >= i && skipped < i + kDoubles) x[skipped - i] = -kDoubleInfinity;
+    sum += exp_minus(shift - x);
   });
-  double rest = sum_lanes(sum), at_top = sum_lanes(equal);
-  if (has_constant) {
-    if (largest == 0) at_top += 1;
-    else rest += __builtin_exp(-largest);
-  }
-  return rest + (at_top - 1);
+  return sum_lanes(sum) + (has_constant ? __builtin_exp(-shift) : 0);
 }
 
 // Where exponentials in floats serve: larger logits are not split exactly, and below -86 they are cut off, which must be far
 // from the largest.
 static inline bool has_float_range(double largest) { return largest >= -20 && largest <= kLargestFloatExponent; }
 
-// How far above a target exponentials relative to it stay within float, and sums of them.
-constexpr double kFarthestAbove = 80;
-
 // What is lower than this far below a logit counts as this low.
 static inline FloatVec farthest_from(float largest) {
   return all_floats(largest > 0 ? largest - kLargestFloatExponent : -kLargestFloatExponent);
 }
 
-// Exponentials of z - t as pairs of floats, which a sum must be of to be right to 1e-8, and the largest logit. One column may
-// be left out: `skipped`, within the group or -1.
-struct FloatSums {
-  DoubleVec high, other;
-  FloatVec low, largest;
+// Sums of exponentials up to kSumOrigin, from which `high` starts: what is cut off in adding to the larger number is exact, and
+// added apart, with `low`.
+constexpr float kSumOrigin = 128;
+constexpr int kMostSummands = 64;
+constexpr int kFewLogits = 64;
+struct ExponentialSums {
+  FloatVec high, rest, low, largest;
 
-  template <bool kSkips>
-  inline void add(FloatVec x, float magic, FloatVec farthest, uint32_t skipped) {
+  inline void add(FloatVec x, float magic, FloatVec farthest) {
     // NaN stays, and is in `low`.
-    const FloatPair e = exp_pair(at_least(farthest, x), magic);
-    const FloatVec e_high = kSkips ? choose(skipped, FloatVec{}, e.high) : e.high;
-    high += low_doubles(e_high);
-    other += high_doubles(e_high);
-    low += kSkips ? choose(skipped, FloatVec{}, e.low) : e.low;
-    largest = x > largest ? x : largest;
+    const SplitExponent split = split_exponent(larger_of(farthest, x), magic);
+    const FloatVec grown = high + split.power;
+    rest += split.power - (grown - high);
+    low += split.power * excess_of(split);
+    largest = larger_of(x, largest);
+    high = grown;
   }
 
-  inline double sum() const { return sum_lanes((high + other) + (low_doubles(low) + high_doubles(low))); }
+  inline DoubleVec sum() const {
+    const FloatVec others = rest + low;
+    return (low_doubles(high) - kSumOrigin) + (high_doubles(high) - kSumOrigin) + (low_doubles(others) + high_doubles(others));
+  }
 };
 
+// The sum of e^(z - shift), right to 1e-8 if the largest is near the middle of `shift`; NaN left out of the largest.
 template <class In>
-static inline FloatSums sum_floats(const In* z, int count, int skipped, ExponentShift shift, float target) {
-  FloatSums sums = {DoubleVec{}, DoubleVec{}, FloatVec{}, all_floats(-kFloatInfinity)};
-  const FloatVec farthest = farthest_from(target);
-  // Vectors before that of the column, that one, and those behind.
-  const int begin = skipped < 0 ? count : skipped / kFloats * kFloats;
-  for (int i = 0; i + kFloats <= begin; i += kFloats) sums.add<false>(load_floats(z + i), shift.magic, farthest, 0);
-  if (skipped < 0) {
-    if (count % kFloats) sums.add<false>(load_some(z + count - count % kFloats, count % kFloats), shift.magic, farthest, 0);
-    return sums;
+static inline double float_sum(const OtherLogits<In>& logits, ExponentShift shift, float middle, float& largest) {
+  const FloatVec farthest = farthest_from(middle);
+  FloatVec so_far = all_floats(-kFloatInfinity);
+  DoubleVec sum{};
+  for (int begin = 0; begin < logits.count; begin += kMostSummands * kFloats) {
+    ExponentialSums sums = {all_floats(kSumOrigin), FloatVec{}, FloatVec{}, so_far};
+    logits.for_each(begin, kMostSummands, [&](FloatVec x) { sums.add(x, shift.magic, farthest); });
+    sum += sums.sum();
+    so_far = sums.largest;
   }
-  const int left = count - begin < kFloats ? count - begin : kFloats;
-  sums.add<true>(load_some(z + begin, left), shift.magic, farthest, 1u << (skipped - begin));
-  for_floats(z + begin + left, count - begin - left,
-             [&](int, FloatVec x, int) { sums.add<false>(x, shift.magic, farthest, 0); });
-  return sums;
+  largest = largest_lane(so_far);
+  return sum_lanes(sum);
 }
 
 // The logit in a column, or the constant of others without one.
@@ -107,57 +97,73 @@ static inline int entries_of(const GroupLayout& layout, int group) {
   return layout.starts[group + 1] - layout.starts[group] + (layout.others[group] < 0 ? 1 : 0);
 }
 
+// Whether a sum of e^(z - middle) is right to 1e-8.
+static inline bool is_near(double largest, double middle) { return largest >= middle - 3 && largest <= middle + 4.8; }
+
 template <class In>
 static inline PairSums sum_pair(const GroupLayout& layout, int group, const In* row, int column) {
   const int start = layout.starts[group], count = layout.starts[group + 1] - start;
-  const bool has_constant = layout.others[group] < 0;
-  const double target = logit_at(row, layout.target_in(group, column));
-  if (count + (has_constant ? 1 : 0) == 2) {
-    const double first = static_cast<double>(widen(row[start]));
-    const double second = has_constant ? 0 : static_cast<double>(widen(row[start + 1]));
-    const double largest = first > second ? first : second, distance = largest - (first > second ? second : first);
-    const bool is_whole = first == first && second == second && largest < kDoubleInfinity && target > -kDoubleInfinity;
-    return {largest, largest - target, is_whole ? distance : __builtin_nan(""), 0, false};
+  const int at = layout.target_in(group, column), skipped = at < 0 ? -1 : at - start;
+  const double target = logit_at(row, at);
+  if (entries_of(layout, group) == 2) {
+    const double other = count == 1 ? (at < 0 ? static_cast<double>(widen(row[start])) : 0)
+                                    : static_cast<double>(widen(row[start + 1 - skipped]));
+    const bool is_sound = other < kDoubleInfinity && target < kDoubleInfinity && target > -kDoubleInfinity;
+    return {target, other, is_sound ? 1 : __builtin_nan(""), 0};
   }
+  // The constant is among the others, unless it is the target.
+  const bool has_constant = layout.others[group] < 0 && at >= 0;
+  PairSums sums = {target, 0, __builtin_nan(""), 0};
+  if (!(target < kDoubleInfinity && target > -kDoubleInfinity)) return sums;
   if constexpr (sizeof(In) < 8) {
-    if (!has_constant && target >= -60 && target <= kLargestFloatExponent) {
-      const int at = layout.target_in(group, column) - start;
-      const ExponentShift shift = shift_near(static_cast<float>(target));
-      const FloatSums floats = sum_floats(row + start, count, at, shift, static_cast<float>(target));
-      const double largest = static_cast<double>(largest_lane(floats.largest)), rest = floats.sum();
-      // Exponentials of what is so far above the target leave the range of float; what was cut off must not count.
-      const bool is_in_range = largest <= kLargestFloatExponent && largest - target <= kFarthestAbove;
-      const double least = target >= -20 ? kSmallestFloatRest : 1;
-      if (is_in_range && !(rest < least)) return {largest, largest - target, rest, shift.remainder, true};
+    const OtherLogits<In> others(row + start, count, skipped);
+    // The largest of a few is mostly near that of all, which saves a pass. Not from other rows: each is computed by itself.
+    float middle = has_constant ? kFloatInfinity : others.largest_of(kFewLogits);
+    while (has_float_range(middle)) {
+      const ExponentShift shift = shift_near(middle);
+      float largest;
+      const double sum = float_sum(others, shift, middle, largest);
+      if (has_float_range(largest) && is_near(largest, middle)) {
+        const double other = static_cast<double>(largest);
+        return {target, other, sum, shift.remainder + (static_cast<double>(middle) - other)};
+      }
+      middle = largest;
     }
   }
-  const double largest = largest_of(row + start, count, has_constant);
-  PairSums sums{largest, largest - target, __builtin_nan(""), 0, false};
-  if (!(largest < kDoubleInfinity && target > -kDoubleInfinity)) return sums;
-  const bool is_alone = count + (has_constant ? 1 : 0) == 1;
-  sums.sum = is_alone ? 0 : wide_rest(row + start, count, has_constant, largest);
+  sums.other = largest_of(row + start, count, skipped, has_constant);
+  if (sums.other < kDoubleInfinity) sums.sum = wide_sum(row + start, count, skipped, has_constant, sums.other);
   return sums;
 }
 
-// What follows from the sums of a group's pairs; tables: of the group, at first largest, gap and sum.
-static void finish_pairs(const double* weights, bool has_two_entries, const double* remainders, const double* of_target,
-                         double* const* tables, double& loss) {
+// What the loss and the gradient of a pair need, from e^(z - largest) summed over all logits but the target.
+struct PairVectors {
+  DoubleVec largest;  // of all
+  DoubleVec cross_entropy;
+  DoubleVec scale;
+  DoubleVec complement;
+};
+
+static inline PairVectors finish_pair(DoubleVec target, DoubleVec other, DoubleVec sum) {
+  const DoubleVec zero{}, above = other - target, below = exp_minus(absolute(above));
+  const LongVec is_above = above > 0.0;
+  const DoubleVec rest = is_above ? (sum - 1) + below : sum * below, scale = 1 / (1 + rest);
+  return {is_above ? other : target, (is_above ? above : zero) + log_one_plus_any(rest), scale,
+          (is_above ? sum : rest) * scale};
+}
+
+// The losses of a group's pairs added up, and their tables.
+static void finish_pairs(const double* weights, const PairColumns& pairs, double* const* tables, double& loss) {
   DoubleVec total{};
   const DoubleVec zero{}, nan = all_doubles(__builtin_nan(""));
   for (int i = 0; i < kChunkRows; i += kDoubles) {
-    const DoubleVec top = load_vec<DoubleVec>(tables[kLargest] + i), gap = load_vec<DoubleVec>(tables[kScale] + i);
-    const DoubleVec given = load_vec<DoubleVec>(tables[kComplement] + i), weight = load_vec<DoubleVec>(weights + i);
-    const DoubleVec rest = has_two_entries ? exp_minus(given) : given * exp_of_remainder(load_vec<DoubleVec>(remainders + i));
-    const DoubleVec sum = 1 + rest, below = exp_minus(gap);
-    const LongVec is_of_target = load_vec<DoubleVec>(of_target + i) != 0.0;
-    const DoubleVec scale = 1 / (is_of_target ? sum * below : sum);
-    const DoubleVec complement = ((is_of_target | (gap == 0.0)) ? rest : sum - below) / sum;
-    const DoubleVec cross_entropy = (is_of_target ? zero : gap) + log_one_plus_any(rest);
-    const LongVec is_read = weight != 0.0, is_sound = given == given;
-    total += is_read ? weight * (is_sound ? cross_entropy : nan) : zero;
-    store_vec(tables[kLargest] + i, is_read ? (is_sound ? top : nan) : zero);
-    store_vec(tables[kScale] + i, is_read ? (is_sound ? scale : nan) : zero);
-    store_vec(tables[kComplement] + i, is_read ? (is_sound ? complement : nan) : zero);
+    const DoubleVec sum = load_vec<DoubleVec>(pairs.sum + i) * exp_minus(-load_vec<DoubleVec>(pairs.remainder + i));
+    const PairVectors terms = finish_pair(load_vec<DoubleVec>(pairs.target + i), load_vec<DoubleVec>(pairs.other + i), sum);
+    const DoubleVec weight = load_vec<DoubleVec>(weights + i);
+    const LongVec is_read = weight != 0.0, is_sound = sum == sum;
+    total += is_read ? weight * (is_sound ? terms.cross_entropy : nan) : zero;
+    store_vec(tables[kLargest] + i, is_read ? (is_sound ? terms.largest : nan) : zero);
+    store_vec(tables[kScale] + i, is_read ? (is_sound ? terms.scale : nan) : zero);
+    store_vec(tables[kComplement] + i, is_read ? (is_sound ? terms.complement : nan) : zero);
   }
   loss = sum_lanes(total);
 }
@@ -167,93 +173,101 @@ template <class In>
 static void forward_chunk(const GroupChunk& chunk, const In* logits, GroupChunkResult& result) {
   const GroupLayout& layout = *chunk.layout;
   const int64_t stride = layout.columns();
-  for (int i = 0; i < chunk.rows; ++i) {
-    for (int group = 0; group < layout.groups; ++group) {
-      const int pair = group * kChunkRows + i;
-      if (chunk.weights[pair] == 0) continue;
-      const PairSums sums = sum_pair(layout, group, logits + i * stride, chunk.columns[i]);
-      result.tables[kLargest][pair] = sums.largest;
-      result.tables[kScale][pair] = sums.gap;
-      result.tables[kComplement][pair] = sums.sum;
-      result.remainder[pair] = sums.remainder;
-      result.of_target[pair] = sums.is_of_target ? 1 : 0;
-    }
-  }
   for (int group = 0; group < layout.groups; ++group) {
     const int first = group * kChunkRows;
+    PairColumns pairs;
+    for (int i = 0; i < chunk.rows; ++i) {
+      if (chunk.weights[first + i] == 0) continue;
+      const PairSums sums = sum_pair(layout, group, logits + i * stride, chunk.columns[i]);
+      pairs.target[i] = sums.target;
+      pairs.other[i] = sums.other;
+      pairs.sum[i] = sums.sum;
+      pairs.remainder[i] = sums.remainder;
+    }
     double* const tables[kRowTables] = {result.tables[kLargest] + first, result.tables[kScale] + first,
                                         result.tables[kComplement] + first};
-    finish_pairs(chunk.weights + first, entries_of(layout, group) == 2, result.remainder + first, result.of_target + first,
-                 tables, result.loss[group]);
+    finish_pairs(chunk.weights + first, pairs, tables, result.loss[group]);
   }
 }
 
-// e^(z - largest) * scale; floats within has_float_range, or doubles.
+// e^(z - largest) * scale, within has_float_range; right to 3e-7.
 template <class In, class Out>
-static inline void write_softmax(const In* z, int count, Arithmetic<In> largest, double scale, Out* out) {
-  if constexpr (sizeof(In) == 8) {
-    for_doubles(z, count, [&](int i, DoubleVec x, int some) {
-      const DoubleVec value = exp_minus(largest - x) * scale;
-      for (int lane = 0; lane < some; ++lane) out[i + lane] = value[lane];
-    });
-  } else {
-    const ExponentShift shift = shift_near(largest);
-    const double grown = exp_of_remainder(all_doubles(shift.remainder))[0];
-    const FloatVec farthest = farthest_from(largest), zero{};
-    const float factor = static_cast<float>(scale * grown);
-    for_floats(z, count, [&](int i, FloatVec x, int some) {
-      const uint32_t is_far = greater_mask(farthest, x);
-      const FloatVec value = choose(is_far, zero, exp_float(at_least(farthest, x), shift.magic) * factor);
-      if (some == kFloats) store_floats(out + i, value);
-      else store_some(out + i, value, some);
-    });
-  }
+static inline void write_softmax(const In* z, int count, float largest, double scale, Out* out) {
+  const ExponentShift shift = shift_near(largest);
+  const FloatVec farthest = farthest_from(largest);
+  const float factor = static_cast<float>(scale * exp_of_remainder(all_doubles(shift.remainder))[0]);
+  for_floats(z, count, [&](int i, FloatVec x, int some) {
+    const SplitExponent split = split_exponent(larger_of(farthest, x), shift.magic);
+    const FloatVec value = multiply_add_where(at_most_mask(farthest, x), split.power, excess_of(split), split.power) * factor;
+    if (some == kFloats) store_floats(out + i, value);
+    else store_some(out + i, value, some);
+  });
+}
+
+// The same for gradients, within has_float_scale too: right to 7e-7, 0 of what is too small for a normal float.
+template <class In>
+static inline void write_slopes(const In* z, int count, float largest, double scale, In* out) {
+  const ExponentShift shift = shift_near(largest);
+  const ScaledExponentials exponentials(shift.magic, scale * exp_of_remainder(all_doubles(shift.remainder))[0]);
+  const float least = largest - exponentials.farthest;
+  const FloatVec lowest = all_floats(least > -kLargestFloatExponent ? least : -kLargestFloatExponent);
+  int i = 0;
+  for (; i + kFloats <= count; i += kFloats) store_floats(out + i, exponentials(load_floats(z + i), lowest));
+  if (i < count) store_some(out + i, exponentials(load_some(z + i, count - i), lowest), count - i);
 }
 
 // The gradient of a pair in double. `factor`: weight over average times upstream gradient.
 template <class In>
 static void write_wide(const GroupLayout& layout, int group, const In* row, int column, double factor, In* gradient) {
   const int start = layout.starts[group], count = layout.starts[group + 1] - start;
-  const bool has_constant = layout.others[group] < 0;
-  const int at = layout.target_in(group, column);
-  const double target = logit_at(row, at), largest = largest_of(row + start, count, has_constant);
-  const double rest = wide_rest(row + start, count, has_constant, largest), sum = 1 + rest, gap = largest - target;
-  const double complement = (gap == 0 ? rest : sum - __builtin_exp(-gap)) / sum, scale = factor / sum;
+  const int at = layout.target_in(group, column), skipped = at < 0 ? -1 : at - start;
+  const bool has_constant = layout.others[group] < 0 && at >= 0;
+  const double other = largest_of(row + start, count, skipped, has_constant);
+  const double sum = wide_sum(row + start, count, skipped, has_constant, other);
+  const PairVectors terms = finish_pair(all_doubles(logit_at(row, at)), all_doubles(other), all_doubles(sum));
+  const double largest = terms.largest[0], scale = factor * terms.scale[0];
   for_doubles(row + start, count, [&](int i, DoubleVec x, int some) {
     const DoubleVec slope = exp_minus(largest - x) * scale;
     for (int lane = 0; lane < some; ++lane) gradient[start + i + lane] = In(static_cast<Arithmetic<In>>(slope[lane]));
   });
-  if (at >= 0) gradient[at] = In(static_cast<Arithmetic<In>>(-factor * complement));
+  if (at >= 0) gradient[at] = In(static_cast<Arithmetic<In>>(-factor * terms.complement[0]));
 }
 
-// tables: of the pair. Floats, or doubles.
+// tables: of the pair.
 template <class In>
 static inline void write_pair(const GroupLayout& layout, int group, const In* row, int column, double factor,
                               const Arithmetic<In>* tables, int64_t table_size, In* gradient) {
   using Wide = Arithmetic<In>;
   const int start = layout.starts[group], count = layout.starts[group + 1] - start;
   const double complement = static_cast<double>(tables[kComplement * table_size]);
-  const int at = layout.target_in(group, column);
-  const bool has_two_entries = entries_of(layout, group) == 2;
+  const int at = layout.target_in(group, column), entries = entries_of(layout, group);
   const Wide largest = tables[kLargest * table_size];
   if (largest != largest) {
     for (int i = 0; i < count; ++i) gradient[start + i] = In(largest);
     return;
   }
-  const bool has_floats =
-      sizeof(In) == 8 || (complement >= kSmallestFloatRest && (has_two_entries || has_float_range(largest)));
-  if (!has_floats) {
-    if (entries_of(layout, group) == 1) gradient[start] = In(Wide(0));
-    else write_wide(layout, group, row, column, factor, gradient);
+  if (entries == 1) {
+    gradient[start] = In(Wide(0));
     return;
   }
   const Wide of_target = static_cast<Wide>(-factor * complement);
-  if (has_two_entries) {
+  const bool has_complement = sizeof(In) == 8 || complement >= kSmallestFloatRest;
+  if (entries == 2 && has_complement) {
     gradient[start] = In(at == start ? of_target : -of_target);
     if (count == 2) gradient[start + 1] = In(at == start + 1 ? of_target : -of_target);
     return;
   }
-  write_softmax(row + start, count, largest, factor * static_cast<double>(tables[kScale * table_size]), gradient + start);
+  const double scale = factor * static_cast<double>(tables[kScale * table_size]);
+  if constexpr (sizeof(In) == 8) {
+    for_doubles(row + start, count, [&](int i, DoubleVec x, int some) {
+      const DoubleVec slope = exp_minus(largest - x) * scale;
+      for (int lane = 0; lane < some; ++lane) gradient[start + i + lane] = slope[lane];
+    });
+  } else {
+    if (!(has_complement && has_float_range(largest) && has_float_scale(scale)))
+      return write_wide(layout, group, row, column, factor, gradient);
+    write_slopes(row + start, count, largest, scale, gradient + start);
+  }
   if (at >= 0) gradient[at] = In(of_target);
 }
 
@@ -281,20 +295,22 @@ template <class In>
 static inline double softmax_of(const GroupLayout& layout, int group, const In* row, Arithmetic<In>* out) {
   const int start = layout.starts[group], count = layout.starts[group + 1] - start;
   const bool has_constant = layout.others[group] < 0;
-  const double largest = largest_of(row + start, count, has_constant);
+  const double largest = largest_of(row + start, count, -1, has_constant);
   const bool is_whole = largest < kDoubleInfinity && largest > -kDoubleInfinity;
+  double sum = __builtin_nan("");
   if constexpr (sizeof(In) < 8) {
     if (has_float_range(largest) && !has_constant) {
       const float top = static_cast<float>(largest);
       const ExponentShift shift = shift_near(top);
-      const double sum =
-          sum_floats(row + start, count, -1, shift, top).sum() * exp_of_remainder(all_doubles(shift.remainder))[0];
+      float largest_again;
+      sum = float_sum(OtherLogits<In>(row + start, count, -1), shift, top, largest_again) *
+            exp_of_remainder(all_doubles(shift.remainder))[0];
       write_softmax(row + start, count, top, 1 / sum, out + start);
       return 0;
     }
   }
-  const double rest = is_whole ? wide_rest(row + start, count, has_constant, largest) : __builtin_nan("");
-  const double scale = 1 / (1 + rest);
+  if (is_whole) sum = wide_sum(row + start, count, -1, has_constant, largest);
+  const double scale = 1 / sum;
   for_doubles(row + start, count, [&](int i, DoubleVec x, int some) {
     const DoubleVec value = exp_minus(largest - x) * scale;
     for (int lane = 0; lane < some; ++lane) out[start + i + lane] = static_cast<Arithmetic<In>>(value[lane]);

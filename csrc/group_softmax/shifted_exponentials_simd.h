@@ -3,6 +3,11 @@
 // much as an exponential of it must not be.
 #include "common/exponentials_simd.h"
 
+// log 2 / 16 as exponents are split with it. Where products are rounded once with the sum the float serves, wrong by 3e-9 of
+// itself, which is of the exponent: of x - m if the multiple near m is of the same number.
+constexpr float kSixteenthOfLog2 = 0x1.62e43p-5f;
+constexpr double kStep = RSL_ISA == 0 ? 0x1.62e42fefa39efp-5 : static_cast<double>(kSixteenthOfLog2);
+
 struct ExponentShift {
   float magic;       // x * 16 / log 2 + magic has x's multiple, less m's, in its lowest bits
   double remainder;  // shift - m, within 0.022 of 0
@@ -10,7 +15,7 @@ struct ExponentShift {
 
 static inline ExponentShift shift_near(float m) {
   const float multiple = (m * 23.0831207f + 0x1.8p23f) - 0x1.8p23f;
-  return {0x1.8p23f - multiple, static_cast<double>(multiple) * 0x1.62e42fefa39efp-5 - static_cast<double>(m)};
+  return {0x1.8p23f - multiple, static_cast<double>(multiple) * kStep - static_cast<double>(m)};
 }
 
 // x as a multiple of log 2 / 16 and r; `power`: 2 to the multiple less that of the shift, but for what the table loses.
@@ -19,30 +24,61 @@ struct SplitExponent {
   FloatVec power;
   IntVec at;
 };
-static inline SplitExponent split_exponent(FloatVec x, float magic) {
+
+// powers: the table, or a multiple of it.
+static inline SplitExponent split_exponent(FloatVec x, float magic, const float* powers) {
   const FloatVec shifted = x * 23.0831207f + magic, n = shifted - magic;
-  // The first product and difference are exact.
-  const FloatVec r = (x - n * 0x1.62ep-5f) - n * 1.99663656e-6f;
+  // Without such an operation in two parts, of which the first product and difference are exact.
+  const FloatVec r =
+      RSL_ISA == 0 ? (x - n * 0x1.62ep-5f) - n * 1.99663656e-6f : minus_product(x, n, all_floats(kSixteenthOfLog2));
   const IntVec bits = reinterpret_cast<IntVec>(shifted), at = RSL_ISA == 0 ? bits & 15 : bits;
   // Unsigned: of an element that the caller drops the sum may overflow.
   const UnsignedVec power =
-      reinterpret_cast<UnsignedVec>(look_up<kSixteenthsVectors>(kSixteenths, at)) + (reinterpret_cast<UnsignedVec>(bits) << 19);
+      reinterpret_cast<UnsignedVec>(look_up<kSixteenthsVectors>(powers, at)) + (reinterpret_cast<UnsignedVec>(bits) << 19);
   return {r, reinterpret_cast<FloatVec>(power), at};
 }
+static inline SplitExponent split_exponent(FloatVec x, float magic) { return split_exponent(x, magic, kSixteenths); }
 
-// As a sum that is right to 4e-9; `low` is below 3 % of it.
-static inline FloatPair exp_pair(FloatVec x, float magic) {
-  const SplitExponent split = split_exponent(x, magic);
+// power + power * excess is the exponential, right to 1e-8; the excess is below 3 %.
+static inline FloatVec excess_of(const SplitExponent& split) {
   const FloatVec r = split.r, lost = look_up<kSixteenthsVectors>(kLostOfSixteenths, split.at);
-  return {split.power, split.power * (r * r * (0.166670248f * r + 0.500016212f) + (r + lost))};
+  return ((0.166670248f * r + 0.500016212f) * r + 1) * r + lost;
 }
 
-// Right to 2e-7.
-static inline FloatVec exp_float(FloatVec x, float magic) {
-  const SplitExponent split = split_exponent(x, magic);
-  const FloatVec r = split.r;
-  return split.power + split.power * (r * r * (0.166670248f * r + 0.500016212f) + r);
+// Numbers that ScaledExponentials can be a multiple of.
+static inline bool has_float_scale(double scale) {
+  const double size = scale < 0 ? -scale : scale;
+  return size >= 0x1p-36 && size <= 0x1p+100;
 }
+
+// e^(x - shift) * scale, right to 7e-7, for x - shift within [-farthest, 0.03]: there, it is a normal float.
+struct ScaledExponentials {
+  float magic;
+  alignas(64) float powers[16];  // of the table, in the same form
+
+  float farthest;
+
+  ScaledExponentials(float magic, double scale) : magic(magic) {
+    uint64_t bits;
+    __builtin_memcpy(&bits, &scale, sizeof bits);
+    const float exponents = 0.693f * static_cast<float>(static_cast<int>(bits >> 52 & 0x7ff) - 1023 + 124);
+    farthest = exponents < kLargestFloatExponent ? exponents : kLargestFloatExponent;
+    for (int j = 0; j < 16; j += kFloats) {
+      UnsignedVec of_exponent;
+      for (int lane = 0; lane < kFloats; ++lane) of_exponent[lane] = static_cast<uint32_t>(j + lane) << 19;
+      const UnsignedVec power = load_vec<UnsignedVec>(kSixteenths + j) + of_exponent;
+      const FloatVec scaled = reinterpret_cast<FloatVec>(power) * static_cast<float>(scale);
+      store_vec(powers + j, reinterpret_cast<UnsignedVec>(scaled) - of_exponent);
+    }
+  }
+
+  // 0 of what is below `least`.
+  inline FloatVec operator()(FloatVec x, FloatVec least) const {
+    const SplitExponent split = split_exponent(larger_of(least, x), magic, powers);
+    const FloatVec r = split.r, excess = (0.50000977f * r + 1.00005865f) * r;
+    return multiply_add_where(at_most_mask(least, x), split.power, excess, split.power);
+  }
+};
 
 // e^x for |x| at most 0.03.
 static inline DoubleVec exp_of_remainder(DoubleVec x) {
