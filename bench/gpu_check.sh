@@ -104,7 +104,7 @@ must_show() {
   "$python" bench/run.py rank_sort --device cuda --must-show --budget 0.5 --out "$out"
   local status=$?
   local loss
-  for loss in ghm focal group_softmax seesaw; do
+  for loss in ghm focal group_softmax seesaw smooth_l1; do
     "$python" bench/run.py "$loss" --device cuda --must-show --budget 0.4 --seeds 0 --out "$out" || status=1
   done
   return "$status"
@@ -149,7 +149,7 @@ LINES_SHOWN=60 inside "16-bit logits" 20 narrow_types
 inside "plots" 10 plots
 
 printf '\n=== results in %s after %d s\n' "$out" "$((SECONDS - begin))" | tee -a "$log"
-"$python" - "$out"/{rank_sort,ghm,focal,group_softmax,seesaw}.json <<'PYTHON' 2>&1 | tee -a "$log"
+"$python" - "$out"/{rank_sort,ghm,focal,group_softmax,seesaw,smooth_l1}.json <<'PYTHON' 2>&1 | tee -a "$log"
 import json, sys
 for path in sys.argv[1:]:
     try:

@@ -38,6 +38,7 @@ STYLES = {
     "published EQL v2": ("#b3261e", "v", "--"),
     "plain softmax, eager": ("#1f7a4d", "P", ":"),
     "smooth L1, eager": ("#1f7a4d", "P", ":"),
+    "smooth L1, torch.compile": ("#6fbf8f", "X", ":"),
     "focal, eager": ("#1f7a4d", "P", ":"),
     "focal, torch.compile": ("#6fbf8f", "X", ":"),
     "copy floor": ("#777777", ".", "-."),
@@ -49,6 +50,7 @@ AXES = {
     "ghm": {"n": ("size", "N, elements"), "b": ("bins", "bins")},
     "group_softmax": {"r": ("rows", "rows")},
     "seesaw": {"r": ("rows", "rows"), "c": ("classes", "C, classes")},
+    "smooth_l1": {"n": ("size", "N, elements")},
 }
 
 

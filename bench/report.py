@@ -28,6 +28,7 @@ TITLES = {
     "ghm": "GHM losses",
     "group_softmax": "Balanced group softmax",
     "seesaw": "Seesaw loss",
+    "smooth_l1": "Smooth L1 loss",
     "bucketed": "Bucketed against exact Rank & Sort loss",
 }
 BUCKETED = (

@@ -54,7 +54,19 @@ SEESAW_PROBLEM = {
     "dtype": (str, "type"),
     "device": (str, None),
 }
-PROBLEMS = {"focal": FOCAL_PROBLEM, "ghm": GHM_PROBLEM, "group_softmax": GROUP_SOFTMAX_PROBLEM, "seesaw": SEESAW_PROBLEM}
+SMOOTH_L1_PROBLEM = {
+    "size": (int, "N"),
+    "form": (str, "weights"),
+    "dtype": (str, "type"),
+    "device": (str, None),
+}
+PROBLEMS = {
+    "focal": FOCAL_PROBLEM,
+    "ghm": GHM_PROBLEM,
+    "group_softmax": GROUP_SOFTMAX_PROBLEM,
+    "seesaw": SEESAW_PROBLEM,
+    "smooth_l1": SMOOTH_L1_PROBLEM,
+}
 CASE_FIELDS = {"elements": int, "provider": str, "skipped": OPTIONAL_TEXT}
 FIELDS = {
     "speed": CASE_FIELDS
