@@ -1,6 +1,7 @@
 """Heads of MMDetection trained by ranking: the authors' outputs through the heads' own losses, and real models, small, that learn."""
 import copy
 import pathlib
+import re
 import warnings
 
 import frameworks
@@ -341,3 +342,27 @@ def test_two_processes_one_without_positives(mm, tmp_path):
     assert second["local"]["log"]["num_positives"] == 0 and first["local"]["log"]["num_positives"] > 0
     # One ranking over both: the same losses on both, and the gradient of a process that has all images.
     assert first["global"]["log"]["loss"] == second["global"]["log"]["loss"] > first["local"]["log"]["loss"]
+
+
+@pytest.mark.parametrize("title, heads", [("ATSS", ["RankSortATSSHead"]), ("Faster R-CNN", ["RankSortRPNHead", "RankSortBBoxHead"])])
+def test_configurations_of_the_readme_build(mm, tmp_path, title, heads):
+    """On top of the framework's own configurations, and without a warning of the heads."""
+    import mmdet
+    import rsloss_kernels.integrations.mmdet as adapter
+    from mmdet.registry import MODELS as registry
+    from mmengine.config import Config
+    from mmengine.registry import init_default_scope
+
+    init_default_scope("mmdet")
+    readme = pathlib.Path(adapter.__file__).with_name("README.md").read_text()
+    config = tmp_path / "config.py"
+    found = next(block for block in re.findall("```python\n(.*?)```", readme, re.DOTALL) if block.startswith(f"# config: {title}\n"))
+    # mmengine finds "mmdet::" by pkg_resources, which a setuptools of 2026 has no more.
+    config.write_text(found.replace("mmdet::", f"{pathlib.Path(mmdet.__file__).parent}/.mim/configs/"))
+    settings = Config.fromfile(config).model
+    settings.backbone.update(depth=18, init_cfg=None)
+    settings.neck.in_channels = [64, 128, 256, 512]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(score_thr|sampler).*")
+        model = registry.build(settings)
+    assert set(heads) <= {type(module).__name__ for module in model.modules()}
