@@ -68,34 +68,34 @@ def evaluate(
     return _library.differentiable(operator, backend, pred.contiguous(), *tensors, fixed_beta, scale)[0]
 
 
-def _check_place(function: str, name: str, value: object, pred: Tensor) -> None:
+def _read_values(function: str, name: str, value: Tensor, pred: Tensor) -> Tensor:
+    """Floating, contiguous, detached."""
     _checks.check_tensor(function, name, value)
-    _checks.check_strided(function, name, value)
-    if value.is_complex():
-        raise TypeError(f"{function}: {name} must be real, got {value.dtype}")
     if value.device != pred.device:
         raise ValueError(f"{function}: {name} must be on the device of pred, {pred.device}, got {value.device}")
-
-
-def _read_values(function: str, name: str, value: Tensor, pred: Tensor) -> Tensor:
-    _check_place(function, name, value, pred)
-    value = value.detach().contiguous()
-    return value if value.dtype in _checks.LOGIT_TYPES else value.double()
+    _checks.check_strided(function, name, value)
+    if value.dtype not in _checks.LOGIT_TYPES:
+        if value.is_complex():
+            raise TypeError(f"{function}: {name} must be real, got {value.dtype}")
+        # The narrowest that holds them: wider ones than `pred` cost.
+        value = value.to(torch.float16 if value.dtype == torch.bool else torch.float64)
+    return (value.detach() if value.requires_grad else value).contiguous()
 
 
 def _read_weight(function: str, weight: Tensor | None, pred: Tensor) -> Tensor | None:
     if weight is None:
         return None
-    _check_place(function, "weight", weight, pred)
+    _checks.check_tensor(function, "weight", weight)
+    shape = weight.shape
+    if shape == pred.shape:
+        # Not a copy of what was expanded.
+        is_expanded = pred.dim() >= 2 and weight.numel() > 0 and weight.layout == torch.strided and weight.stride(-1) == 0
+        return _read_values(function, "weight", weight[..., 0] if is_expanded else weight, pred)
     rows = pred.shape[:-1]
-    if pred.dim() >= 2:
-        is_expanded = weight.shape == pred.shape and weight.stride(-1) == 0 and pred.shape[-1] > 0
-        if is_expanded or (weight.shape == (*rows, 1) and weight.shape != pred.shape):
-            weight = weight[..., 0]
-    if pred.dim() < 2 or weight.shape != rows:
-        less = f" or that less the last dimension, {list(rows)}" if pred.dim() >= 2 else ""
-        _checks.check_shape(function, "weight", weight, pred.shape, f"the shape of pred{less}")
-    return _read_values(function, "weight", weight, pred)
+    if pred.dim() >= 2 and shape in (rows, (*rows, 1)):
+        return _read_values(function, "weight", weight if shape == rows else weight[..., 0], pred)
+    less = f" or that less the last dimension, {list(rows)}" if pred.dim() >= 2 else ""
+    _checks.check_shape(function, "weight", weight, pred.shape, f"the shape of pred{less}")
 
 
 def _read_beta(function: str, beta: float | Tensor, pred: Tensor) -> tuple[Tensor | None, float]:
@@ -108,7 +108,8 @@ def _read_beta(function: str, beta: float | Tensor, pred: Tensor) -> tuple[Tenso
         raise ValueError(
             f"{function}: beta must be a number or a floating Tensor of one number, got {beta.dtype} of shape {list(beta.shape)}"
         )
-    beta = _read_values(function, "beta", beta, pred).reshape(())
+    beta = _read_values(function, "beta", beta, pred)
+    beta = beta.reshape(()) if beta.dim() else beta
     if _checks.debug_checks() and not op_checks.is_beta(float(beta)):
         raise ValueError(f"{function}: beta must be 0 or within [1e-30, 1e30], got {float(beta)}")
     return beta, 0.0
