@@ -18,6 +18,8 @@ from digits_detector.data import make_canvases  # noqa: E402
 from swaps import frameworks, timing  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
+from bench import harness  # noqa: E402
+
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -27,6 +29,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=4, help="per batch; default 4")
     parser.add_argument("--classes", type=int, default=91, help="as torchvision counts them, at least 11; default 91")
     parser.add_argument("--rounds", type=int, default=10, help="steps that are timed; default 10")
+    parser.add_argument("--out", type=pathlib.Path, help="a folder for the table, in Markdown")
     settings = parser.parse_args(arguments)
     if settings.classes < 11:
         parser.error(f"--classes must be at least 11, ten digits and the background, got {settings.classes}")
@@ -89,6 +92,8 @@ def variant(name: str, model: nn.Module, batch: tuple) -> timing.Variant:
 def main(arguments: list[str] | None = None) -> list[timing.Times]:
     settings = parse(arguments)
     frameworks.use_torchvision()
+    import torchvision
+
     from rsloss_kernels.integrations.torchvision import step_log, use_loss
 
     batch = digits(settings.images)
@@ -97,7 +102,14 @@ def main(arguments: list[str] | None = None) -> list[timing.Times]:
     variants += [variant(f'use_loss(model, "{name}")', model, batch) for name, model in swapped.items()]
     times = timing.measure(variants, settings.rounds)
     title = f"{settings.model}, ResNet-18, {settings.images} x {settings.image_size} px, {settings.classes} classes"
-    print(timing.table(title, times), end="\n\n")
+    table = timing.table(title, times)
+    print(table, end="\n\n")
+    if settings.out:
+        settings.out.mkdir(parents=True, exist_ok=True)
+        machine = f"{harness.machine('cpu')['cpu']}, {torch.get_num_threads()} threads"
+        origin = f"{machine}, torch {torch.__version__}, torchvision {torchvision.__version__}; medians of {settings.rounds} rounds in turns"
+        origin += f". By `python/swap_in_torchvision.py --model {settings.model}`."
+        (settings.out / f"torchvision_{settings.model}.md").write_text(f"{table}\n\n{origin}\n")
     for name, model in swapped.items():
         print(f"{name} logs", ", ".join(f"{key} {float(value):.3g}" for key, value in step_log(model).items()))
     return times

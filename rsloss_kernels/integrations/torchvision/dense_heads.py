@@ -72,14 +72,20 @@ def _in_full_precision(values: Tensor) -> Tensor:
 
 
 def _check_labels(labels: Tensor, num_classes: int) -> None:
-    # Read where it costs nothing; a GPU would have to be waited for.
-    if labels.numel() and (labels.device.type == "cpu" or _checks.debug_checks()) and not torch.compiler.is_compiling():
-        least, most = int(labels.min()), int(labels.max())
+    """Labels beyond the channels would be taken as background: the error of who forgets the background in num_classes."""
+    if torch.compiler.is_compiling() or not labels.numel():
+        return
+    least, most = labels.aminmax()
+    wanted = (
+        f"labels of the targets must be within 0..{num_classes - 1} for a head of {num_classes} channels per anchor (torchvision counts "
+        "the background in num_classes)"
+    )
+    if labels.device.type == "cpu" or _checks.debug_checks():
         if least < 0 or most >= num_classes:
-            raise ValueError(
-                f"labels of the targets must be within 0..{num_classes - 1} for a head of {num_classes} channels per anchor (torchvision "
-                f"counts the background in num_classes), got {least}..{most}"
-            )
+            raise ValueError(f"{wanted}, got {int(least)}..{int(most)}")
+    else:
+        # The host does not wait: an assertion of the device, as torchvision's own loss has.
+        torch._assert_async((least >= 0) & (most < num_classes), wanted)
 
 
 class _HeadWithLoss:
@@ -90,7 +96,7 @@ class _HeadWithLoss:
 
     def set_loss(self, loss: str | nn.Module, **options: object) -> None:
         classifier = self.classification_head
-        channels = classifier.cls_logits.out_channels // getattr(classifier, "num_anchors", 1)
+        channels = classifier.num_classes
         # On the device of the head, which may have been moved already.
         self.loss = make_dense_loss(loss, channels, **options).to(classifier.cls_logits.weight.device)
         self.log = {}
