@@ -310,24 +310,35 @@ def test_bad_configurations(mm):
         one_stage(mm, "RankSortRetinaHead", loss_cls={"type": "RankSortLoss", "use_sigmoid": False})
 
 
+def with_fixed_norms(mm, process_group: str | None):
+    """Batch norm would see other images in one process than in two."""
+    model = one_stage(mm, "RankSortATSSHead", loss_cls={"type": "RankSortLoss", "process_group": process_group})
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
+    return model
+
+
+def batch_of(mm, rank: int) -> dict:
+    return mm.make_batch(torch.Generator().manual_seed(3 + rank), boxes=3 if rank == 0 else 0)
+
+
+def gradient_of(model) -> torch.Tensor:
+    return torch.cat([value.grad.flatten() for value in model.parameters()])
+
+
 def train_in_process(rank: int, folder: str) -> None:
     mm = frameworks.mmdetection()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     results = {}
     for name, group in (("local", None), ("global", "default")):
-        model = one_stage(mm, "RankSortATSSHead", loss_cls={"type": "RankSortLoss", "process_group": group})
-        # Batch norm would see other images in one process than in two.
-        for module in model.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
-                module.eval()
+        model = with_fixed_norms(mm, group)
         parallel = DistributedDataParallel(model)
-        batch = mm.make_batch(torch.Generator().manual_seed(3), boxes=3 if rank == 0 else 0)
-        losses = parallel(**model.data_preprocessor(batch, True), mode="loss")
+        losses = parallel(**model.data_preprocessor(batch_of(mm, rank), True), mode="loss")
         loss, log = model.parse_losses(losses)
         loss.backward()
-        gradient = torch.cat([value.grad.flatten() for value in model.parameters()])
-        results[name] = {"log": dict(log), "gradient": gradient, "keys": list(log)}
+        results[name] = {"log": dict(log), "gradient": gradient_of(model)}
     torch.save(results, pathlib.Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -336,12 +347,20 @@ def test_two_processes_one_without_positives(mm, tmp_path):
     torch.multiprocessing.spawn(train_in_process, args=(str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2))
     for name in ("local", "global"):
-        assert first[name]["keys"] == second[name]["keys"]
+        assert list(first[name]["log"]) == list(second[name]["log"])
         assert torch.equal(first[name]["gradient"], second[name]["gradient"]) and first[name]["gradient"].any()
     assert second["local"]["log"]["loss"] == 0 and first["local"]["log"]["loss"] > 0
     assert second["local"]["log"]["num_positives"] == 0 and first["local"]["log"]["num_positives"] > 0
-    # One ranking over both: the same losses on both, and the gradient of a process that has all images.
-    assert first["global"]["log"]["loss"] == second["global"]["log"]["loss"] > first["local"]["log"]["loss"]
+    # One ranking over both: what a process with the images of both gets.
+    model, parts = with_fixed_norms(mm, None), [batch_of(mm, rank) for rank in range(2)]
+    loss, log = mm.losses_of(model, {key: parts[0][key] + parts[1][key] for key in parts[0]})
+    loss.backward()
+    wanted = gradient_of(model)
+    for key in ("loss_rank", "loss_sort", "loss_bbox", "SB_weight"):
+        assert first["global"]["log"][key] == second["global"]["log"][key]
+        assert first["global"]["log"][key].item() == pytest.approx(log[key].item(), rel=1e-5)
+    torch.testing.assert_close(first["global"]["gradient"], wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
+    assert (first["local"]["gradient"] - wanted).abs().max() > 0.01 * wanted.abs().max()
 
 
 @pytest.mark.parametrize("title, heads", [("ATSS", ["RankSortATSSHead"]), ("Faster R-CNN", ["RankSortRPNHead", "RankSortBBoxHead"])])
