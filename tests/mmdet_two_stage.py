@@ -100,7 +100,7 @@ def numbers(log: dict[str, Tensor]) -> dict[str, float]:
     return {key: float(value.detach()) for key, value in log.items()}
 
 
-def train(mm, model: nn.Module, batch: dict, steps: int = 10, rate: float = 2e-3) -> tuple[list[float], dict[str, Tensor]]:
+def train(mm, model: nn.Module, batch: dict, steps: int = 10, rate: float = 1e-2) -> tuple[list[float], dict[str, Tensor]]:
     """Losses of the steps, and what the last one logs."""
     optimiser = torch.optim.AdamW(model.parameters(), rate)
     losses, log = [], {}

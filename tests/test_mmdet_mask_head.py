@@ -77,7 +77,7 @@ def test_ten_steps_of_a_small_model(mm, generator, cascade):
         head.ranking.classification.register_forward_hook(lambda *_: calls.append(1))
     batch = two_stage.with_masks(mm.make_batch(generator))
     first = two_stage.numbers(mm.losses_of(model, copy.deepcopy(batch))[1])
-    losses, log = two_stage.train(mm, model, batch, rate=1e-2)
+    losses, log = two_stage.train(mm, model, batch)
     stages = ["s0.", "s1."] if cascade else [""]
     assert len(calls) == 11 * len(stages) and losses[-1] < 0.9 * losses[0]
     assert sum(log[f"{stage}mask_unbalanced"] for stage in stages) < sum(first[f"{stage}mask_unbalanced"] for stage in stages)

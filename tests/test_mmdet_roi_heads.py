@@ -133,7 +133,7 @@ def test_ten_steps_of_a_small_model(mm, generator, name):
     batch = mm.make_batch(generator)
     losses, log = two_stage.train(mm, model, batch)
     stages = len(two_stage.box_heads(model))
-    assert calls == [*range(stages)] * 10 and losses[-1] < 0.9 * losses[0], losses
+    assert calls == [*range(stages)] * 10 and losses[-1] < 0.95 * losses[0], losses
     counts = [key for key in log if key.endswith("num_positives") and "rpn" not in key]
     assert counts == [f"s{stage}.num_positives" for stage in range(stages)] if name == "cascade" else counts == ["num_positives"]
     assert all(log[key] >= 6 for key in counts)  # the objects are among the proposals
