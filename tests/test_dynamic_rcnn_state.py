@@ -9,6 +9,7 @@ import pytest
 import torch
 from rsloss_kernels import DynamicLabelAssignment, DynamicSmoothL1Loss, assign_by_iou
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 
 VARIANTS = ("mmdet", "original")
 
@@ -302,3 +303,18 @@ def test_bad_input_changes_nothing():
     with pytest.raises(ValueError, match="reduction_override must be one of"):
         pair[1](targets, targets, reduction_override="all")
     assert_same(pair, before)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_nothing_is_read_on_the_host(variant):
+    """On tensors that hold no numbers, whose reading raises: the assignment, the loss and its gradient, both updates."""
+    with FakeTensorMode():
+        pair = modules(variant)
+        ious, targets, weights = [torch.empty(9), torch.empty(0)], torch.empty(5, 4), torch.empty(5, 4)
+        labels = assign_by_iou(ious[0], pair[0].iou_threshold)
+        pred = torch.empty(5, 4, requires_grad=True)
+        pair[1](pred, targets, weights, avg_factor=weights.sum()).backward()
+        take(pair, ious, targets, weights)
+        assert labels.shape == (9,) and pred.grad.shape == (5, 4) and isinstance(pair[1].beta, FakeTensor)
+        with pytest.raises(DataDependentOutputException):
+            pair[0].schedule()
