@@ -155,10 +155,9 @@ def test_forms_of_weights_and_memory(backend, generator):
     wanted = evaluate(backend, inputs)
     for weight in (rows[:, None], rows[:, None].expand(9, 4), rows[:, None].repeat(1, 4), rows.repeat_interleave(2)[::2]):
         assert evaluate(backend, Inputs(inputs.pred, inputs.target, 0.5, weight)) == wanted
-    for weight in (rows > 0, (rows > 0).int()):
-        assert evaluate(backend, Inputs(inputs.pred, inputs.target, 0.5, weight)) == evaluate(
-            backend, Inputs(inputs.pred, inputs.target, 0.5, (rows > 0).float())
-        )
+    for weight, same in ((rows > 0, (rows > 0).float()), ((rows > 0).int(), (rows > 0).double())):
+        got = evaluate(backend, Inputs(inputs.pred, inputs.target, 0.5, weight))
+        assert got == evaluate(backend, Inputs(inputs.pred, inputs.target, 0.5, same))
     wide = torch.stack([inputs.pred, inputs.target], -1)
     got = evaluate(backend, Inputs(wide[..., 0], inputs.target.t().contiguous().t(), 0.5, rows))
     assert got == wanted and got.gradient.is_contiguous()
