@@ -71,6 +71,9 @@ def test_group_softmax_is_the_librarys():
     for number in range(CLASSES + 1):
         column = groups.column_of(number - 1 if number else CLASSES)
         assert torch.equal(after.weight[column], before.weight[number]) and torch.equal(after.bias[column], before.bias[number])
+    # Not from one that another loss has left, whose channels mean something else.
+    use_loss(use_loss(model, "eqlv2"), "group_softmax", **options_of("group_softmax"))
+    assert not model.roi_heads.box_predictor.cls_score.bias.any()
 
 
 @pytest.mark.parametrize("loss", ROI_LOSSES)

@@ -149,7 +149,7 @@ def _use_roi_loss(model: GeneralizedRCNN, loss: str | nn.Module, options: dict[s
     channels = num_classes if is_ranking else loss.get_cls_channels(num_classes)
     predictor.cls_score = nn.Linear(old.in_features, channels, device=old.weight.device, dtype=old.weight.dtype)
     with torch.no_grad():
-        if isinstance(loss, GroupSoftmaxLoss) and old.out_features == num_classes + 1:
+        if isinstance(loss, GroupSoftmaxLoss) and is_plain_softmax:
             weight, bias = convert_classifier(old.weight, old.bias, loss.groups, background="first")
             predictor.cls_score.weight.copy_(weight)
             predictor.cls_score.bias.copy_(bias)
