@@ -30,7 +30,7 @@ _reasons: dict[str, str | None] = {}
 LONGEST_FIRST = (
     *("test_triton_compile.py", "test_distributed.py", "test_ghm_distributed.py", "test_cpu_variants.py", "test_cuda_compile.py"),
     *("test_packaging.py", "test_cuda_on_cpu.py", "test_train_detector.py", "test_ops.py", "test_ranking_large.py"),
-    *("test_bench_harness.py", "test_bench_peers.py"),
+    *("test_bench_harness.py", "test_bench_peers.py", "test_mmdet_dense_heads.py"),
 )
 # Parameters of mallopt.
 TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3
