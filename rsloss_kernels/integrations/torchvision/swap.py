@@ -145,6 +145,7 @@ def _use_roi_loss(model: GeneralizedRCNN, loss: str | nn.Module, options: dict[s
     is_ranking = isinstance(loss, RankingHeadLoss)
     if is_ranking and heads.smooth_l1 is not None:
         raise ValueError(f"use_loss: {TWO_BOX_LOSSES}")
+    is_plain_softmax = heads.class_loss is None
     heads.class_loss = loss.to(old.weight.device)
     channels = num_classes if is_ranking else loss.get_cls_channels(num_classes)
     predictor.cls_score = nn.Linear(old.in_features, channels, device=old.weight.device, dtype=old.weight.dtype)
