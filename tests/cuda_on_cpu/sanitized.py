@@ -154,12 +154,36 @@ def group_softmax(generator: torch.Generator) -> None:
         assert gradient.shape == logits.shape and scores.shape == (rows, 98)
 
 
+def smooth_l1(generator: torch.Generator) -> None:
+    """Every mix of types, weights of rows and elements, one block and several, ends inside of quads, data that is not aligned."""
+    ops = torch.ops.rsloss_kernels
+    half, single, double = torch.float16, torch.float32, torch.float64
+    shapes = [(0, 3), (1, 1), (70, 3), (257, 1), (5003, 5), (9,)]
+    types = [(half, single, double), (torch.bfloat16, torch.bfloat16, half), (single, half, torch.bfloat16), (single, single, single)]
+    for shape, kinds, offset in itertools.product(shapes, types + [(double, single, double)], (0, 1)):
+
+        def numbers(shape, dtype, offset=offset):
+            flat = torch.randn(torch.Size(shape).numel() + offset, generator=generator, dtype=double)[offset:]
+            return (flat.to(dtype) if offset else flat.to(dtype).clone()).view(shape)
+
+        pred, target = (numbers(shape, kind) for kind in kinds[:2])
+        pred.view(-1)[:3] = torch.tensor([torch.inf, -torch.inf, torch.nan])[: pred.numel()]
+        for weight in (None, numbers(shape, kinds[2]), *([numbers(shape[:-1], kinds[2])] if len(shape) > 1 else [])):
+            for beta in (None, numbers((), kinds[2])):
+                arguments = (pred, target, weight, beta, beta)
+                ops.smooth_l1_forward.cuda(*arguments, 0.4, 1.5)
+                (losses,) = ops.smooth_l1_elements.cuda(*arguments, 0.4, 1.5)
+                for grad in (losses, torch.ones(())):
+                    assert ops.smooth_l1_backward.cuda(*arguments, grad, 0.4, 1.5).shape == pred.shape
+
+
 def main() -> None:
     load_emulated_cuda(sanitize=True)
     generator = torch.Generator().manual_seed(0)
     harmonize_all(generator)
     focal(generator)
     group_softmax(generator)
+    smooth_l1(generator)
     half, single, double = torch.float16, torch.float32, torch.float64
     runs = [(single, [0], 0.5, 4), (single, [1], 0.0, 0), (half, [63, 64, 65], 0.5, 5), (single, [63, 64, 65], 0.0, 64)]
     runs += [(torch.bfloat16, [3001], 0.5, 5), (single, [3001], 0.5, 64), (double, [3001], 0.5, 64)]
