@@ -1,6 +1,7 @@
 """`patch_mmdet`: what is swapped, where, that models are the same but faster, and that all of it can be undone."""
 import copy
 import sys
+import types
 
 import frameworks
 import pytest
@@ -65,6 +66,20 @@ def test_some_losses_alone_and_as_a_context(mm):
     assert everything() == before
     with pytest.raises(ValueError, match="names must be among FocalLoss, .*, got CrossEntropyLoss"):
         patch_mmdet("CrossEntropyLoss")
+
+
+def test_modules_imported_since_the_patch_are_restored_too(mm, monkeypatch):
+    from mmdet.registry import MODELS
+    from rsloss_kernels.integrations.mmdet import losses, patch_mmdet
+
+    earlier, later = types.ModuleType("earlier"), types.ModuleType("later")
+    earlier.GHMC = losses.FusedGHMC  # by its owner's will
+    monkeypatch.setitem(sys.modules, "earlier", earlier)
+    patch = patch_mmdet()
+    later.GHMC = MODELS.get("GHMC")
+    monkeypatch.setitem(sys.modules, "later", later)
+    patch.unpatch()
+    assert later.GHMC is MODELS.get("GHMC") is not losses.FusedGHMC and earlier.GHMC is losses.FusedGHMC
 
 
 def test_a_loss_registered_by_somebody_else_stays(mm):

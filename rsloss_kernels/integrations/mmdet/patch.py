@@ -22,19 +22,22 @@ class Swap(NamedTuple):
 
 
 class MMDetPatch:
-    """What `patch_mmdet` replaced; its string is a report. As a context manager it takes the patch back at the end."""
+    """What `patch_mmdet` replaced, `swaps`; its string is a report. As a context manager it takes the patch back at the end."""
 
     def __init__(self, swaps: tuple[Swap, ...]):
         self.swaps = swaps
+        self._modules_before = frozenset(sys.modules)
 
     def unpatch(self) -> None:
-        """Puts back what was replaced here; what was put back before is left alone."""
+        """Puts back what was replaced here, also in modules that were imported since; what was put back before is left alone."""
+        later = [key for key in list(sys.modules) if key not in self._modules_before]
         for swap in self.swaps:
             if MODELS.get(swap.name) is swap.replacement:
                 MODELS.register_module(name=swap.name, module=swap.original, force=True)
-            for module in (sys.modules.get(name) for name in swap.modules):
-                if vars(module).get(swap.name) is swap.replacement:
-                    setattr(module, swap.name, swap.original)
+            for module in modules_that_hold(swap.name, swap.replacement, (*swap.modules, *later)):
+                setattr(sys.modules[module], swap.name, swap.original)
+        if self in _active:
+            _active.remove(self)
 
     def __enter__(self) -> "MMDetPatch":
         return self
@@ -50,6 +53,9 @@ class MMDetPatch:
         return "\n".join(lines)
 
 
+_active: list[MMDetPatch] = []
+
+
 def patch_mmdet(*names: str) -> MMDetPatch:
     """Replaces losses of MMDetection by this library's: in its registry, and in every loaded module that imported one by its name.
 
@@ -58,7 +64,8 @@ def patch_mmdet(*names: str) -> MMDetPatch:
     Args:
         names: of the losses, as in a configuration; none: all that can be replaced (`REPLACEMENTS`).
 
-    Returns the patch: `print` it for a report, `unpatch()` takes it back. What is replaced already is not in it.
+    Returns the patch: `print` it for a report, `unpatch()` takes it back. What is replaced already, or was registered anew by somebody
+    else, is not in it.
 
     Raises ValueError for a name that cannot be replaced.
     """
@@ -71,22 +78,20 @@ def patch_mmdet(*names: str) -> MMDetPatch:
         if MODELS.get(name) is not original:
             continue
         MODELS.register_module(name=name, module=replacement, force=True)
-        importers = [key for key, module in list(sys.modules.items()) if module is not sys.modules[__name__] and holds(module, name, original)]
+        importers = modules_that_hold(name, original, tuple(sys.modules))
         for importer in importers:
             setattr(sys.modules[importer], name, replacement)
-        swaps.append(Swap(name, original, replacement, tuple(importers)))
-    return MMDetPatch(tuple(swaps))
-
-
-def holds(module: object, name: str, value: object) -> bool:
-    return getattr(module, "__dict__", {}).get(name) is value
+        swaps.append(Swap(name, original, replacement, importers))
+    _active.append(MMDetPatch(tuple(swaps)))
+    return _active[-1]
 
 
 def unpatch_mmdet() -> None:
-    """Puts back everything that any `patch_mmdet` replaced."""
-    swaps = []
-    for name, original in ORIGINALS.items():
-        replacement = REPLACEMENTS[name]
-        importers = tuple(key for key, module in list(sys.modules.items()) if holds(module, name, replacement))
-        swaps.append(Swap(name, original, replacement, importers))
-    MMDetPatch(tuple(swaps)).unpatch()
+    """Takes back every patch that is in force."""
+    for patch in list(_active):
+        patch.unpatch()
+
+
+def modules_that_hold(name: str, value: object, among: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of the modules in which this name is this very object."""
+    return tuple(key for key in among if getattr(sys.modules.get(key), "__dict__", {}).get(name) is value)
