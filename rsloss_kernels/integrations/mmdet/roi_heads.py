@@ -102,7 +102,8 @@ class RankSortBBoxHead(RankingHead, ConvFCBBoxHead):
         concat: bool = True,
         reduction_override: str | None = None,
     ) -> dict:
-        """As in `BBoxHead`; each sampling result gets an attribute `ranked`, RankedPositives."""
+        """As in `BBoxHead`, with targets of all images in one; each sampling result gets an attribute `ranked`, RankedPositives."""
+        self._check_reduction(reduction_override)
         self._check_sampler(sampling_results, rcnn_train_cfg)
         targets = self.get_targets(sampling_results, rcnn_train_cfg, concat=True)
         rows = rows_of_positives(sampling_results)
@@ -132,19 +133,30 @@ class RankSortBBoxHead(RankingHead, ConvFCBBoxHead):
             rois: [A, 5], the image's number and the box.
             labels: [A], 0..C-1, C the background; label_weights: [A], rows of weight 0 are ignored.
             bbox_targets: [A, 4], boxes of the objects, read where there is one. bbox_weights are not used.
-            reduction_override: None; a ranking has no other reduction.
+            reduction_override: None; a ranking has no other.
 
         Returns the losses and what is logged, see `RankingHead.ranked_losses`.
         """
-        if reduction_override is not None:
-            raise ValueError(f"RankSortBBoxHead.loss: reduction_override must be None, got {reduction_override!r}")
+        self._check_reduction(reduction_override)
         rows = positive_rows(labels, label_weights, self.num_classes)
         return self._ranked(cls_score, bbox_pred, rois, labels, label_weights, bbox_targets, rows).losses
 
-    def predict_by_feat(self, *args: object, rcnn_test_cfg: ConfigType | None = None, **kwargs: object) -> InstanceList:
-        """As in `BBoxHead`; warns of a score threshold that is not told to be calibrated."""
+    def predict_by_feat(
+        self,
+        rois: tuple[Tensor, ...],
+        cls_scores: tuple[Tensor, ...],
+        bbox_preds: tuple[Tensor, ...],
+        batch_img_metas: list[dict],
+        rcnn_test_cfg: ConfigType | None = None,
+        rescale: bool = False,
+    ) -> InstanceList:
+        """As in `BBoxHead`; warns of a score threshold that is not said to be calibrated."""
         warn_of_score_threshold(type(self).__name__, rcnn_test_cfg)
-        return super().predict_by_feat(*args, rcnn_test_cfg=rcnn_test_cfg, **kwargs)
+        return super().predict_by_feat(rois, cls_scores, bbox_preds, batch_img_metas, rcnn_test_cfg, rescale)
+
+    def _check_reduction(self, reduction_override: str | None) -> None:
+        if reduction_override is not None:
+            raise ValueError(f"{type(self).__name__}: reduction_override must be None, a ranking has no other, got {reduction_override!r}")
 
     def _check_sampler(self, sampling_results: list[SamplingResult], rcnn_train_cfg: ConfigType) -> None:
         """Warns once where the sampler leaves proposals out, as configurations for other losses have it."""
