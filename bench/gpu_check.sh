@@ -72,14 +72,14 @@ for name in defined:
 }
 
 # tests BACKENDS: the suite; in parallel processes where pytest-xdist is there. Tests of the packaging build wheels and of the GPU
-# kernels compile for other machines; neither needs this one.
+# kernels compile for other machines; neither needs this one. The adapters' frameworks are not there.
 tests() {
   local workers=() without=()
   "$python" -c 'import xdist' 2>/dev/null && workers=(-n "$(($(nproc) < 8 ? $(nproc) : 8))" --dist load)
   for file in tests/test_packaging.py tests/test_cuda_compile.py tests/test_triton_compile.py tests/test_train_detector.py; do
     [ -e "$file" ] && without+=(--ignore="$file")
   done
-  RSLOSS_TEST_BACKENDS="$1" "$python" -m pytest -q -p no:cacheprovider --durations=5 "${workers[@]}" "${without[@]}" tests
+  RSLOSS_TEST_WITHOUT_FRAMEWORKS=1 RSLOSS_TEST_BACKENDS="$1" "$python" -m pytest -q -p no:cacheprovider --durations=5 "${workers[@]}" "${without[@]}" tests
 }
 
 sanitizer() {

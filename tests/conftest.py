@@ -32,6 +32,9 @@ LONGEST_FIRST = (
     *("test_packaging.py", "test_cuda_on_cpu.py", "test_train_detector.py", "test_ops.py", "test_ranking_large.py"),
     *("test_bench_harness.py", "test_bench_peers.py", "test_mmdet_dense_heads.py"),
 )
+# On a machine that cannot have MMDetection, torchvision and Ultralytics.
+if harness.WITHOUT_FRAMEWORKS:
+    collect_ignore_glob = ["test_mmdet_*.py", "test_torchvision_*.py", "test_ultralytics.py", "test_swaps.py", "test_two_stage.py"]
 # Parameters of mallopt.
 TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3
 

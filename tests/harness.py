@@ -16,6 +16,8 @@ from torch import Tensor
 import rsloss_kernels
 from rsloss_kernels import _backends, _library
 
+# Tests beside MMDetection, torchvision and Ultralytics are left out, on machines that cannot have these.
+WITHOUT_FRAMEWORKS = os.environ.get("RSLOSS_TEST_WITHOUT_FRAMEWORKS", "0") != "0"
 HOST_COMPILER = "/usr/bin/g++"
 # Rounding of a value to a 16-bit type: half a unit in the last place, and half the smallest subnormal.
 ROUNDING = {torch.float16: (2**-11, 2**-25), torch.bfloat16: (2**-8, 2**-134)}
