@@ -90,7 +90,8 @@ def test_samples(backend, name, dtype, generator):
     weight = inputs.weight if inputs.weight is None else inputs.weight.to(backend.device)
     others = (inputs.labels.to(backend.device), weight, inputs.counts[:-1].double().clamp(min=1).log().to(backend.device))
     powers = [inputs.options.get(key, default) for key, default in (("p", 0.8), ("q", 2.0), ("eps", 1e-2))]
-    losses, _ = _library.operator("seesaw_forward", backend.name)(inputs.logits.to(backend.device), *others, *powers)
+    of_rows = _library.operator("seesaw_forward", backend.name)(inputs.logits.to(backend.device), *others, *powers, 0, None)
+    losses = torch.stack(of_rows[:2])
     gate = backend.loss_gate(dtype) if dtype == torch.float64 else 3e-8
     harness.assert_within(losses.cpu(), torch.from_numpy(rows), gate * torch.from_numpy(rows).abs() + 1e-300, name)
 
@@ -211,9 +212,12 @@ def test_opcheck(backend, dtype, generator):
     logits = inputs.logits.to(backend.device)
     forward, backward = (_library.operator(name, backend.name) for name in OPERATORS)
     weight = torch.rand(5, device=backend.device)
-    torch.library.opcheck(forward, (logits.requires_grad_(), args[0], weight, args[1], 0.8, 2.0, 0.01))
-    losses, tables = forward(logits.detach(), args[0], None, args[1], 0.8, 2.0, 0.01)
-    torch.library.opcheck(backward, (logits.detach(), args[0], None, args[1], tables, losses, 0.8, 2.0))
+    rows = (logits.detach(), args[0], None, args[1])
+    avg_factor = torch.tensor(3.0, dtype=torch.float64, device=backend.device)
+    for reduction, factor in ((0, None), (1, None), (1, avg_factor), (2, None)):
+        torch.library.opcheck(forward, (logits.requires_grad_(), args[0], weight, args[1], 0.8, 2.0, 0.01, reduction, factor))
+        objectness, classes, *tables = forward(*rows, 0.8, 2.0, 0.01, reduction, factor)
+        torch.library.opcheck(backward, (*rows, *tables, objectness, None if reduction == 2 else classes, 0.8, 2.0))
 
 
 def test_compile(backend, generator):

@@ -45,10 +45,30 @@ inline void check_seesaw_rows(const char* op, const Tensor& logits, const Tensor
   check_seesaw_number(op, "q", q);
 }
 
-inline void check_seesaw_backward(const char* op, const Tensor& row_tables, const Tensor& grad_losses, const Tensor& logits) {
+inline void check_seesaw_reduction(const char* op, int64_t reduction, const std::optional<Tensor>& avg_factor,
+                                   const Tensor& logits) {
+  STD_TORCH_CHECK(reduction >= 0 && reduction <= 2, op, ": reduction must be 0 (none), 1 (mean) or 2 (sum), got ", reduction);
+  if (!avg_factor) return;
+  check_placement(op, "avg_factor", *avg_factor, logits);
+  check_dtype(op, "avg_factor", *avg_factor, ScalarType::Double);
+  STD_TORCH_CHECK(avg_factor->dim() == 0, op, ": avg_factor must have shape [], got ", shape_of(*avg_factor));
+}
+
+// Of a loss that is one number or a number per row.
+inline void check_seesaw_upstream(const char* op, const char* name, const std::optional<Tensor>& grad, const Tensor& logits) {
+  if (!grad) return;
+  check_seesaw_floating(op, name, *grad);
+  if (grad->dim() == 0) check_placement(op, name, *grad, logits);
+  else check_of_rows(op, name, *grad, logits);
+}
+
+inline void check_seesaw_backward(const char* op, const Tensor& divisors, const Tensor& row_tables,
+                                  const std::optional<Tensor>& grad_objectness, const std::optional<Tensor>& grad_classes,
+                                  const Tensor& logits) {
+  check_vector(op, "divisors", divisors, logits, ScalarType::Double, 2);
   check_table(op, "row_tables", row_tables, logits, ScalarType::Double, kSeesawTables, logits.size(0));
-  check_seesaw_floating(op, "grad_losses", grad_losses);
-  check_table(op, "grad_losses", grad_losses, logits, grad_losses.scalar_type(), 2, logits.size(0));
+  check_seesaw_upstream(op, "grad_objectness", grad_objectness, logits);
+  check_seesaw_upstream(op, "grad_classes", grad_classes, logits);
 }
 
 }  // namespace rsloss

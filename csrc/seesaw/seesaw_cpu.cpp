@@ -1,5 +1,5 @@
-// Seesaw loss on the CPU: rows over the threads, one pass forward and one back, each row by itself. Allocates the outputs and a
-// table of logarithms of the counts.
+// Seesaw loss on the CPU: rows over the threads, one pass forward and one back, each row by itself; then the rows' losses added
+// up. Allocates the outputs, the losses of the rows and a table of logarithms of the counts.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -94,17 +94,61 @@ ObjectnessTerms objectness_of(const In* pair, bool is_foreground) {
                           static_cast<double>(widen(pair[is_foreground ? 1 : 0])));
 }
 
-std::tuple<Tensor, Tensor> seesaw_forward(Tensor logits, Tensor labels, std::optional<Tensor> weights, Tensor log_counts,
-                                          double p, double q, double eps) {
+// Sums in an order that the number alone fixes.
+double sum_of(const double* values, int64_t count) {
+  constexpr int64_t kApart = 8;
+  double sums[kApart] = {};
+  int64_t i = 0;
+  for (; i + kApart <= count; i += kApart)
+    for (int64_t k = 0; k < kApart; ++k) sums[k] += values[i + k];
+  for (; i < count; ++i) sums[0] += values[i];
+  return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+}
+
+// As the operator numbers them: 2 is the sum.
+constexpr int64_t kNoReduction = 0, kMean = 1;
+
+// What divides objectness and classes.
+void fill_divisors(const Rows& problem, int64_t reduction, const std::optional<Tensor>& avg_factor, double* divisors) {
+  int64_t used = 1, foreground = 1;
+  if (reduction == kMean && !avg_factor) {
+    used = foreground = 0;
+    for (int64_t row = 0; row < problem.rows; ++row) {
+      const int64_t label = problem.label(row);
+      used += label >= 0 ? 1 : 0;
+      foreground += label >= 0 && label < problem.classes ? 1 : 0;
+    }
+  }
+  const double factor = avg_factor && reduction != kNoReduction ? *static_cast<const double*>(avg_factor->const_data_ptr()) : 1;
+  divisors[0] = factor * static_cast<double>(std::max<int64_t>(used, 1));
+  divisors[1] = factor * static_cast<double>(std::max<int64_t>(foreground, 1));
+}
+
+Tensor reduced(const double* losses, int64_t rows, double divisor, ScalarType type) {
+  Tensor loss = new_cpu_tensor({}, type);
+  const double value = sum_of(losses, rows) / divisor;
+  if (type == ScalarType::Double) *static_cast<double*>(loss.mutable_data_ptr()) = value;
+  else *static_cast<float*>(loss.mutable_data_ptr()) = static_cast<float>(value);
+  return loss;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> seesaw_forward(Tensor logits, Tensor labels, std::optional<Tensor> weights,
+                                                          Tensor log_counts, double p, double q, double eps, int64_t reduction,
+                                                          std::optional<Tensor> avg_factor) {
   const char* op = "seesaw_forward";
   check_seesaw_rows(op, logits, labels, weights, log_counts, p, q);
   check_seesaw_number(op, "eps", eps);
+  check_seesaw_reduction(op, reduction, avg_factor, logits);
   const Rows problem(logits, labels, weights, log_counts, p, q, eps);
   const int64_t rows = problem.rows, classes = problem.classes;
-  Tensor losses = new_cpu_tensor({2, rows}, ScalarType::Double);
+  Tensor divisors = new_cpu_tensor({2}, ScalarType::Double);
   Tensor row_tables = new_cpu_tensor({kSeesawTables, rows}, ScalarType::Double);
-  double* of_objectness = static_cast<double*>(losses.mutable_data_ptr());
+  Tensor objectness = new_cpu_tensor({rows}, ScalarType::Double), of_rows = new_cpu_tensor({rows}, ScalarType::Double);
+  double* of_objectness = static_cast<double*>(objectness.mutable_data_ptr());
+  double* of_classes = static_cast<double*>(of_rows.mutable_data_ptr());
   double* tables = static_cast<double*>(row_tables.mutable_data_ptr());
+  double* divided_by = static_cast<double*>(divisors.mutable_data_ptr());
+  fill_divisors(problem, reduction, avg_factor, divided_by);
   dispatch_floating(logits.scalar_type(), [&](auto tag) {
     using In = decltype(tag);
     const In* data = static_cast<const In*>(logits.const_data_ptr());
@@ -116,23 +160,39 @@ std::tuple<Tensor, Tensor> seesaw_forward(Tensor logits, Tensor labels, std::opt
       SeesawTerms terms{};
       if (is_foreground) RSL_ISA_CALL(seesaw_forward_row, problem.of_label(label), z, terms);
       of_objectness[row] = is_row_used(label, weight) ? weight * objectness_of(z + classes, is_foreground).loss : 0;
-      of_objectness[rows + row] = is_foreground ? weight * terms.loss : 0;
+      of_classes[row] = is_foreground ? weight * terms.loss : 0;
       const double values[kSeesawTables] = {terms.threshold, terms.top, terms.scale, terms.complement};
       for (int k = 0; k < kSeesawTables; ++k) tables[k * rows + row] = values[k];
     });
   });
-  return {losses, row_tables};
+  if (reduction == kNoReduction) return {objectness, of_rows, divisors, row_tables};
+  const ScalarType type = logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  return {reduced(of_objectness, rows, divided_by[0], type), reduced(of_classes, rows, divided_by[1], type), divisors,
+          row_tables};
 }
 
-Tensor seesaw_backward(Tensor logits, Tensor labels, std::optional<Tensor> weights, Tensor log_counts, Tensor row_tables,
-                       Tensor grad_losses, double p, double q) {
+// Upstream gradients of the rows' losses, over the divisor; without a tensor 0.
+struct Upstream {
+  Numbers numbers;
+  bool is_one;
+  double factor;
+
+  Upstream(const std::optional<Tensor>& grad, double divisor)
+      : numbers(grad), is_one(!grad || grad->dim() == 0), factor((grad ? 1 : 0) / divisor) {}
+  double operator[](int64_t row) const { return numbers[is_one ? 0 : row] * factor; }
+};
+
+Tensor seesaw_backward(Tensor logits, Tensor labels, std::optional<Tensor> weights, Tensor log_counts, Tensor divisors,
+                       Tensor row_tables, std::optional<Tensor> grad_objectness, std::optional<Tensor> grad_classes, double p,
+                       double q) {
   const char* op = "seesaw_backward";
   check_seesaw_rows(op, logits, labels, weights, log_counts, p, q);
-  check_seesaw_backward(op, row_tables, grad_losses, logits);
+  check_seesaw_backward(op, divisors, row_tables, grad_objectness, grad_classes, logits);
   const Rows problem(logits, labels, weights, log_counts, p, q, 0);
   const int64_t rows = problem.rows, classes = problem.classes;
   const double* tables = static_cast<const double*>(row_tables.const_data_ptr());
-  const Numbers upstream(grad_losses);
+  const double* divided_by = static_cast<const double*>(divisors.const_data_ptr());
+  const Upstream of_objectness(grad_objectness, divided_by[0]), of_classes(grad_classes, divided_by[1]);
   Tensor gradient = new_cpu_tensor_like(logits);
   dispatch_floating(logits.scalar_type(), [&](auto tag) {
     using In = decltype(tag);
@@ -148,9 +208,9 @@ Tensor seesaw_backward(Tensor logits, Tensor labels, std::optional<Tensor> weigh
       const SeesawTerms terms{tables[row], tables[rows + row], tables[2 * rows + row], tables[3 * rows + row], 0};
       if (!is_foreground) std::memset(static_cast<void*>(out), 0, static_cast<size_t>(classes) * sizeof(In));
       else if (terms.top != terms.top) std::fill(out, out + classes, In(static_cast<Wide>(NAN)));
-      else RSL_ISA_CALL(seesaw_backward_row, problem.of_label(label), z, terms, weight * upstream[rows + row], out);
+      else RSL_ISA_CALL(seesaw_backward_row, problem.of_label(label), z, terms, weight * of_classes[row], out);
       const bool is_used = is_row_used(label, weight);
-      const double pull = is_used ? weight * upstream[row] * objectness_of(z + classes, is_foreground).slope : 0;
+      const double pull = is_used ? weight * of_objectness[row] * objectness_of(z + classes, is_foreground).slope : 0;
       out[classes] = In(static_cast<Wide>(is_foreground ? -pull : pull));
       // No negative zero in rows that are not read.
       out[classes + 1] = In(static_cast<Wide>(is_foreground ? pull : 0 - pull));

@@ -7,9 +7,6 @@ from torch import Tensor
 from rsloss_kernels import _backends, _checks, _library
 from rsloss_kernels.losses.focal.arguments import REDUCTIONS, read_number
 
-# Sums that are added up apart.
-LANES = 64
-
 
 class SeesawLosses(NamedTuple):
     objectness: Tensor
@@ -73,22 +70,11 @@ def evaluate(
     _checks.check_choice(function, "reduction", reduction, REDUCTIONS)
     avg_factor = _read_avg_factor(function, avg_factor, reduction, logits, avg_eps)
     backend = _backends.resolve("seesaw_forward", logits.device.type)
-    (losses,) = _library.differentiable("seesaw_forward", backend, logits, labels, weight, log_counts, *powers)
+    options = (*powers, REDUCTIONS.index(reduction), avg_factor)
+    losses = _library.differentiable("seesaw_forward", backend, logits, labels, weight, log_counts, *options)
     if reduction == "none":
-        return SeesawLosses(*losses.to(logits.dtype))
-    losses = _sum(losses)
-    if avg_factor is not None:
-        losses = losses / avg_factor
-    elif reduction == "mean":
-        is_used = labels >= 0
-        losses = losses / torch.stack([is_used.sum(), (is_used & (labels < logits.shape[1] - 2)).sum()]).clamp(min=1)
-    return SeesawLosses(*losses.to(torch.float64 if logits.dtype == torch.float64 else torch.float32))
-
-
-def _sum(losses: Tensor) -> Tensor:
-    """Over the rows, in an order that does not depend on the number of threads."""
-    padded = torch.nn.functional.pad(losses, (0, -losses.shape[1] % LANES))
-    return padded.view(2, padded.shape[1] // LANES, LANES).sum(1).sum(1)
+        losses = (value.to(logits.dtype) for value in losses)
+    return SeesawLosses(*losses)
 
 
 def read_rows(function: str, name: str, logits: Tensor, labels: Tensor, classes: int | None) -> tuple[Tensor, Tensor]:

@@ -109,10 +109,14 @@ class SeesawLoss(distributed.HoldsGroup, StatefulLoss):
     @torch.no_grad()
     def _count(self, labels: Tensor) -> Tensor:
         """Rows of each class and of the background in all processes, float64 [C + 1]; without reading anything on the host."""
-        # Whole numbers, so that the order in which they are added does not matter. Ignored rows go behind the background.
-        places = torch.where(labels < 0, self.num_classes + 1, labels.clamp(max=self.num_classes)).long()
-        counts = torch.zeros(self.num_classes + 2, dtype=torch.int64, device=labels.device)
-        counts = counts.index_add(0, places, torch.ones_like(places))[:-1].double()
+        # Whole numbers, so that the order in which they are added does not matter. Ignored rows go in front of the classes.
+        places = labels.clamp(-1, self.num_classes) + 1
+        if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+            counts = torch.bincount(places, minlength=self.num_classes + 2)
+        else:
+            counts = torch.zeros(self.num_classes + 2, dtype=torch.int64, device=labels.device)
+            counts = counts.index_add(0, places.long(), torch.ones_like(places, dtype=torch.int64))
+        counts = counts[1:].double()
         group = None if self.process_group is None else distributed.resolve_group(type(self).__name__, self.process_group)
         return distributed.sum_over_group(counts, group)
 

@@ -6,17 +6,21 @@ from rsloss_kernels import _library
 # CUDA tensors take Triton.
 BACKENDS = ("reference", "cpp", "triton")
 FORWARD_SCHEMA = (
-    "(Tensor logits, Tensor labels, Tensor? weights, Tensor log_counts, float p, float q, float eps) -> (Tensor losses, Tensor row_tables)"
+    "(Tensor logits, Tensor labels, Tensor? weights, Tensor log_counts, float p, float q, float eps, int reduction, Tensor? avg_factor) "
+    "-> (Tensor objectness, Tensor classes, Tensor divisors, Tensor row_tables)"
 )
 BACKWARD_SCHEMA = (
-    "(Tensor logits, Tensor labels, Tensor? weights, Tensor log_counts, Tensor row_tables, Tensor grad_losses, float p, float q) "
-    "-> Tensor gradient"
+    "(Tensor logits, Tensor labels, Tensor? weights, Tensor log_counts, Tensor divisors, Tensor row_tables, Tensor? grad_objectness, "
+    "Tensor? grad_classes, float p, float q) -> Tensor gradient"
 )
 
 
-def _forward_fake(logits, *_):
+def _forward_fake(logits, labels, weights, log_counts, p, q, eps, reduction, avg_factor):
     rows = logits.shape[0]
-    return logits.new_empty((2, rows), dtype=torch.float64), logits.new_empty((4, rows), dtype=torch.float64)
+    is_wide = reduction == 0 or logits.dtype == torch.float64
+    shape, dtype = (rows,) if reduction == 0 else (), torch.float64 if is_wide else torch.float32
+    losses = [logits.new_empty(shape, dtype=dtype) for _ in range(2)]
+    return *losses, logits.new_empty((2,), dtype=torch.float64), logits.new_empty((4, rows), dtype=torch.float64)
 
 
 def _backward_fake(logits, *_):
@@ -24,21 +28,22 @@ def _backward_fake(logits, *_):
 
 
 def _save(ctx, inputs, output):
-    logits, labels, weights, log_counts, p, q, _ = inputs
+    logits, labels, weights, log_counts, p, q, *_ = inputs
     ctx.powers = (p, q)
-    ctx.mark_non_differentiable(output[1])
+    ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits, labels, weights, log_counts, output[1])
+    ctx.save_for_backward(logits, labels, weights, log_counts, *output[2:])
 
 
 def _make_backward(backend):
     seesaw_backward = _library.operator("seesaw_backward", backend)
 
-    def backward(ctx, grad_losses, *_):
-        no_gradients = [None] * 6
-        if grad_losses is None:
+    def backward(ctx, grad_objectness, grad_classes, *_):
+        no_gradients = [None] * 8
+        if grad_objectness is None and grad_classes is None:
             return None, *no_gradients
-        return seesaw_backward(*ctx.saved_tensors, grad_losses.contiguous(), *ctx.powers), *no_gradients
+        upstream = [grad if grad is None else grad.contiguous() for grad in (grad_objectness, grad_classes)]
+        return seesaw_backward(*ctx.saved_tensors, *upstream, *ctx.powers), *no_gradients
 
     return backward
 
@@ -58,7 +63,7 @@ _library.define(
     _forward_fake,
     _save,
     _make_backward,
-    num_tables=1,
-    num_saved_tables=1,
+    num_tables=2,
+    num_saved_tables=2,
     backends=BACKENDS,
 )

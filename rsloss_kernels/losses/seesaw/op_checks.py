@@ -23,15 +23,23 @@ def _check_numbers(op: str, **numbers: float) -> None:
             raise ValueError(f"{op}: {name} must be finite and at least 0, got {value}")
 
 
-def seesaw_forward(logits, labels, weights, log_counts, p, q, eps) -> None:
+def seesaw_forward(logits, labels, weights, log_counts, p, q, eps, reduction, avg_factor) -> None:
     op = "seesaw_forward"
     _check_rows(op, logits, labels, weights, log_counts)
     _check_numbers(op, p=p, q=q, eps=eps)
+    if not 0 <= reduction <= 2:
+        raise ValueError(f"{op}: reduction must be 0 (none), 1 (mean) or 2 (sum), got {reduction}")
+    if avg_factor is not None:
+        _checks.check_table(op, "avg_factor", avg_factor, logits, (), torch.float64)
 
 
-def seesaw_backward(logits, labels, weights, log_counts, row_tables, grad_losses, p, q) -> None:
+def seesaw_backward(logits, labels, weights, log_counts, divisors, row_tables, grad_objectness, grad_classes, p, q) -> None:
     op = "seesaw_backward"
     _check_rows(op, logits, labels, weights, log_counts)
     _check_numbers(op, p=p, q=q)
+    _checks.check_table(op, "divisors", divisors, logits, (2,), torch.float64)
     _checks.check_table(op, "row_tables", row_tables, logits, (4, logits.shape[0]), torch.float64)
-    _checks.check_table(op, "grad_losses", grad_losses, logits, (2, logits.shape[0]), *_checks.LOGIT_TYPES)
+    for name, grad in (("grad_objectness", grad_objectness), ("grad_classes", grad_classes)):
+        if grad is not None:
+            shape = () if grad.dim() == 0 else (logits.shape[0],)
+            _checks.check_table(op, name, grad, logits, shape, *_checks.LOGIT_TYPES)

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from rsloss_kernels.losses.seesaw.reduction import reduce_rows, spread_gradients
+
 
 def _read(logits: Tensor, labels: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Weights [N]; whether a row is read, whether its class logits are; the class of each row, any where it has none."""
@@ -41,7 +43,9 @@ def _objectness(logits: Tensor, is_used: Tensor, has_class: Tensor) -> tuple[Ten
     return torch.where(is_broken, math.nan, x), signs
 
 
-def seesaw_forward(logits, labels, weights, log_counts, p, q, eps) -> tuple[Tensor, Tensor]:
+def seesaw_forward(
+    logits, labels, weights, log_counts, p, q, eps, reduction, avg_factor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     weights, is_used, has_class, target = _read(logits, labels, weights)
     z, is_broken = _class_logits(logits, has_class, target)
     at_target = z.gather(1, target[:, None])[:, 0]
@@ -57,14 +61,15 @@ def seesaw_forward(logits, labels, weights, log_counts, p, q, eps) -> tuple[Tens
     # log1p rather than softplus, whose result is its argument beyond 20.
     objectness = torch.where(is_used, weights * (x.clamp(min=0) + torch.log1p(torch.exp(-x.abs()))), 0.0)
     tables = torch.stack([threshold, top, 1 / (1 + rest), complement]).masked_fill(is_broken, math.nan)
-    return torch.stack([objectness, classes]), torch.where(has_class, tables, 0.0)
+    reduced = reduce_rows(torch.stack([objectness, classes]), logits, labels, reduction, avg_factor)
+    return *reduced, torch.where(has_class, tables, 0.0)
 
 
-def seesaw_backward(logits, labels, weights, log_counts, row_tables, grad_losses, p, q) -> Tensor:
+def seesaw_backward(logits, labels, weights, log_counts, divisors, row_tables, grad_objectness, grad_classes, p, q) -> Tensor:
     weights, is_used, has_class, target = _read(logits, labels, weights)
     z, _ = _class_logits(logits, has_class, target)
     threshold, top, scale, complement = row_tables
-    of_objectness, of_classes = weights * grad_losses.double()
+    of_objectness, of_classes = weights * spread_gradients(grad_objectness, grad_classes, divisors, logits.shape[0])
     balanced = _balanced(z, target, log_counts, threshold, p, q)
     slopes = torch.exp(balanced - top[:, None]) * scale[:, None]
     slopes = slopes.scatter(1, target[:, None], -complement[:, None]) * of_classes[:, None]

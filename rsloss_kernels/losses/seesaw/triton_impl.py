@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rsloss_kernels.losses.group_softmax.triton_rows import sum_row
+from rsloss_kernels.losses.seesaw.reduction import reduce_rows, spread_gradients
 from rsloss_kernels.losses.triton_common import (
     exp_of_minus,
     float_bits,
@@ -192,7 +193,9 @@ def tile_shape(rows: int, classes: int, device: str) -> dict[str, int]:
     return {"ROWS": min(TILE[device] // width, triton.next_power_of_2(rows)), "COLUMNS": width}
 
 
-def seesaw_forward(logits, labels, weights, log_counts, p, q, eps) -> tuple[Tensor, Tensor]:
+def seesaw_forward(
+    logits, labels, weights, log_counts, p, q, eps, reduction, avg_factor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, classes = logits.shape[0], log_counts.numel()
     losses, tables = log_counts.new_empty((2, rows)), log_counts.new_empty((4, rows))
     log_eps = math.log(eps) if eps > 0 else -math.inf
@@ -205,11 +208,12 @@ def seesaw_forward(logits, labels, weights, log_counts, p, q, eps) -> tuple[Tens
                 **tile,
                 **OPTIONS,
             )
-    return losses, tables
+    return *reduce_rows(losses, logits, labels, reduction, avg_factor), tables
 
 
-def seesaw_backward(logits, labels, weights, log_counts, row_tables, grad_losses, p, q) -> Tensor:
+def seesaw_backward(logits, labels, weights, log_counts, divisors, row_tables, grad_objectness, grad_classes, p, q) -> Tensor:
     rows, classes = logits.shape[0], log_counts.numel()
+    grad_losses = spread_gradients(grad_objectness, grad_classes, divisors, rows)
     gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
     with launching_on(logits):
         if rows:
