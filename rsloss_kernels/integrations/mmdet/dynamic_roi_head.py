@@ -79,7 +79,8 @@ class FusedDynamicRoIHead(StandardRoIHead):
         built, options = self.bbox_assigner, self.train_cfg.dynamic_rcnn
         if type(built) is not MaxIoUAssigner or built.match_low_quality or built.pos_iou_thr != built.neg_iou_thr:
             raise ValueError(
-                "FusedDynamicRoIHead: assigner must be a MaxIoUAssigner with equal pos_iou_thr and neg_iou_thr and match_low_quality=False"
+                "FusedDynamicRoIHead: assigner must be a MaxIoUAssigner with equal pos_iou_thr and neg_iou_thr and "
+                "match_low_quality=False"
             )
         self.label_assignment = DynamicLabelAssignment(
             options.iou_topk,
@@ -87,18 +88,18 @@ class FusedDynamicRoIHead(StandardRoIHead):
             first_iou=built.pos_iou_thr,
             **{name: options[name] for name in SHARED_OPTIONS if name in options},
         )
-        kept = ("gt_max_assign_all", "ignore_iof_thr", "ignore_wrt_candidates", "gpu_assign_thr", "iou_calculator", "perm_repeat_gt_cfg")
-        arguments = {name: self.train_cfg.assigner[name] for name in kept if name in self.train_cfg.assigner}
+        replaced = ("type", "pos_iou_thr", "neg_iou_thr", "min_pos_iou", "match_low_quality")
+        arguments = {name: value for name, value in self.train_cfg.assigner.items() if name not in replaced}
         self.bbox_assigner = DynamicIoUAssigner(self.label_assignment, **arguments)
 
     def loss(self, x: tuple[Tensor, ...], rpn_results_list: InstanceList, batch_data_samples: SampleList) -> dict[str, Tensor]:
         """As in `StandardRoIHead`; in training mode it takes a step of the threshold and of beta, which count from the next step on."""
-        logged = {"dynamic_iou": self.label_assignment.iou_threshold.clone(), "dynamic_beta": self.bbox_head.loss_bbox.beta.clone()}
+        threshold, beta = self.label_assignment.iou_threshold.clone(), self.bbox_head.loss_bbox.beta.clone()
         self.bbox_assigner.results = []
         losses = super().loss(x, rpn_results_list, batch_data_samples)
         self.label_assignment.update([result.max_overlaps for result in self.bbox_assigner.results])
         self.bbox_assigner.results = []
-        return losses | {name: value.float() for name, value in logged.items()}
+        return losses | {"dynamic_iou": threshold.float(), "dynamic_beta": beta.float()}
 
     def bbox_loss(self, x: tuple[Tensor, ...], sampling_results: list[SamplingResult]) -> dict:
         """As in `StandardRoIHead`."""

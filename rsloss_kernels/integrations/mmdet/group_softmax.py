@@ -48,7 +48,8 @@ class GroupSoftmaxLoss(_GroupSoftmaxLoss):
         return_dict: bool = False,
     ):
         if (counts is None) == (groups is None):
-            raise ValueError("GroupSoftmaxLoss: one of counts and groups must be given, got " + ("none" if counts is None else "both"))
+            got = "none" if counts is None else "both"
+            raise ValueError(f"GroupSoftmaxLoss: one of counts and groups must be given, got {got}")
         if groups is not None:
             table = ClassGroups(groups, background_form=background_form)
         else:

@@ -83,7 +83,11 @@ class RankSortRoIHead(StandardRoIHead):
         self.max_masks = max_masks
 
     def mask_loss(
-        self, x: tuple[Tensor, ...], sampling_results: list[SamplingResult], bbox_feats: Tensor, batch_gt_instances: InstanceList
+        self,
+        x: tuple[Tensor, ...],
+        sampling_results: list[SamplingResult],
+        bbox_feats: Tensor,
+        batch_gt_instances: InstanceList,
     ) -> dict:
         """As in `StandardRoIHead`."""
         return super().mask_loss(x, draw_positives(sampling_results, self.max_masks), bbox_feats, batch_gt_instances)

@@ -57,8 +57,8 @@ class SigmoidScores(nn.Module):
 class RankSortBBoxHead(RankingHead, ConvFCBBoxHead):
     """`ConvFCBBoxHead` trained by a ranking loss (Oksuz et al., Rank & Sort, ICCV 2021), for Faster and Cascade R-CNN.
 
-    All proposals of all images are ranked in one call; a positive's quality is the IoU of its decoded box. The box loss is weighted by
-    the scores and balanced against the classification loss, by each stage of a cascade for itself.
+    All proposals of all images are ranked in one call; a positive's quality is the IoU of its decoded box. The box loss is weighted
+    by the scores and balanced against the classification loss, by each stage of a cascade for itself.
 
     Args:
         num_shared_fcs: as in `ConvFCBBoxHead`, but 2 by default, as in `Shared2FCBBoxHead`.
@@ -67,8 +67,8 @@ class RankSortBBoxHead(RankingHead, ConvFCBBoxHead):
         ranking: keywords of `RankingHead.init_ranking`.
         The others are those of `ConvFCBBoxHead`; boxes are always decoded.
 
-    The classifier has `num_classes` channels, the scores are their sigmoids. Without positives all losses are zeros that are connected
-    to the graph. (The authors' are then the constant 1 without a gradient; no option does that.)
+    The classifier has `num_classes` channels, the scores are their sigmoids. Without positives all losses are zeros that are
+    connected to the graph. (The authors' are then the constant 1 without a gradient; no option does that.)
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class RankSortBBoxHead(RankingHead, ConvFCBBoxHead):
         concat: bool = True,
         reduction_override: str | None = None,
     ) -> dict:
-        """As in `BBoxHead`, with targets of all images in one; each sampling result gets an attribute `ranked`, RankedPositives."""
+        """As in `BBoxHead`, targets of all images in one; each sampling result gets an attribute `ranked`, RankedPositives."""
         self._check_reduction(reduction_override)
         self._check_sampler(sampling_results, rcnn_train_cfg)
         targets = self.get_targets(sampling_results, rcnn_train_cfg, concat=True)
@@ -156,7 +156,8 @@ class RankSortBBoxHead(RankingHead, ConvFCBBoxHead):
 
     def _check_reduction(self, reduction_override: str | None) -> None:
         if reduction_override is not None:
-            raise ValueError(f"{type(self).__name__}: reduction_override must be None, a ranking has no other, got {reduction_override!r}")
+            name = type(self).__name__
+            raise ValueError(f"{name}: reduction_override must be None, a ranking has no other, got {reduction_override!r}")
 
     def _check_sampler(self, sampling_results: list[SamplingResult], rcnn_train_cfg: ConfigType) -> None:
         """Warns once where the sampler leaves proposals out, as configurations for other losses have it."""
@@ -192,7 +193,7 @@ class RankSortBBoxHead(RankingHead, ConvFCBBoxHead):
 
 
 def rows_of_positives(sampling_results: list[SamplingResult]) -> Tensor:
-    """[P]: where the positives lie among the proposals of all images; each image's come first. Reads nothing from the device."""
+    """[P]: where the positives lie among the proposals of all images, first in each. Reads nothing from the device."""
     rows, start = [], 0
     for result in sampling_results:
         count = len(result.pos_priors)
