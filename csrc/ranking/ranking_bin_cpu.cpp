@@ -76,9 +76,6 @@ void sort_records(const double* records, double* ranked, int64_t capacity, int64
     for (int64_t slot = 0; slot < capacity; ++slot) ranked[row * capacity + slot] = records[row * capacity + keys[slot].slot];
 }
 
-// Far units so many powers of two coarser than near ones leave the sums of a window their digits.
-constexpr int64_t kFarSteps = 12;
-
 // Everything a binning pass reads, and per task the sums that it writes.
 template <class T>
 struct BinTables {
@@ -100,10 +97,11 @@ struct BinTables {
     const double far_unit = std::max({unit, range / steps, 0x1p-50 * power_above(std::fabs(origin))});
     far_scale = unit > 0 ? 1 / far_unit : 0;
     far_steps = unit > 0 ? static_cast<int64_t>(std::log2(far_unit / unit)) : 0;
-    // Around 0 floats are finer than far units. Where a window would feel it, the elements there are searched for.
+    // Around 0 floats are finer than far units, and the least share of a window may be all that a loss consists of: the
+    // elements there are searched for.
     int32_t blurred_begin = 0, blurred_end = 0;
-    if (far_steps > kFarSteps) {
-      const float reach = static_cast<float>(std::min(0x1p24 * far_unit, 0x1p127));
+    const float reach = static_cast<float>(std::min(0x1p24 * far_unit, 0x1p127));
+    if (far_steps > 0 && origin <= reach && grid.top >= -reach) {
       blurred_begin = cell_of(grid, -reach);
       blurred_end = cell_of(grid, reach) + 1;
     }
