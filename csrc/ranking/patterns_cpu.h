@@ -42,17 +42,19 @@ inline uint16_t pattern_of(In value) {
 }
 
 // Adds the elements whose bits are set to counts [2, kPatterns]; neighbours go to different rows, so that runs of equal values
-// do not wait for one another.
+// do not wait for one another. A row alone may be off by a multiple of 2^32.
 inline void count_patterns(const uint16_t* logits, int64_t count, const uint64_t* negatives, uint32_t* counts) {
   uint32_t* others = counts + kPatterns;
   for (int64_t word = 0; word * 64 < count; ++word) {
     const int64_t left = count - word * 64;
     const uint64_t mask = left < 64 ? negatives[word] & ((uint64_t{1} << left) - 1) : negatives[word];
     const uint16_t* values = logits + word * 64;
-    if (mask != ~uint64_t{0}) {
+    if (left < 64 || __builtin_popcountll(mask) < 32) {
       for (uint64_t bits = mask; bits != 0; bits &= bits - 1) ++counts[values[__builtin_ctzll(bits)]];
       continue;
     }
+    // Nearly all: count all, then take the others out.
+    for (uint64_t bits = ~mask; bits != 0; bits &= bits - 1) --counts[values[__builtin_ctzll(bits)]];
     for (int i = 0; i < 64; i += 4) {
       uint64_t four;
       std::memcpy(&four, values + i, sizeof four);
@@ -70,7 +72,7 @@ struct Histogram {
   std::unique_ptr<uint32_t[]> counts;
 
   int64_t count(int64_t pattern) const {
-    int64_t sum = 0;
+    uint32_t sum = 0;
     for (int64_t row = 0; row < rows; ++row) sum += counts[row * kPatterns + pattern];
     return sum;
   }
@@ -173,9 +175,10 @@ inline void look_up_patterns(const uint16_t* logits, int64_t count, const uint64
     for (; i + 4 <= end; i += 4) {
       uint64_t four;
       std::memcpy(&four, logits + i, sizeof four);
-      const uint64_t result = uint64_t{table[four & 0xffff]} | uint64_t{table[four >> 16 & 0xffff]} << 16 |
-                              uint64_t{table[four >> 32 & 0xffff]} << 32 | uint64_t{table[four >> 48]} << 48;
-      std::memcpy(gradient + i, &result, sizeof result);
+      gradient[i] = table[four & 0xffff];
+      gradient[i + 1] = table[four >> 16 & 0xffff];
+      gradient[i + 2] = table[four >> 32 & 0xffff];
+      gradient[i + 3] = table[four >> 48];
     }
     for (; i < end; ++i) gradient[i] = table[logits[i]];
     for (uint64_t others = ~negatives[word]; others != 0; others &= others - 1) {
