@@ -1,6 +1,6 @@
 // The last step of Rank & Sort on the CPU: losses and gradient tables from ranked positives and bins.
 // The sums over positives descend a tree of qualities: prefix sums by logit over the worse (or better) half of a node for its
-// other half, all pairs inside a leaf; O(P log P) time, 128 bytes per positive.
+// other half, all pairs inside a leaf; O(P log P) time, 136 bytes per positive.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -137,15 +137,27 @@ void sweep_by_quality(const ByQuality& by, const std::vector<SegmentRange>& rang
 // Room for the members of all nodes; `value` of a rank.
 struct Members {
   template <class Value>
-  Members(const Windows& windows, const ByQuality& by, const Value& value)
-      : members(new Member[windows.count]), scratch(new Member[windows.count]), prefix(new double[4 * windows.count]) {
-    for (int32_t r = 0; r < windows.count; ++r)
-      members[r] = {r, by.position[r], windows.lower[r], windows.upper[r], windows.offset[r], value(r), 0, 0};
+  Members(const Windows& windows, const ByQuality& by, const std::vector<int32_t>& lower, const std::vector<int32_t>& upper,
+          const Value& value)
+      : members(new Member[windows.count]),
+        scratch(new Member[windows.count]),
+        prefix(new double[4 * windows.count]),
+        worse_before(new int32_t[2 * windows.count]) {
+    for (const SegmentRange& range : windows.ranges) {
+      const int32_t first = static_cast<int32_t>(range.begin);
+      for (int64_t r = range.begin; r < range.end; ++r)
+        members[r] = {by.position[r], lower[r] - first, upper[r] - first, windows.offset[r], value(r), 0, 0};
+    }
+  }
+
+  NodeRoom node(int32_t begin) const {
+    return {&scratch[begin], &prefix[4 * int64_t{begin}], &worse_before[2 * int64_t{begin}]};
   }
 
   std::unique_ptr<Member[]> members;
   std::unique_ptr<Member[]> scratch;
   std::unique_ptr<double[]> prefix;
+  std::unique_ptr<int32_t[]> worse_before;
 };
 
 std::vector<QualitySums> compare_qualities(const Windows& windows, const ByQuality& by, const double* quality) {
@@ -154,12 +166,12 @@ std::vector<QualitySums> compare_qualities(const Windows& windows, const ByQuali
   const std::vector<double> all_quality = sum_over_positives(windows, [&](int64_t j) { return quality[j]; });
   // By position, like the nodes: tasks that write to the same cache lines wait for each other.
   std::vector<double> worse(count), worse_quality(count);
-  const Members room(windows, by, [&](int32_t r) { return quality[r]; });
+  const Members room(windows, by, windows.lower, windows.upper, [&](int64_t r) { return quality[r]; });
   sweep_by_quality(
       by, windows.ranges,
       [&](Node node, int32_t middle) {
         RSL_ISA_CALL(split_adding_worse, &room.members[node.begin], node.end - node.begin, middle, windows.slope,
-                     &room.scratch[node.begin], &room.prefix[4 * int64_t{node.begin}]);
+                     room.node(node.begin));
       },
       [&](Node node) {
         for (int32_t p = node.begin; p < node.end; ++p) {
@@ -183,17 +195,16 @@ std::vector<QualitySums> compare_qualities(const Windows& windows, const ByQuali
 std::vector<double> pull_of_better(const Windows& windows, const ByQuality& by, const std::vector<double>& weight) {
   const int64_t count = windows.count;
   std::vector<double> by_quality(count + kPadding), pull(count);
-  const Members room(windows, by, [&](int32_t r) { return weight[r]; });
-  for (int64_t r = 0; r < count; ++r) {
-    by_quality[by.position[r]] = weight[r];
-    // The step at delta = 0 takes ties, in either direction.
-    if (windows.delta == 0) room.members[r].lower = room.members[r].upper = windows.full_end[r];
-  }
+  // The step at delta = 0 takes ties, in either direction.
+  const std::vector<int32_t>&lower = windows.delta == 0 ? windows.full_end : windows.lower,
+        &upper = windows.delta == 0 ? windows.full_end : windows.upper;
+  const Members room(windows, by, lower, upper, [&](int64_t r) { return weight[r]; });
+  for (int64_t r = 0; r < count; ++r) by_quality[by.position[r]] = weight[r];
   sweep_by_quality(
       by, windows.ranges,
       [&](Node node, int32_t middle) {
         RSL_ISA_CALL(split_adding_pull, &room.members[node.begin], node.end - node.begin, middle, windows.slope,
-                     &room.scratch[node.begin], &room.prefix[4 * int64_t{node.begin}]);
+                     room.node(node.begin));
       },
       [&](Node node) {
         for (int32_t p = node.begin; p < node.end; ++p) pull[room.members[p].position] = room.members[p].product;

@@ -22,8 +22,12 @@ static inline Doubles step_lanes(const Doubles& x, double slope) {
   const Doubles zero = {}, one = zero + 1.0;
   if (slope == 0) return x >= zero ? one : zero;
   Doubles h = x * slope + 0.5;
+#if RSL_ISA == 512
+  return _mm512_min_pd(_mm512_max_pd(h, zero), one);
+#else
   h = h < zero ? zero : h;
   return h > one ? one : h;
+#endif
 }
 
 static inline double add_lanes(const Doubles& v) { return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7])); }
@@ -49,71 +53,70 @@ static inline PairSums pair_sums(double centre, double sign, double slope, const
 }
 
 // Moves members of a position below `middle` to the front, the others behind them; both stay ascending by rank. Returns the
-// number of the former.
-static int64_t split_members(Member* members, int64_t count, int32_t middle, Member* scratch) {
+// number of the former. No branch and no search depends on the data: bounds among the members of a node become bounds among
+// those of a half by the number of worse ones before them.
+static int64_t split_members(Member* members, int64_t count, int32_t middle, const NodeRoom& room) {
   int64_t worse = 0, better = 0;
   for (int64_t i = 0; i < count; ++i) {
     const Member member = members[i];
     const bool is_worse = member.position < middle;
+    room.worse_before[i] = static_cast<int32_t>(worse);
     members[worse] = member;
-    scratch[better] = member;
+    room.scratch[better] = member;
     worse += is_worse;
     better += !is_worse;
   }
-  __builtin_memcpy(members + worse, scratch, static_cast<size_t>(better) * sizeof(Member));
+  room.worse_before[count] = static_cast<int32_t>(worse);
+  __builtin_memcpy(members + worse, room.scratch, static_cast<size_t>(better) * sizeof(Member));
   return worse;
 }
 
-// How many of the `count` members ascending by rank come before `rank`, at least `from`.
-static inline int64_t advance(const Member* members, int64_t count, int64_t from, int32_t rank) {
-  while (from < count && members[from].rank < rank) ++from;
-  return from;
-}
-
-// Splits a node of the tree; adds to its better half the sums of H and of H times quality over the worse half. prefix: [count
-// rows of 4].
-static int64_t split_adding_worse(Member* members, int64_t count, int32_t middle, double slope, Member* scratch,
-                                  double* prefix) {
-  const int64_t worse = split_members(members, count, middle, scratch);
+// Splits a node of the tree; adds to its better half the sums of H and of H times quality over the worse half.
+static int64_t split_adding_worse(Member* members, int64_t count, int32_t middle, double slope, const NodeRoom& room) {
+  const int64_t worse = split_members(members, count, middle, room);
   FourDoubles sum = {};
-  store_vector(prefix, sum);
+  store_vector(room.prefix, sum);
   for (int64_t k = 0; k < worse; ++k) {
-    const Member& source = members[k];
+    Member& source = members[k];
     sum += FourDoubles{1, source.value, source.offset, source.offset * source.value};
-    store_vector(prefix + 4 * (k + 1), sum);
+    store_vector(room.prefix + 4 * (k + 1), sum);
+    source.lower = room.worse_before[source.lower];
+    source.upper = room.worse_before[source.upper];
   }
-  int64_t low = 0, high = 0;
   for (int64_t i = worse; i < count; ++i) {
     Member& member = members[i];
-    low = advance(members, worse, low, member.lower);
-    high = advance(members, worse, high, member.upper);
-    const FourDoubles above = sum - load_vector<FourDoubles>(prefix + 4 * high);
-    const FourDoubles inside = load_vector<FourDoubles>(prefix + 4 * high) - load_vector<FourDoubles>(prefix + 4 * low);
+    const int32_t low = room.worse_before[member.lower], high = room.worse_before[member.upper];
+    const FourDoubles above = sum - load_vector<FourDoubles>(room.prefix + 4 * high);
+    const FourDoubles inside =
+        load_vector<FourDoubles>(room.prefix + 4 * high) - load_vector<FourDoubles>(room.prefix + 4 * low);
     member.sum += above[0] + 0.5 * inside[0] + (inside[2] - inside[0] * member.offset) * slope;
     member.product += above[1] + 0.5 * inside[1] + (inside[3] - inside[1] * member.offset) * slope;
+    member.lower -= low;
+    member.upper -= high;
   }
   return worse;
 }
 
 // Splits a node; adds to its worse half the sum over the better half of its value times H, seen from there.
-static int64_t split_adding_pull(Member* members, int64_t count, int32_t middle, double slope, Member* scratch,
-                                 double* prefix) {
-  const int64_t worse = split_members(members, count, middle, scratch), better = count - worse;
-  const Member* sources = members + worse;
+static int64_t split_adding_pull(Member* members, int64_t count, int32_t middle, double slope, const NodeRoom& room) {
+  const int64_t worse = split_members(members, count, middle, room);
   TwoDoubles sum = {};
-  store_vector(prefix, sum);
-  for (int64_t k = 0; k < better; ++k) {
-    sum += TwoDoubles{sources[k].value, sources[k].offset * sources[k].value};
-    store_vector(prefix + 2 * (k + 1), sum);
+  store_vector(room.prefix, sum);
+  for (int64_t i = worse; i < count; ++i) {
+    Member& source = members[i];
+    sum += TwoDoubles{source.value, source.offset * source.value};
+    store_vector(room.prefix + 2 * (i - worse + 1), sum);
+    source.lower -= room.worse_before[source.lower];
+    source.upper -= room.worse_before[source.upper];
   }
-  int64_t low = 0, high = 0;
   for (int64_t i = 0; i < worse; ++i) {
     Member& member = members[i];
-    low = advance(sources, better, low, member.lower);
-    high = advance(sources, better, high, member.upper);
-    const TwoDoubles below = load_vector<TwoDoubles>(prefix + 2 * low);
-    const TwoDoubles inside = load_vector<TwoDoubles>(prefix + 2 * high) - below;
+    const int32_t low = room.worse_before[member.lower], high = room.worse_before[member.upper];
+    const TwoDoubles below = load_vector<TwoDoubles>(room.prefix + 2 * (member.lower - low));
+    const TwoDoubles inside = load_vector<TwoDoubles>(room.prefix + 2 * (member.upper - high)) - below;
     member.product += below[0] + 0.5 * inside[0] - (inside[1] - inside[0] * member.offset) * slope;
+    member.lower = low;
+    member.upper = high;
   }
   return worse;
 }
