@@ -93,7 +93,7 @@ def cases(seed: int) -> Iterator[Case]:
         """Summed in float64: their own dtype would round the sum."""
         return rsloss_kernels.sigmoid_focal_loss(x, targets).double().sum()
 
-    def distances(x: Tensor, targets: Tensor) -> Tensor:
+    def smooth_l1_elements(x: Tensor, targets: Tensor) -> Tensor:
         return rsloss_kernels.smooth_l1_loss(x, targets, 0.0, reduction="none").double().sum()
 
     rank_sort = functools.partial(case, rsloss_kernels.rank_sort_loss, "rank_sort_forward")
@@ -149,7 +149,7 @@ def cases(seed: int) -> Iterator[Case]:
     counts = torch.rand(classes - 1, generator=generator) * 1000
     offsets, beta = torch.randn(anchors, classes, generator=generator), torch.tensor(0.7, dtype=torch.float64)
     yield case(rsloss_kernels.smooth_l1_loss, "smooth_l1_forward", "weights of rows", logits, offsets, beta, quality)
-    yield case(distances, "smooth_l1_elements", "beta 0", logits, offsets)
+    yield case(smooth_l1_elements, "smooth_l1_elements", "beta 0", logits, offsets)
     yield case(rsloss_kernels.seesaw_loss, "seesaw_forward", "weights", logits * 3, labels.clamp(max=classes - 2), counts, quality)
 
 

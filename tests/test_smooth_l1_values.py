@@ -225,3 +225,19 @@ def test_the_same_bits_every_time(backend, generator):
             assert evaluate(backend, inputs) == first
     finally:
         torch.set_num_threads(threads)
+
+
+def test_scaled_mirrored_and_shuffled(backend, generator):
+    """By a power of two everything scales to the last bit; a mirrored difference has the opposite slope; elements stand for themselves."""
+    inputs = draw(generator, (40, 3), 0.4, "row", reduction="none")
+    base = evaluate(backend, inputs)
+    got = evaluate(backend, Inputs(inputs.pred * 8, inputs.target * 8, 3.2, inputs.weight, inputs.options))
+    assert torch.equal(got.losses[0], base.losses[0] * 8) and torch.equal(got.gradient, base.gradient)
+    got = evaluate(backend, Inputs(inputs.target, inputs.pred, 0.4, inputs.weight, inputs.options))
+    assert torch.equal(got.losses[0], base.losses[0]) and torch.equal(got.gradient, -base.gradient)
+    order = torch.randperm(40, generator=generator)
+    got = evaluate(backend, Inputs(inputs.pred[order], inputs.target[order], 0.4, inputs.weight[order], inputs.options))
+    assert torch.equal(got.losses[0], base.losses[0][order]) and torch.equal(got.gradient, base.gradient[order])
+    # Convex, and never above the absolute value nor more than beta / 2 below it.
+    distance = (inputs.pred - inputs.target).abs() * inputs.weight[:, None]
+    assert (base.losses[0] <= distance * (1 + 1e-6)).all() and (base.losses[0] >= distance - 0.2 * inputs.weight[:, None] - 1e-6).all()
