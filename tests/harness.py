@@ -218,8 +218,11 @@ def where(mask: Tensor) -> list[int]:
 
 
 def generator(seed: int, name: str) -> torch.Generator:
-    """Random numbers of one test: depend on the seed of the run and on the test's name, not on which tests ran before."""
-    return torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+    """Random numbers of one test: depend on the seed of the run and on the test's name, not on which tests ran before.
+
+    Both are mixed into 32 bits, which is all that torch's generator for CPUs takes of a seed.
+    """
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
 
 
 @dataclasses.dataclass
