@@ -19,7 +19,7 @@ from digits_detector.model import STRIDES, Pyramid
 from digits_detector.training import Settings, Trainer
 from rsloss_kernels import DynamicLabelAssignment, DynamicSmoothL1Loss
 
-LEARNING_RATE = 4e-3
+LEARNING_RATE = 5e-3
 # Sides of the anchors by level; objects have 3 to 44 pixels.
 ANCHORS = ((12.0, 20.0), (28.0, 40.0))
 PROPOSALS = 200
