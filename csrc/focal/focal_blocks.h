@@ -12,6 +12,7 @@ namespace rsloss {
 constexpr int kBlock = 1024;
 constexpr int kBlockWords = kBlock / 64;
 constexpr int kLanes = 16;  // of the longest vector
+constexpr int kPresenceWords = 32;
 
 // Without qualities, weights or gradients those are null. A level of one class is a map: labels and logits are side by side.
 struct FocalLevel {
@@ -50,6 +51,7 @@ struct ClassColumns {
   float* gamma_low;
   float* positive_rounded;
   float* negative_rounded;
+  float* negative_lost;  // in rounding
 };
 
 // The class table, and the columns in the order in which the elements of a block meet them: rows again and again, or, where
@@ -58,7 +60,9 @@ struct FocalTable {
   const double* table;  // [3, C]
   LabelRule rule;
   FocalModulator modulator;
-  int common_gamma;  // 0, 1 or 2 where every class has it, else -1
+  int common_gamma;                // 0, 1 or 2 where every class has it, else -1
+  bool has_one_negative_weight;    // all classes have it
+  bool has_float_negative_weight;  // floats, their products and what those lose are in the normal range
   double factor;
   int64_t rows_per_block;  // 0: rows are longer than a block
   int64_t columns_size;
@@ -73,6 +77,7 @@ struct FocalBlock {
   int size;
   int wrap;  // element i has entry i & wrap of the columns and sums
   bool has_labels;
+  bool has_one_weight;  // of all targets of 0, but for weights of their own
   bool has_ones;
   bool has_soft;
   uint64_t negative[kBlockWords];
@@ -81,13 +86,16 @@ struct FocalBlock {
   ClassColumns columns;
   double* positive_sums;
   double* negative_sums;
-  const double* weight;  // null: 1
+  float* negative_pulls;  // of rows: slopes that are not in negative_sums yet
+  const double* weight;   // null: 1
   alignas(64) double target[kBlock];
   alignas(64) double weights[kBlock];
   // Of maps, whose blocks have one class: its columns, sums, and what the labels of the rows say for all classes.
   alignas(64) double own[5][kLanes];
   alignas(64) float own_rounded[4][kLanes];
   alignas(64) int32_t row_columns[kBlock];
+  uint64_t row_ignored[kBlockWords];
+  uint64_t present[kPresenceWords];  // bit c modulo its size: a row may have the label of class c
   alignas(64) double row_weights[kBlock];
 };
 

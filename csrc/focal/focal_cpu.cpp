@@ -5,6 +5,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 #include <optional>
 #include <tuple>
@@ -94,7 +95,7 @@ class TableColumns {
  public:
   FocalTable view{};
 
-  // has_floats: gradients of logits of float32 or narrower.
+  // has_floats: logits of float32 or narrower.
   TableColumns(const Arguments& arguments, double factor, bool has_floats) {
     const int64_t classes = arguments.class_table.size(1);
     view.table = static_cast<const double*>(arguments.class_table.const_data_ptr());
@@ -102,6 +103,12 @@ class TableColumns {
     view.modulator = static_cast<FocalModulator>(arguments.modulator);
     view.factor = factor;
     view.common_gamma = common_gamma(classes);
+    const double* negative = view.table + kNegativeWeight * classes;
+    view.has_one_negative_weight =
+        std::all_of(negative, negative + classes, [&](double other) { return other == negative[0]; });
+    view.has_float_negative_weight = std::all_of(negative, negative + classes, [](double other) {
+      return other == 0 || (std::fabs(other) > 1e-20 && std::fabs(other) < 1e20);
+    });
     // Rows that fill whole vectors where some do.
     const int64_t most = kBlock / classes, whole = kLanes / std::gcd(classes, int64_t{kLanes});
     view.rows_per_block = most >= whole ? most / whole * whole : most;
@@ -112,7 +119,7 @@ class TableColumns {
     for (std::vector<float>& column : floats_) column.assign(has_floats ? view.columns_size : 0, 0.0f);
     for (int64_t i = 0; i < entries; ++i) set_entry(i, class_entry(view.table, classes, i % classes), has_floats);
     view.columns = {doubles_[0].data(), doubles_[1].data(), doubles_[2].data(), floats_[0].data(),
-                    floats_[1].data(),  floats_[2].data(),  floats_[3].data()};
+                    floats_[1].data(),  floats_[2].data(),  floats_[3].data(),  floats_[4].data()};
     view.live_negative = live_[0].data();
     view.live_positive = live_[1].data();
     view.live = live_[2].data();
@@ -120,7 +127,7 @@ class TableColumns {
 
  private:
   std::vector<double> doubles_[3];
-  std::vector<float> floats_[4];
+  std::vector<float> floats_[5];
   std::vector<uint64_t> live_[3];
 
   int common_gamma(int64_t classes) const {
@@ -142,6 +149,7 @@ class TableColumns {
     floats_[1][i] = static_cast<float>(entry.gamma - static_cast<double>(floats_[0][i]));
     floats_[2][i] = static_cast<float>(doubles_[1][i]);
     floats_[3][i] = static_cast<float>(doubles_[2][i]);
+    floats_[4][i] = static_cast<float>(doubles_[2][i] - static_cast<double>(floats_[3][i]));
   }
 };
 
@@ -200,7 +208,7 @@ std::tuple<Tensor, Tensor> focal_forward(Tensors logits, Tensors targets, Tensor
                             modulator, maps,    background_first, ignore_index, scale};
   check_focal_levels("focal_forward", logits, targets, qualities, weights, class_table, normalizer, modulator, maps);
   const std::vector<FocalLevel> levels = view_levels(arguments, {});
-  const TableColumns columns(arguments, 1, false);
+  const TableColumns columns(arguments, 1, logits[0].scalar_type() != ScalarType::Double);
   const FocalTable& table = columns.view;
   const std::vector<Chunk> chunks = cut_into_chunks(arguments, levels, table);
   const int64_t classes = table.rule.classes, width = class_sums ? kClassSumRows * classes : 0;
@@ -214,7 +222,9 @@ std::tuple<Tensor, Tensor> focal_forward(Tensors logits, Tensors targets, Tensor
       const In* data = static_cast<const In*>(level.logits);
       double* part = parts.data() + i * (1 + width);
       std::vector<double> sums(class_sums ? kClassSumRows * (level_is_map(level) ? classes : table.columns_size) : 0);
-      part[0] = RSL_ISA_CALL(sum_strips<In>, level, table, data, chunk.begin, chunk.end, class_sums ? sums.data() : nullptr);
+      std::vector<float> pulls(class_sums && !level_is_map(level) ? table.columns_size : 0);
+      part[0] = RSL_ISA_CALL(sum_strips<In>, level, table, data, chunk.begin, chunk.end, class_sums ? sums.data() : nullptr,
+                             pulls.data());
       if (class_sums) add_by_class(sums, classes, part + 1);
     });
   });

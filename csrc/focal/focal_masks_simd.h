@@ -9,6 +9,35 @@ static inline const In* pad_values(const In* values, int size, In* padded) {
   return padded;
 }
 
+// Logits as they are computed with: for loops over whole vectors.
+static inline const double* widen_values(const double* values, int size, double* padded) {
+  return pad_values(values, size, padded);
+}
+template <class In>
+static inline const float* widen_values(const In* values, int size, float* widened) {
+  if (sizeof(In) == 4 && size % kFloats == 0) return reinterpret_cast<const float*>(values);
+  int i = 0;
+  for (; i + kFloats <= size; i += kFloats) store_floats(widened + i, load_floats(values + i));
+  for (; i < size; ++i) widened[i] = widen(values[i]);
+  for (; i % kFloats != 0; ++i) widened[i] = 0;
+  return widened;
+}
+
+// And results as they are returned.
+template <class Value, class Out>
+static inline void narrow_values(const Value* values, int size, Out* output) {
+  if constexpr (sizeof(Out) == sizeof(Value)) {
+    __builtin_memcpy(output, values, static_cast<size_t>(size) * sizeof(Out));
+  } else {
+    int i = 0;
+    for (; i + kFloats <= size; i += kFloats) store_floats(output + i, load_floats(values + i));
+    if (i == size) return;
+    Out last[kFloats];
+    store_floats(last, load_floats(values + i));
+    __builtin_memcpy(output + i, last, static_cast<size_t>(size - i) * sizeof(Out));
+  }
+}
+
 static inline void set_bits(uint64_t* words, int begin, int end) {
   for (; begin < end; begin = (begin / 64 + 1) * 64) {
     const int word_end = (begin / 64 + 1) * 64, last = end < word_end ? end : word_end;
@@ -77,6 +106,7 @@ static void find_in_dense(const In* targets, FoundMasks& found, FocalBlock& bloc
     uint32_t zero = 0, one = 0, below = 0;
     if constexpr (sizeof(In) <= 4) {
       const FloatVec target = load_floats(data + i);
+      if (equal_mask(target, FloatVec{}) == kAllFloats) continue;
       zero = equal_mask(target, FloatVec{}), one = equal_mask(target, all_floats(1)), below = greater_mask(FloatVec{}, target);
     } else {
       for (int lane = 0; lane < kFloats; ++lane) {
@@ -199,7 +229,14 @@ static void read_map_rows(const FocalLevel& level, const FocalTable& table, int6
   if (level.has_labels) {
     const LabelRule rule = table.rule;
     with_labels(level, [&, rule](auto labels) {
-      for (int i = 0; i < size; ++i) block.row_columns[i] = static_cast<int32_t>(labelled_column(rule, labels[first_row + i]));
+      for (int word = 0; word < kPresenceWords; ++word) block.present[word] = 0;
+      for (int word = 0; word < kBlockWords; ++word) block.row_ignored[word] = 0;
+      for (int i = 0; i < size; ++i) {
+        const int64_t column = labelled_column(rule, labels[first_row + i]);
+        block.row_columns[i] = static_cast<int32_t>(column);
+        if (column >= 0) set_bit(block.present, static_cast<int>(column % (64 * kPresenceWords)));
+        else if (column == kIgnoredRow) set_bit(block.row_ignored, i);
+      }
     });
     for (int i = size; i % kFloats != 0; ++i) block.row_columns[i] = kIgnoredRow;
   }
@@ -234,9 +271,10 @@ static void fill_from_map(const FocalLevel& level, const FocalTable& table, int6
     for (int i = 0; i < size; i += kFloats)
       for (int lane = 0; lane < kFloats; ++lane) set_lanes(found.dropped, i + lane, block.row_weights[i + lane] == 0);
   }
-  for (int i = 0; level.has_labels && i < size; i += kFloats) {
+  for (int word = 0; level.has_labels && word < kBlockWords; ++word) found.dropped[word] |= block.row_ignored[word];
+  const bool may_be_labelled = level.has_labels && has_bit(block.present, static_cast<int>(column % (64 * kPresenceWords)));
+  for (int i = 0; may_be_labelled && i < size; i += kFloats) {
     const IntVec columns = load_vec<IntVec>(block.row_columns + i);
-    set_lanes(found.dropped, i, mask_of(columns == static_cast<int32_t>(kIgnoredRow)));
     const uint32_t labelled = mask_of(columns == static_cast<int32_t>(column));
     if (level.qualities == nullptr) {
       set_lanes(found.one, i, labelled);

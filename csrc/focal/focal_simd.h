@@ -1,7 +1,8 @@
 // Strips of a level -> the sum of losses with the sums of classes, single losses, or gradients. Compiled once per instruction
 // set (common/for_each_isa.h). A block of elements at a time: targets and weights become bit masks (focal_masks_simd.h); then a
 // sweep takes the targets of 0, one those of 1 and one all others, each the vectors that hold any. Elements are computed in
-// double (focal_elements_simd.h), but for gradients of float32 and narrower logits, which are computed in float.
+// double (focal_elements_simd.h), but for float32 and narrower logits gradients, and losses of targets of 0 at logits of 0 and
+// below (focal_background_simd.h), in float.
 #include "common/vectors_simd.h"
 
 #include "common/exponentials_simd.h"
@@ -14,6 +15,8 @@ static inline DoubleVec column_of(const double* column, const FocalBlock& block,
 static inline FloatVec column_of(const float* column, const FocalBlock& block, int i) {
   return load_floats(column + (i & block.wrap));
 }
+
+#include "focal/focal_background_simd.h"
 
 // Calls body(first element of the vector, lanes wanted) where any is.
 template <class Body>
@@ -113,9 +116,30 @@ static inline void add_to_class_sums(double* sums, const FocalBlock& block, int 
   store_vec(at, load_vec<DoubleVec>(at) + choose(lanes, absolute(element.slope), DoubleVec{}));
 }
 
+template <int kGamma, ClassSums kSums>
+static inline void sum_background(const float* logits, const FocalBlock& block, uint64_t* left_over, DoublePair& result) {
+  if (block.has_one_weight) sum_background<kGamma, kSums, true>(logits, block, left_over, result);
+  else sum_background<kGamma, kSums, false>(logits, block, left_over, result);
+}
+
+// The targets of 0 that floats can take; what is left over for double.
+template <int kGamma, bool kClassSums>
+static inline void sum_background(const float* logits, const FocalBlock& block, uint64_t* left_over, DoublePair& result) {
+  if (!kClassSums) sum_background<kGamma, ClassSums::kNone>(logits, block, left_over, result);
+  else if (block.wrap == -1) sum_background<kGamma, ClassSums::kOfEntries>(logits, block, left_over, result);
+  else sum_background<kGamma, ClassSums::kOfBlock, true>(logits, block, left_over, result);
+}
+
+// In: float or double.
 template <int kGamma, bool kClassSums, class In>
 [[gnu::flatten]] static void sum_block(const FocalTable& table, const In* logits, const FocalBlock& block, DoublePair& result) {
   constexpr bool kExact = sizeof(In) == 8;
+  const uint64_t* zeros = block.negative;
+  uint64_t left_over[kBlockWords] = {};
+  if constexpr (!kExact) {
+    if (block.weight == nullptr && (block.has_one_weight || table.has_float_negative_weight))
+      sum_background<kGamma, kClassSums>(logits, block, left_over, result), zeros = left_over;
+  }
   DoublePair total = result;
   const auto add_to = [&](double* sums) {
     return [&, sums](int i, uint32_t lanes, const ElementDoubles& low, const ElementDoubles& high) {
@@ -128,7 +152,8 @@ template <int kGamma, bool kClassSums, class In>
       }
     };
   };
-  sweep_hard<kGamma, kExact, false>(logits, block, block.negative, add_to(block.negative_sums));
+  if (zeros != left_over || any_bit(zeros))
+    sweep_hard<kGamma, kExact, false>(logits, block, zeros, add_to(block.negative_sums));
   if (block.has_ones) sweep_ones<kGamma, kExact>(table, logits, block, block.one, add_to(block.positive_sums));
   result = total;
   if (!block.has_soft) return;
@@ -175,9 +200,9 @@ template <bool kGradient, int kGamma, class In>
 }
 
 // Slopes in float of targets of 0, where the others become 0, or of 1. What is beyond the range of floats is left over.
-template <int kGamma, bool kPositive, class In>
-[[gnu::flatten]] static void write_float(const In* logits, const FocalBlock& block, const uint64_t* wanted, uint64_t* left_over,
-                                         In* output) {
+template <int kGamma, bool kPositive>
+[[gnu::flatten]] static void write_float(const float* logits, const FocalBlock& block, const uint64_t* wanted,
+                                         uint64_t* left_over, float* output) {
   const ClassColumns& columns = block.columns;
   for (int i = 0; i < block.size; i += kFloats) {
     const uint32_t mask = static_cast<uint32_t>(wanted[i / 64] >> i % 64) & kAllFloats;
@@ -201,9 +226,10 @@ template <int kGamma, bool kPositive, class In>
   }
 }
 
-template <int kGamma, class In>
-static void write_gradient(const FocalTable& table, const In* logits, const FocalBlock& block, In* output) {
-  if constexpr (sizeof(In) == 8) {
+// Value: float or double.
+template <int kGamma, class Value>
+static void write_gradient(const FocalTable& table, const Value* logits, const FocalBlock& block, Value* output) {
+  if constexpr (sizeof(Value) == 8) {
     clear_output(output, block.size);
     write_wide<true, kGamma>(table, logits, block, block.negative, block.one, output);
   } else {
@@ -218,8 +244,8 @@ static void write_gradient(const FocalTable& table, const In* logits, const Foca
 }
 
 static inline ClassColumns columns_from(const ClassColumns& all, int64_t first) {
-  return {all.gamma + first,     all.positive + first,         all.negative + first,        all.gamma_high + first,
-          all.gamma_low + first, all.positive_rounded + first, all.negative_rounded + first};
+  return {all.gamma + first,     all.positive + first,         all.negative + first,         all.gamma_high + first,
+          all.gamma_low + first, all.positive_rounded + first, all.negative_rounded + first, all.negative_lost + first};
 }
 
 static void set_class(const FocalTable& table, int64_t c, FocalBlock& block) {
@@ -231,8 +257,8 @@ static void set_class(const FocalTable& table, int64_t c, FocalBlock& block) {
     block.own_rounded[0][lane] = high, block.own_rounded[1][lane] = low;
     block.own_rounded[2][lane] = static_cast<float>(positive), block.own_rounded[3][lane] = static_cast<float>(negative);
   }
-  block.columns = {block.own[0],         block.own[1],         block.own[2],        block.own_rounded[0],
-                   block.own_rounded[1], block.own_rounded[2], block.own_rounded[3]};
+  block.columns = {block.own[0],         block.own[1],         block.own[2],         block.own_rounded[0],
+                   block.own_rounded[1], block.own_rounded[2], block.own_rounded[3], nullptr};
 }
 
 // Of a level in strips: some rows, as many as the table says, or a part of a map.
@@ -242,12 +268,15 @@ static inline bool is_map(const FocalLevel& level) { return level.layout.inner >
 // add.
 template <class Body>
 static inline void for_row_blocks(const FocalLevel& level, const FocalTable& table, int64_t begin, int64_t end, double* sums,
-                                  FocalBlock& block, const Body& body) {
+                                  float* pulls, FocalBlock& block, const Body& body) {
   const int64_t classes = level.layout.classes, rows = level.layout.outer;
   block.wrap = -1;
+  block.has_one_weight = table.has_one_negative_weight;
   const auto run = [&](int64_t row, int64_t column, int64_t size) {
     block.columns = columns_from(table.columns, column);
-    if (sums != nullptr) block.positive_sums = sums + column, block.negative_sums = sums + table.columns_size + column;
+    if (sums != nullptr)
+      block.positive_sums = sums + column, block.negative_sums = sums + table.columns_size + column,
+      block.negative_pulls = pulls + column;
     fill_from_rows(level, table, row, column, static_cast<int>(size), block);
     body(row * classes + column);
   };
@@ -269,6 +298,7 @@ static inline void for_map_blocks(const FocalLevel& level, const FocalTable& tab
   const int64_t classes = level.layout.classes, inner = level.layout.inner;
   const MapStrips strips = map_strips(level.layout);
   block.wrap = kLanes - 1;
+  block.has_one_weight = true;
   block.positive_sums = block.own[3], block.negative_sums = block.own[4];
   for (int64_t strip = begin; strip < end; ++strip) {
     const int64_t part = strip / strips.class_parts, first_class = strip % strips.class_parts * strips.class_step;
@@ -304,22 +334,44 @@ static inline void with_gamma(const FocalTable& table, const Body& body) {
   else body(CommonGamma<-1>{});
 }
 
-// Adds to `sums`, which is null or as for_row_blocks and for_map_blocks say; returns the sum of the losses.
+// Moves what strips of rows added to `pulls` into the sums of the entries.
+template <int kGamma>
+static void add_pulls(const FocalTable& table, float* pulls, double* negative_sums) {
+  constexpr double unscale = kBackgroundUnscale<kGamma>;
+  for (int64_t i = 0; i < table.columns_size; i += kFloats) {
+    const DoublePair pull = load_doubles(pulls + i), w = load_doubles(table.columns.negative + i),
+                     sum = load_doubles(negative_sums + i);
+    // Where there is nothing the weight may be anything.
+    const auto add = [](DoubleVec sum, DoubleVec w, DoubleVec pull) {
+      return pull == 0.0 ? sum : sum + absolute(w) * (unscale * pull);
+    };
+    store_doubles(negative_sums + i, {add(sum.low, w.low, pull.low), add(sum.high, w.high, pull.high)});
+    store_floats(pulls + i, FloatVec{});
+  }
+}
+
+// Adds to `sums`, which is null or as for_row_blocks and for_map_blocks say; returns the sum of the losses. pulls: as many
+// zeros as columns, for the sums of rows.
 template <class In>
 static double sum_strips(const FocalLevel& level, const FocalTable& table, const In* logits, int64_t begin, int64_t end,
-                         double* sums) {
+                         double* sums, float* pulls) {
   FocalBlock block;
-  In padded[kBlock];
+  Arithmetic<In> padded[kBlock];
   DoublePair total = {};
   with_gamma(table, [&](auto gamma) {
     constexpr int kGamma = decltype(gamma)::value;
     const auto add = [&](int64_t element) {
-      const In* data = pad_values(logits + element, block.size, padded);
+      const Arithmetic<In>* data = widen_values(logits + element, block.size, padded);
       if (sums != nullptr) sum_block<kGamma, true>(table, data, block, total);
       else sum_block<kGamma, false>(table, data, block, total);
     };
     if (is_map(level)) for_map_blocks(level, table, begin, end, sums, block, add, [](int64_t, int) {});
-    else for_row_blocks(level, table, begin, end, sums, block, add);
+    else if (sums == nullptr) for_row_blocks(level, table, begin, end, sums, pulls, block, add);
+    // Of each entry a few slopes are added in float.
+    for (int64_t first = begin; !is_map(level) && sums != nullptr && first < end; first += 8) {
+      for_row_blocks(level, table, first, first + 8 < end ? first + 8 : end, sums, pulls, block, add);
+      add_pulls<kGamma>(table, pulls, sums + table.columns_size);
+    }
   });
   const DoubleVec sum = total.low + total.high;
   double result = 0;
@@ -331,24 +383,28 @@ static double sum_strips(const FocalLevel& level, const FocalTable& table, const
 template <bool kGradient, class In>
 static void write_strips(const FocalLevel& level, const FocalTable& table, const In* logits, int64_t begin, int64_t end,
                          In* output) {
+  using Value = Arithmetic<In>;
   FocalBlock block;
-  In padded[kBlock], padded_output[kBlock];
+  Value padded[kBlock], padded_output[kBlock];
   with_gamma(table, [&](auto gamma) {
     const auto write = [&](int64_t element) {
-      const In* data = pad_values(logits + element, block.size, padded);
-      In* result = block.size % kFloats == 0 ? output + element : padded_output;
+      const Value* data = widen_values(logits + element, block.size, padded);
+      Value* result = padded_output;
+      if constexpr (sizeof(In) >= 4) {
+        if (block.size % kFloats == 0) result = output + element;
+      }
       if constexpr (kGradient) {
         write_gradient<decltype(gamma)::value>(table, data, block, result);
       } else {
         clear_output(result, block.size);
         write_wide<false, -1>(table, data, block, block.negative, block.one, result);
       }
-      if (result == padded_output) __builtin_memcpy(output + element, result, static_cast<size_t>(block.size) * sizeof(In));
+      if (result == padded_output) narrow_values(result, block.size, output + element);
     };
     const auto skip = [&](int64_t element, int size) {
       __builtin_memset(output + element, 0, static_cast<size_t>(size) * sizeof(In));
     };
     if (is_map(level)) for_map_blocks(level, table, begin, end, nullptr, block, write, skip);
-    else for_row_blocks(level, table, begin, end, nullptr, block, write);
+    else for_row_blocks(level, table, begin, end, nullptr, nullptr, block, write);
   });
 }
