@@ -11,6 +11,7 @@ from published_efl import PublishedEqualizedFocalLoss
 from rsloss_kernels import EqualizedFocalLoss, EQLv2Loss, SigmoidFocalLoss, use_backend
 from sigmoid_samples import EFL, EQFL, EQLV2, EQUALIZED_LOSSES, SigmoidSample
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 LOSSES = pytest.mark.parametrize("loss", EQUALIZED_LOSSES.values(), ids=EQUALIZED_LOSSES)
 CLASSES = 4
@@ -210,6 +211,17 @@ def test_reductions_share_the_state(backend, loss, generator):
     module = new(backend, loss, loss_weight=0.5)
     run(backend, module, *arguments, avg_factor=4)
     torch.testing.assert_close(buffers(module)["pos_grad"], states["sum"]["pos_grad"] / 4, rtol=1e-15, atol=0)
+
+
+@LOSSES
+def test_tensors_without_numbers(loss):
+    """Whether a step is finite is not asked of a tensor that does not know."""
+    with FakeTensorMode():
+        module = loss.module(CLASSES)
+        labels = torch.zeros(6, dtype=torch.int64)
+        logits = torch.empty(6, CLASSES + (loss is EQLV2), requires_grad=True)
+        module(logits, (labels, torch.empty(6)) if loss is EQFL else labels).backward()
+        assert isinstance(module.pos_neg, FakeTensor) and logits.grad.shape == logits.shape
 
 
 @LOSSES

@@ -73,9 +73,9 @@ class _GradientBalance(distributed.HoldsGroup, StatefulLoss):
 
 
 def _are_finite(loss: Tensor, sums: Tensor) -> bool | Tensor:
-    """Read on the host where it need not wait; on a GPU and in a traced graph 0-d."""
+    """Read on the host where it need not wait; on a GPU, in a traced graph and of tensors without numbers 0-d."""
     # Infinities and NaN survive in a sum, which finite gradients do not overflow.
-    if sums.is_cpu and not torch.compiler.is_compiling():
+    if sums.is_cpu and type(sums) is Tensor and not torch.compiler.is_compiling():
         return math.isfinite(float(sums.sum()) + float(loss))
     return (sums.sum() + loss).isfinite()
 
