@@ -9,8 +9,9 @@ LOGIT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # What `os.environ` keeps its variables in: asking itself for one that is not set encodes, raises and catches twice, which a small
 # loss feels.
-_ENVIRONMENT = os.environ._data
-_DEBUG_CHECKS, _ON = os.environ.encodekey("RSLOSS_DEBUG_CHECKS"), os.environ.encodevalue("1")
+_ENVIRONMENT, _DEBUG_CHECKS, _ON = os.environ, "RSLOSS_DEBUG_CHECKS", "1"
+if hasattr(os.environ, "_data"):
+    _ENVIRONMENT, _DEBUG_CHECKS, _ON = os.environ._data, os.environ.encodekey(_DEBUG_CHECKS), os.environ.encodevalue(_ON)
 
 
 def debug_checks() -> bool:

@@ -1,6 +1,8 @@
 """Smooth L1 loss inside autograd, compilers and CUDA graphs' rules; what it refuses."""
 import copy
+import importlib.util
 import itertools
+import os
 import threading
 
 import harness
@@ -200,6 +202,20 @@ def test_debug_checks_read_beta(monkeypatch, beta):
     with pytest.raises(ValueError, match="smooth_l1_loss: beta must be 0 or within"):
         smooth_l1_loss(**{**good(), "beta": torch.tensor(beta, dtype=torch.float64)})
     smooth_l1_loss(**{**good(), "beta": torch.tensor(0.0)})
+
+
+@pytest.mark.parametrize("environment", [os.environ, {}], ids=["of_the_process", "plain"])
+def test_debug_checks_are_switched_while_running(monkeypatch, environment):
+    """Whatever `os.environ` keeps its variables in."""
+    monkeypatch.setattr(os, "environ", environment)
+    spec = importlib.util.find_spec("rsloss_kernels._checks")
+    checks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(checks)
+    for value, wanted in (("1", True), ("0", False)):
+        monkeypatch.setitem(environment, "RSLOSS_DEBUG_CHECKS", value)
+        assert checks.debug_checks() is wanted
+    monkeypatch.delitem(environment, "RSLOSS_DEBUG_CHECKS")
+    assert not checks.debug_checks()
 
 
 OPERATOR_FAULTS = {
