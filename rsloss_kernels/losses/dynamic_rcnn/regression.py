@@ -104,7 +104,7 @@ class DynamicSmoothL1Loss(WindowedValue):
                 first; or a list of these, one per image.
             bbox_weights: real or bool [N, D] or [N], or a list of these: "mmdet" counts the rows whose (first) weight is above 0, None
                 all; "original" does not read it.
-            num_images: of these targets; None: the length of the list, 1 for a Tensor.
+            num_images: of these targets, at least 1 where there are any; None: the length of the list, 1 for a Tensor.
 
         Raises TypeError, ValueError: wrong types, shapes, devices; more images than `max_images`.
         """
@@ -119,6 +119,8 @@ class DynamicSmoothL1Loss(WindowedValue):
             num_images = 1 if isinstance(bbox_targets, Tensor) else len(bbox_targets)
         elif isinstance(num_images, bool) or not isinstance(num_images, int) or num_images < 0:
             raise ValueError(f"{name}: num_images must be an int of at least 0, got {num_images!r}")
+        if num_images == 0 and len(targets):
+            raise ValueError(f"{name}: num_images must be at least 1 for targets of shape {list(targets.shape)}, got 0")
         self._check_images(num_images)
         counts = targets.new_ones(len(targets), dtype=torch.bool)
         if bbox_weights is not None:
