@@ -89,6 +89,15 @@ def test_single_differences(backend):
                                  narrow=GRADIENT_GATE)  # fmt: skip
 
 
+@pytest.mark.parametrize("d, beta, weight", [(1e-20, 1.0, 1e12), (1e-5, 1e30, 1e15), (1e-30, 1e-30, 1e20), (3e38, 1.0, 1e-20)])
+def test_weights_far_from_the_losses(backend, d, beta, weight):
+    """A loss that a float32 has no bits for, times a weight that makes it a usual number; and the other way round."""
+    inputs = Inputs(torch.full((1, 1), d), torch.zeros(1, 1), beta, torch.full((1, 1), weight))
+    losses, slopes = truth(inputs)
+    wanted = torch.from_numpy(slopes.astype(np.float64))
+    harness.assert_gates(backend, evaluate(backend, inputs), [total(losses)], wanted, narrow=GRADIENT_GATE)
+
+
 def test_square_strictly_below_beta(backend):
     """Both forms and their slopes meet there; at beta itself the linear one is right to the last bit."""
     pred = torch.tensor([0.5, -0.5, 0.25, 0.75, 0.0], dtype=DOUBLE)

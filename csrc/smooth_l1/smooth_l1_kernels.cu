@@ -109,9 +109,12 @@ __device__ __forceinline__ bool weighted_loss(float pred, float target, float we
   const TwoFloat half_of_d = {0.5f * d.high, 0.5f * d.low};
   const TwoFloat square = product_of(half_of_d, product_of(d, beta.inverse));
   const TwoFloat linear = sum_of(d, TwoFloat{-beta.half.high, -beta.half.low});
-  *loss = product_of(d.high < beta.beta ? square : linear, TwoFloat{weight, 0});
+  const TwoFloat unweighted = d.high < beta.beta ? square : linear;
+  *loss = product_of(unweighted, TwoFloat{weight, 0});
   const float size = fabsf(loss->high);
-  return (d.high == 0 && beta.beta == beta.beta && fabsf(weight) < 1e30f) || (size > 1e-30f && size < 1e30f);
+  // A large weight would bring back what the low float of a tiny loss has lost.
+  const bool is_normal = unweighted.high > 1e-30f && size > 1e-30f && size < 1e30f;
+  return (d.high == 0 && beta.beta == beta.beta && fabsf(weight) < 1e30f) || is_normal;
 }
 
 template <class T>
