@@ -95,6 +95,41 @@ def test_a_loss_registered_by_somebody_else_stays(mm):
         MODELS.register_module(name="GHMR", module=original, force=True)
 
 
+def test_heads_that_ask_for_the_kind_of_their_loss(mm):
+    """DETR's heads give a QualityFocalLoss other targets, and look for it in every step by the name that may be patched since."""
+    from mmdet.models import losses
+    from mmdet.registry import MODELS
+    from mmengine.config import ConfigDict
+    from mmengine.structures import InstanceData
+    from rsloss_kernels.integrations.mmdet import FUSED, patch_mmdet
+
+    assigner = {"type": "HungarianAssigner", "match_costs": [{"type": "BBoxL1Cost", "weight": 5.0, "box_format": "xywh"}]}
+    generator = torch.Generator().manual_seed(0)
+    logits, boxes = torch.randn(1, 7, 5, generator=generator), torch.rand(1, 7, 4, generator=generator) * 0.3 + 0.3
+    objects = InstanceData(bboxes=torch.tensor([[3.0, 4, 30, 40], [10, 10, 50, 60]]), labels=torch.tensor([1, 4]))
+
+    def head(kind: str = "QualityFocalLoss") -> torch.nn.Module:
+        config = {"type": "DETRHead", "num_classes": 5, "embed_dims": 8, "loss_cls": {"type": kind, "use_sigmoid": True}}
+        return MODELS.build(ConfigDict(config | {"train_cfg": {"assigner": assigner}}))
+
+    def loss(of_head: torch.nn.Module) -> float:
+        return float(of_head.loss_by_feat_single(logits, boxes, [objects], [{"img_shape": (64, 64)}])[0])
+
+    before = head()
+    wanted = pytest.approx(loss(before), rel=1e-5)
+    with patch_mmdet():
+        under = head()
+        assert loss(before) == wanted and loss(under) == wanted
+    assert loss(under) == wanted and loss(head("FusedQualityFocalLoss")) == wanted
+    originals = [getattr(losses, fused.__name__.removeprefix("Fused")) for fused in FUSED]
+    for fused, original in zip(FUSED, originals, strict=True):
+        options = {"num_classes": 5} if fused.__name__ in ("FusedEQLV2Loss", "FusedSeesawLoss") else {}
+        ours, theirs = fused(**options), original(**options)
+        for other, name in zip(FUSED, originals, strict=True):
+            assert isinstance(ours, name) == isinstance(theirs, other) == (other is fused)
+        assert not isinstance(theirs, type("Own", (fused,), {}))
+
+
 GHM = {
     "loss_cls": {"type": "GHMC", "bins": 30, "momentum": 0.75, "use_sigmoid": True, "loss_weight": 1.0},
     "loss_bbox": {"type": "GHMR", "mu": 0.02, "bins": 10, "momentum": 0.7, "loss_weight": 10.0},

@@ -17,6 +17,24 @@ FocalLossOfProbabilities = theirs.FocalLoss
 QualityFocalLossOfProbabilities = theirs.QualityFocalLoss
 
 
+class _NotBuilt(nn.Module):
+    """Stands before the framework's loss among the bases, and does not call its constructor."""
+
+    def __init__(self):
+        nn.Module.__init__(self)
+
+
+class _InPlaceOf(type):
+    """Of a loss whose last base is the framework's: objects of either are instances of both.
+
+    Heads ask `isinstance(self.loss_cls, QualityFocalLoss)` in every step, of what their module holds by this name at that time, whether
+    the model was built before a patch, under it, or names the fused loss itself.
+    """
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        return super().__instancecheck__(instance) or (_NotBuilt in cls.__bases__ and isinstance(instance, cls.__bases__[-1]))
+
+
 class _RankingLoss(nn.Module):
     """Calls the library's module `ranking_loss` as MMDetection calls its losses. The heads of this package call that one itself."""
 
@@ -127,7 +145,7 @@ class EqualizedQualityFocalLoss(_EqualizedFocus, rsloss_kernels.EqualizedQuality
 
 
 @MODELS.register_module()
-class FusedFocalLoss(rsloss_kernels.SigmoidFocalLoss):
+class FusedFocalLoss(rsloss_kernels.SigmoidFocalLoss, _NotBuilt, theirs.FocalLoss, metaclass=_InPlaceOf):
     """FocalLoss. Probabilities (`activated=True`) are left to the framework's own code."""
 
     def __init__(
@@ -149,7 +167,7 @@ class FusedFocalLoss(rsloss_kernels.SigmoidFocalLoss):
 
 
 @MODELS.register_module()
-class FusedQualityFocalLoss(rsloss_kernels.QualityFocalLoss):
+class FusedQualityFocalLoss(rsloss_kernels.QualityFocalLoss, _NotBuilt, theirs.QualityFocalLoss, metaclass=_InPlaceOf):
     """QualityFocalLoss; a negative label is background as there. Probabilities (`activated=True`) are left to the framework's code."""
 
     def __init__(
@@ -173,12 +191,12 @@ class FusedQualityFocalLoss(rsloss_kernels.QualityFocalLoss):
 
 
 @MODELS.register_module()
-class FusedVarifocalLoss(rsloss_kernels.VarifocalLoss):
+class FusedVarifocalLoss(rsloss_kernels.VarifocalLoss, _NotBuilt, theirs.VarifocalLoss, metaclass=_InPlaceOf):
     """VarifocalLoss."""
 
 
 @MODELS.register_module()
-class FusedGHMC(rsloss_kernels.GHMC):
+class FusedGHMC(rsloss_kernels.GHMC, _NotBuilt, theirs.GHMC, metaclass=_InPlaceOf):
     """GHMC; as there `reduction_override` stands fourth, and other keywords, `avg_factor` among them, have no effect."""
 
     def forward(self, pred, target, label_weight, reduction_override=None, **ignored):
@@ -186,12 +204,12 @@ class FusedGHMC(rsloss_kernels.GHMC):
 
 
 @MODELS.register_module()
-class FusedGHMR(rsloss_kernels.GHMR):
+class FusedGHMR(rsloss_kernels.GHMR, _NotBuilt, theirs.GHMR, metaclass=_InPlaceOf):
     """GHMR."""
 
 
 @MODELS.register_module()
-class FusedEQLV2Loss(rsloss_kernels.EQLv2Loss):
+class FusedEQLV2Loss(rsloss_kernels.EQLv2Loss, _NotBuilt, theirs.EQLV2Loss, metaclass=_InPlaceOf):
     """EQLV2Loss. `reduction`, `class_weight` and `vis_grad` have no effect, as there. `use_distributed` adds up the gradients of all
     processes, which they differ without."""
 
@@ -214,7 +232,7 @@ class FusedEQLV2Loss(rsloss_kernels.EQLv2Loss):
 
 
 @MODELS.register_module()
-class FusedSeesawLoss(rsloss_kernels.SeesawLoss):
+class FusedSeesawLoss(rsloss_kernels.SeesawLoss, _NotBuilt, theirs.SeesawLoss, metaclass=_InPlaceOf):
     """SeesawLoss."""
 
     def __init__(
@@ -233,7 +251,7 @@ class FusedSeesawLoss(rsloss_kernels.SeesawLoss):
 
 
 @MODELS.register_module()
-class FusedSmoothL1Loss(nn.Module):
+class FusedSmoothL1Loss(_NotBuilt, theirs.SmoothL1Loss, metaclass=_InPlaceOf):
     """SmoothL1Loss. `beta` may be changed between steps, as MMDetection's dynamic head does, and may be a Tensor."""
 
     def __init__(self, beta: float | Tensor = 1.0, reduction: str = "mean", loss_weight: float = 1.0):
