@@ -164,17 +164,27 @@ def _look_up(table: Tensor, index: Tensor) -> Tensor:
 
 def _levels(preds, targets, weights, mu, background_first):
     """(elements, which are valid, which of those hold NaN) of each level."""
-    for number, (pred, target) in enumerate(zip(preds, targets, strict=True)):
-        is_valid = valid_elements(pred, weights[number] if weights else None)
-        if mu is not None:
-            elements = _Offsets(pred, target, mu)
-        elif not target.is_floating_point():
-            elements = _Hard(pred, _is_label(target, pred, background_first))
-        else:
-            is_one = target == 1
-            is_hard = bool((is_one | (target == 0) | ~is_valid).all())
-            elements = _Hard(pred, is_one) if is_hard else _Soft(pred, target)
+    valid = [valid_elements(pred, weights[number] if weights else None) for number, pred in enumerate(preds)]
+    if mu is not None:
+        levels = (_Offsets(pred, target, mu) for pred, target in zip(preds, targets, strict=True))
+    else:
+        levels = _classified(preds, targets, valid, background_first)
+    for elements, is_valid in zip(levels, valid, strict=True):
         yield elements, is_valid, is_valid & elements.is_nan
+
+
+def _classified(preds, targets, valid, background_first):
+    """Soft targets anywhere make all levels soft: an element's last bit does not depend on what shares its level."""
+    ones = [
+        target == 1 if target.is_floating_point() else _is_label(target, pred, background_first)
+        for pred, target in zip(preds, targets, strict=True)
+    ]
+    is_hard = all(
+        not target.is_floating_point() or bool((is_one | (target == 0) | ~is_valid).all())
+        for target, is_one, is_valid in zip(targets, ones, valid, strict=True)
+    )
+    for pred, target, is_one in zip(preds, targets, ones, strict=True):
+        yield _Hard(pred, is_one) if is_hard or not target.is_floating_point() else _Soft(pred, target)
 
 
 def ghm_histogram(preds, targets, weights, bins, mu, background_first) -> Tensor:
