@@ -156,6 +156,10 @@ def test_the_first_step_is_the_focal_loss(backend, generator):
 def test_state_changes_only_in_training_with_gradients(backend, loss, generator):
     module = new(backend, loss)
     arguments = drawn(backend, loss, generator)
+    labels, *quality = arguments[1] if loss is EQFL else arguments[1:]
+    labels[:CLASSES] = torch.arange(CLASSES)  # a positive of every class
+    for value in quality:
+        value[:CLASSES] = 0.7
     run(backend, module, *arguments)
     before = buffers(module)
     assert before["pos_grad"].all() and before["neg_grad"].all()
