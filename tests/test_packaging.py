@@ -213,7 +213,26 @@ def test_import_brings_in_nothing_heavy(installed):
     added = run("-c", script, cwd=installed).stdout.split()
     assert "rsloss_kernels" in added
     heavy = ("triton", "torch._dynamo", "torch._inductor", "torch.utils.cpp_extension", "setuptools", "sympy")
-    assert not [name for name in added if name.startswith(heavy)]
+    frameworks = ("mmcv", "mmdet", "mmengine", "torchvision", "ultralytics")
+    assert not [name for name in added if name.startswith((*heavy, *frameworks))]
+
+
+def test_a_missing_framework_is_told_with_the_extra_that_brings_it():
+    script = """
+import importlib, sys
+sys.modules.update(dict.fromkeys(["mmdet", "torchvision", "ultralytics"]))
+for name in ("mmdet", "torchvision", "ultralytics"):
+    try:
+        importlib.import_module("rsloss_kernels.integrations." + name)
+    except ModuleNotFoundError as error:
+        print(error)
+"""
+    lines = run("-c", script, cwd=ROOT).stdout.splitlines()
+    # MMDetection cannot be imported without mmcv, which is told first where it is missing too.
+    for line, name in zip(lines, ("(mmdet|mmcv)", "torchvision", "ultralytics"), strict=True):
+        extra = name.strip("()").split("|")[0]
+        assert re.match(rf'rsloss_kernels.integrations.{extra} needs {name}: pip install "rsloss_kernels\[{extra}\]"', line), line
+    assert "mmcv-lite" in lines[0]
 
 
 @pytest.mark.parametrize("program", ["collect_env", "selfcheck"])

@@ -3,6 +3,10 @@
 In a configuration: `custom_imports = dict(imports=["rsloss_kernels.integrations.mmdet"])`; the import registers everything in `MODELS`.
 Or, before models are built: `from rsloss_kernels.integrations.mmdet import patch_mmdet; print(patch_mmdet())`.
 """
+from rsloss_kernels.integrations._frameworks import check_installed
+
+check_installed("mmdet", "mmcv", "mmdet")
+
 import mmdet.models  # noqa: F401  registers its own first
 
 from rsloss_kernels.integrations.mmdet.calibration import calibrate_score_thr

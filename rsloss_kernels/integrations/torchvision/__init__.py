@@ -4,6 +4,10 @@
 
     model = use_loss(retinanet_resnet50_fpn(weights=None, num_classes=91), "rank_sort")
 """
+from rsloss_kernels.integrations._frameworks import check_installed
+
+check_installed("torchvision", "torchvision")
+
 from rsloss_kernels.integrations._ranking_head import RankingHeadLoss
 from rsloss_kernels.integrations.torchvision.calibration import calibrate_score_thresh
 from rsloss_kernels.integrations.torchvision.class_losses import DENSE_LOSSES, ROI_LOSSES
