@@ -7,12 +7,18 @@
 The criterion hands its class logits and targets, of all images and levels at once, to one term and divides what that returns by
 the sum of the targets. Only the term is replaced: the assigner, the box losses and the gains stay (`cls=`, `box=`, `dfl=` of a training).
 """
+import copy
 import functools
 from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from rsloss_kernels.integrations._frameworks import check_installed
+
+check_installed("ultralytics", "ultralytics")
+
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils.loss import E2ELoss, v8DetectionLoss
@@ -56,6 +62,7 @@ def use_loss(model: Model, loss: str = "rank_sort", **options: object) -> Model:
 
     Scores of "rank_sort" and "ap" have an order but no level: give `predict` and `val` a `conf` of 0.001 or one of your own, since
     its default of 0.25 may drop any share of the detections. The state of "ghm" with a momentum is the criterion's, in no checkpoint.
+    Checkpoints hold whole models: loaded, one has Ultralytics' own criterion and needs this library only if it is to `use_loss` again.
 
     Args:
         model: a DetectionModel, one with a v8DetectionLoss or, in end-to-end models, two.
@@ -71,9 +78,19 @@ def use_loss(model: Model, loss: str = "rank_sort", **options: object) -> Model:
         raise ValueError(f"use_loss: loss must be one of {', '.join(map(repr, LOSSES))}, got {loss!r}")
     LOSSES[loss](**options)  # errors are told here rather than in the first step
     # The criterion is made in the first step, when the model is where it trains.
-    model.init_criterion = functools.partial(make_criterion, model, loss, options)
+    model.init_criterion = Criterion(make_criterion, model, loss, options)
     model.criterion = None
     return model
+
+
+class Criterion(functools.partial):
+    """Makes a model's criterion, of its copies theirs; pickled it is Ultralytics' own, for whom loads the checkpoint may lack this library."""
+
+    def __deepcopy__(self, memo: dict) -> "Criterion":
+        return Criterion(self.func, *copy.deepcopy(self.args, memo))
+
+    def __reduce__(self):
+        return functools.partial, (DetectionModel.init_criterion, self.args[0])
 
 
 def make_criterion(model: DetectionModel, loss: str, options: dict[str, object]) -> v8DetectionLoss | E2ELoss:
