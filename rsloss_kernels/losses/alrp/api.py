@@ -92,16 +92,36 @@ def alrp_loss(
         default_capacity=None if is_per_row else regression_losses.numel(),
         is_unit_quality=False,
     )
-    # Without a capacity the tables have been made to measure: the number of positives is on the host already.
-    is_checked = request.capacity is None or _checks.debug_checks()
-    edit_records = None if is_per_row else functools.partial(_put_regression_losses, regression_losses, is_checked)
+    # Without a capacity the tables have been made to measure: the number of positives is on the host, and there is no padding.
+    is_to_measure = request.capacity is None
+    if is_per_row:
+        edit_records = None
+    elif is_to_measure:
+        edit_records = functools.partial(_take_regression_losses, regression_losses)
+    else:
+        edit_records = functools.partial(_put_regression_losses, regression_losses, _checks.debug_checks())
     state = ranking.rank_positives(request, edit_records)
     classification, rank = ranking.finish("alrp", state)
     if request.group is not None:
         rank = _strictly_falling(rank, state.ranked[0])
-    slot = _row_of(state, logits.shape[-1]) if is_per_row else _place_of(state)
-    rank, order = _in_input_order(state, rank, slot, regression_losses.numel())
+    slot = _row_of(state, logits.shape[-1]) if is_per_row else _place_of(state, is_to_measure)
+    size = regression_losses.numel()
+    rank, order = _all_in_input_order(rank, slot, size) if is_to_measure else _in_input_order(state, rank, slot, size)
     return ALRPLosses(classification, rank.view(regression_losses.shape), order.view(regression_losses.shape))
+
+
+def _check_count(losses: Tensor, positives: int) -> None:
+    if positives != losses.numel():
+        raise RuntimeError(f"alrp_loss: regression_losses must have one value per positive, {positives}, got {losses.numel()}")
+
+
+def _take_regression_losses(losses: Tensor, positives: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """`_put_regression_losses` for records without padding, in place: every operation on a few values delays a small loss."""
+    _check_count(losses, positives.shape[1])
+    logit, quality, *_ = positives.unbind()
+    quality.copy_(losses)
+    logit += quality - quality  # 0, or NaN where a regression loss is not finite
+    return positives, counts
 
 
 def _put_regression_losses(losses: Tensor, is_checked: bool, positives: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,10 +129,8 @@ def _put_regression_losses(losses: Tensor, is_checked: bool, positives: Tensor, 
 
     is_checked: raise instead, for which the host reads `counts`.
     """
-    if is_checked and int(counts[0]) != losses.numel():
-        raise RuntimeError(
-            f"alrp_loss: regression_losses must have one value per positive, {int(counts[0])}, got {losses.numel()}"
-        )
+    if is_checked:
+        _check_count(losses, int(counts[0]))
     capacity = positives.shape[1]
     logit, _, segment, index = positives.unbind()
     losses_of_slots = pad(losses.double(), (0, capacity - losses.numel()))
@@ -146,10 +164,20 @@ def _row_of(state: ranking.Ranked, num_classes: int) -> Tensor:
     return _index(state.ranked).long() // max(num_classes, 1)
 
 
-def _place_of(state: ranking.Ranked) -> Tensor:
+def _place_of(state: ranking.Ranked, is_to_measure: bool) -> Tensor:
     """Place of every ranked record among the positives of this process, which stand in flat order before the padding."""
     index = _index(state.positives)
-    return torch.searchsorted(torch.where(index >= 0, index, torch.inf), _index(state.ranked).contiguous())
+    if not is_to_measure:
+        index = torch.where(index >= 0, index, torch.inf)
+    return torch.searchsorted(index, _index(state.ranked).contiguous())
+
+
+def _all_in_input_order(rank: Tensor, slot: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """`_in_input_order` where all records are positives of this process, each in a slot of its own."""
+    if slot.shape[0] == size:
+        return torch.empty_like(rank).scatter_(0, slot, rank), slot
+    is_free = torch.ones(size, dtype=torch.bool, device=slot.device).scatter_(0, slot, False)
+    return rank.new_zeros(size).scatter_(0, slot, rank), torch.cat([is_free.nonzero().flatten(), slot])
 
 
 def _in_input_order(state: ranking.Ranked, rank: Tensor, slot: Tensor, size: int) -> tuple[Tensor, Tensor]:
