@@ -60,6 +60,8 @@ def patch_mmdet(*names: str) -> MMDetPatch:
     """Replaces losses of MMDetection by this library's: in its registry, and in every loaded module that imported one by its name.
 
     Models that are built afterwards have them, from the configurations that they always had; models built before stay as they are.
+    So do losses that somebody derived from the framework's before; where these call the constructor of their base by its name rather
+    than by `super()`, leave that name out.
 
     Args:
         names: of the losses, as in a configuration; none: all that can be replaced (`REPLACEMENTS`).
