@@ -20,18 +20,60 @@ alignas(64) constexpr float kLostOfSixteenths[16] = {0,          4.629e-8f,  -1.
                                                      -1.472e-8f, -5.259e-9f, -6.128e-9f, 5.141e-9f};
 constexpr int kSixteenthsVectors = RSL_ISA == 0 ? 0 : 16 / kFloats;
 
-// e^u for u in [-86, 0] as 2^(n/16) e^r.
+// 2^(n/16). at: what of n indexes the table. Unsigned: of an element that the caller drops the sum may overflow.
+static inline FloatVec power_of_sixteenths(const float* powers, IntVec n, IntVec at) {
+  const UnsignedVec exponent = reinterpret_cast<UnsignedVec>(n) << 19;
+  return reinterpret_cast<FloatVec>(reinterpret_cast<UnsignedVec>(look_up<kSixteenthsVectors>(powers, at)) + exponent);
+}
+static inline IntVec index_of_sixteenths(IntVec n) { return RSL_ISA == 0 ? n & 15 : n; }
+
+// e^u for u in [-86, 86] as 2^(n/16) e^r.
 static inline FloatPair exp_pair(FloatVec u) {
   const FloatVec shifted = u * 23.0831207f + 0x1.8p23f, n = shifted - 0x1.8p23f;
   // The first product and difference are exact.
   const FloatVec r = (u - n * 0x1.62ep-5f) - n * 1.99663656e-6f;
-  const IntVec bits = reinterpret_cast<IntVec>(shifted), at = RSL_ISA == 0 ? bits & 15 : bits;
-  const FloatVec lost = look_up<kSixteenthsVectors>(kLostOfSixteenths, at);
-  // Unsigned: of an element that the caller drops the sum may overflow.
-  const UnsignedVec power =
-      reinterpret_cast<UnsignedVec>(look_up<kSixteenthsVectors>(kSixteenths, at)) + (reinterpret_cast<UnsignedVec>(bits) << 19);
-  const FloatVec high = reinterpret_cast<FloatVec>(power);
+  const IntVec bits = reinterpret_cast<IntVec>(shifted), at = index_of_sixteenths(bits);
+  const FloatVec high = power_of_sixteenths(kSixteenths, bits, at), lost = look_up<kSixteenthsVectors>(kLostOfSixteenths, at);
   return {high, high * (r * r * (0.166670248f * r + 0.500016212f) + (r + lost))};
+}
+
+// x - n * factor, rounded once where there is an instruction for it.
+static inline FloatVec minus_product(FloatVec x, FloatVec n, FloatVec factor) {
+#if RSL_ISA == 512
+  return _mm512_fnmadd_ps(n, factor, x);
+#elif RSL_ISA == 256
+  return _mm256_fnmadd_ps(n, factor, x);
+#else
+  return x - n * factor;
+#endif
+}
+
+// log 2 / 16 as split_exponent splits with it. Where a product is rounded once with the sum the float serves, wrong by 3e-9 of
+// itself, which is of the exponent.
+constexpr float kSixteenthOfLog2 = 0x1.62e43p-5f;
+
+// u as a multiple of log 2 / 16 and r; `power`: 2 to the multiple, but for what the table loses.
+struct SplitExponent {
+  FloatVec r;
+  FloatVec power;
+  IntVec at;
+};
+
+// magic: 3 * 2^22, less a multiple that u's is to be relative to. powers: the table, or a multiple of it.
+static inline SplitExponent split_exponent(FloatVec u, float magic, const float* powers) {
+  const FloatVec shifted = u * 23.0831207f + magic, n = shifted - magic;
+  // Without such an operation in two parts, of which the first product and difference are exact.
+  const FloatVec r =
+      RSL_ISA == 0 ? (u - n * 0x1.62ep-5f) - n * 1.99663656e-6f : minus_product(u, n, all_floats(kSixteenthOfLog2));
+  const IntVec bits = reinterpret_cast<IntVec>(shifted), at = index_of_sixteenths(bits);
+  return {r, power_of_sixteenths(powers, bits, at), at};
+}
+static inline SplitExponent split_exponent(FloatVec u, float magic) { return split_exponent(u, magic, kSixteenths); }
+
+// e^u for u in [-86, 86], right to 5e-7: enough for a gradient.
+static inline FloatVec exp_of(FloatVec u) {
+  const SplitExponent split = split_exponent(u, 0x1.8p23f);
+  return (split.power * split.r) * ((0.166670248f * split.r + 0.500016212f) * split.r + 1) + split.power;
 }
 
 // e^-x for x in [0, 86], right to 2e-7: enough for a gradient. Beyond it any number.

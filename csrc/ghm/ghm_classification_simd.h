@@ -2,45 +2,6 @@
 // The losses are right to 2e-8 before they are summed, the gradients to 4e-7. What lies beyond the range in which floats are
 // that good, NaN and soft targets included, is left over for the float64 path.
 
-// Beyond it e^-|u| may leave the normal range of float.
-constexpr float kLargestFloatLogit = 86;
-
-// A sum that is right to 4e-9 before it is rounded; `low` is below 3 % of it.
-struct FloatPair {
-  FloatVec high;
-  FloatVec low;
-};
-
-// 2^(j/16), in the bits less j of the sixteenths of an octave that the exponent of e^u adds; and what is lost in rounding it.
-alignas(64) constexpr float kSixteenths[16] = {0x1p+0f,        0x1.fb5586p-1f, 0x1.f72b84p-1f, 0x1.f387a6p-1f,
-                                               0x1.f06fep-1f,  0x1.edea64p-1f, 0x1.ebfdaep-1f, 0x1.eab07ep-1f,
-                                               0x1.ea09e6p-1f, 0x1.ea1148p-1f, 0x1.eace54p-1f, 0x1.ec4918p-1f,
-                                               0x1.ee89fap-1f, 0x1.f199bep-1f, 0x1.f5818ep-1f, 0x1.fa4afap-1f};
-alignas(64) constexpr float kLostOfSixteenths[16] = {0,          4.629e-8f,  -1.199e-8f, 4.73e-8f,   3.193e-8f, 3.621e-8f,
-                                                     -3.099e-8f, -7.475e-9f, 1.711e-8f,  -3.048e-8f, 5.233e-9f, 6.108e-9f,
-                                                     -1.472e-8f, -5.259e-9f, -6.128e-9f, 5.141e-9f};
-constexpr int kSixteenthsVectors = RSL_ISA == 0 ? 0 : 16 / kFloats;
-
-static inline FloatVec look_up_sixteenth(const float* table, IntVec n) {
-  return look_up<kSixteenthsVectors>(table, RSL_ISA == 0 ? n & 15 : n);
-}
-
-// 2^(n/16). Unsigned: of an element that the caller drops the sum may overflow.
-static inline FloatVec power_of_sixteenths(IntVec n) {
-  const UnsignedVec exponent = reinterpret_cast<UnsignedVec>(n) << 19;
-  return reinterpret_cast<FloatVec>(reinterpret_cast<UnsignedVec>(look_up_sixteenth(kSixteenths, n)) + exponent);
-}
-
-// e^u for u in [-86, 0] as 2^(n/16) e^r.
-static inline FloatPair exp_pair(FloatVec u) {
-  const FloatVec shifted = u * 23.0831207f + 0x1.8p23f, n = shifted - 0x1.8p23f;
-  // The first product and difference are exact.
-  const FloatVec r = (u - n * 0x1.62ep-5f) - n * 1.99663656e-6f;
-  const IntVec bits = reinterpret_cast<IntVec>(shifted);
-  const FloatVec high = power_of_sixteenths(bits), lost = look_up_sixteenth(kLostOfSixteenths, bits);
-  return {high, high * (r * r * (0.166670248f * r + 0.500016212f) + (r + lost))};
-}
-
 // log(1 + e) = parabola_of(e.high) + rest: the first in float64, and the rounding of `rest`, 3 % of the sum at most, hardly
 // matters. The polynomial is around 1/2, where its terms are small.
 constexpr float kLinear = 0.96875f, kSquare = -0.28125f;
@@ -95,7 +56,7 @@ struct OtherLogits {
 template <class In, class Masks>
 static bool add_easy(const In* preds, int size, const Masks& masks_at, const GhmEdges& edges, OtherLogits& others,
                      BinSum& sum) {
-  const FloatVec limit = all_floats(largest_easy_logit(edges)), farthest = all_floats(kLargestFloatLogit);
+  const FloatVec limit = all_floats(largest_easy_logit(edges)), farthest = all_floats(kLargestFloatExponent);
   DoubleVec low_sum{}, high_sum{}, rest_sum{};
   uint32_t left = 0;
   int count = 0, filled = others.count;
@@ -162,19 +123,11 @@ static void add_others(OtherLogits& others, const GhmEdges& edges, BinSum* sums)
   with_table_vectors(edges.bins, [&](auto table) { add_others<decltype(table)::value>(others, edges, sums); });
 }
 
-// e^u for u in [-86, 86], right to 4e-7: enough for a gradient.
-static inline FloatVec exp_of(FloatVec u) {
-  const FloatVec shifted = u * 23.0831207f + 0x1.8p23f, n = shifted - 0x1.8p23f, r = u - n * 0.0433216989f;
-  const IntVec bits = reinterpret_cast<IntVec>(shifted);
-  const FloatVec high = power_of_sixteenths(bits);
-  return (high * r) * ((0.166670248f * r + 0.500016212f) * r + 1) + high;
-}
-
 // gradient has room for whole vectors. Returns whether valid elements are left over.
 template <int kTable, class In, class Masks>
 static bool write_float(const In* preds, int size, const Masks& masks_at, const GhmEdges& edges, const GhmFactors& factors,
                         In* gradient) {
-  const FloatVec scale = scale_of_lowest(edges), farthest = all_floats(kLargestFloatLogit);
+  const FloatVec scale = scale_of_lowest(edges), farthest = all_floats(kLargestFloatExponent);
   uint32_t left = 0;
   for (int i = 0; i < size; i += kFloats) {
     const VectorMasks masks = masks_at(i);
@@ -195,7 +148,7 @@ template <class In>
 static void find_left_over(const In* preds, const GhmBlock& block, uint64_t* left_over) {
   for (int i = 0; i < block.size; i += kFloats) {
     const VectorMasks masks = WordMasks{block}(i);
-    const uint32_t fits = masks.hard & at_most_mask(absolute(load_floats(preds + i)), all_floats(kLargestFloatLogit));
+    const uint32_t fits = masks.hard & at_most_mask(absolute(load_floats(preds + i)), all_floats(kLargestFloatExponent));
     left_over[i / 64] |= static_cast<uint64_t>(masks.valid & ~fits) << i % 64;
   }
 }

@@ -3,6 +3,8 @@
 // float path of ghm_classification_simd.h, regression in float that of ghm_regression_simd.h, everything else the float64 one
 // (ghm_wide_simd.h).
 #include "common/vectors_simd.h"
+// After the vectors.
+#include "common/exponentials_simd.h"
 #include "ghm/ghm_masks_simd.h"
 // After the masks.
 #include "ghm/ghm_classification_simd.h"

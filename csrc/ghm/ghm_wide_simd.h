@@ -1,20 +1,5 @@
 // Elements in float64: soft targets, and what is float64 or beyond the float paths. Part of ghm_simd.h.
 
-// e^-x for x >= 0 or NaN. As the square of e^(-x/2), which cannot leave the normal range before the result does.
-static inline DoubleVec exp_minus(DoubleVec x) {
-  const DoubleVec half = (x > 1400.0 ? all_doubles(1400) : x) * -0.5;
-  const DoubleVec magic = all_doubles(0x1.8p52);
-  const DoubleVec shifted = half * 1.44269504088896340736 + magic, n = shifted - magic;
-  const DoubleVec r = half - n * 0x1.62e42feep-1 - n * 0x1.a39ef35793c76p-33;
-  DoubleVec sum = all_doubles(1 / 479001600.0);
-  const double coefficients[] = {1 / 39916800.0, 1 / 3628800.0, 1 / 362880.0, 1 / 40320.0, 1 / 5040.0, 1 / 720.0,
-                                 1 / 120.0,      1 / 24.0,      1 / 6.0,      0.5,         1.0,        1.0};
-  for (const double coefficient : coefficients) sum = sum * r + coefficient;
-  const LongVec power = (reinterpret_cast<LongVec>(shifted) << 52) + reinterpret_cast<LongVec>(all_doubles(1));
-  const DoubleVec root = sum * reinterpret_cast<DoubleVec>(power);
-  return root * root;
-}
-
 // log(1 + e) for e in [0, 1], by the series of 2 artanh(e / (2 + e)).
 static inline DoubleVec log_one_plus(DoubleVec e) {
   const DoubleVec s = e / (2 + e), square = s * s;

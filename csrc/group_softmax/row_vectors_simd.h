@@ -166,17 +166,6 @@ static inline void for_doubles(const In* data, int count, const Body& body) {
   }
 }
 
-// x - n * factor, rounded once where there is an instruction for it.
-static inline FloatVec minus_product(FloatVec x, FloatVec n, FloatVec factor) {
-#if RSL_ISA == 512
-  return _mm512_fnmadd_ps(n, factor, x);
-#elif RSL_ISA == 256
-  return _mm256_fnmadd_ps(n, factor, x);
-#else
-  return x - n * factor;
-#endif
-}
-
 // a * b + c in the lanes of the mask, 0 in the others.
 static inline FloatVec multiply_add_where(uint32_t mask, FloatVec a, FloatVec b, FloatVec c) {
 #if RSL_ISA == 512

@@ -3,9 +3,7 @@
 // much as an exponential of it must not be.
 #include "common/exponentials_simd.h"
 
-// log 2 / 16 as exponents are split with it. Where products are rounded once with the sum the float serves, wrong by 3e-9 of
-// itself, which is of the exponent: of x - m if the multiple near m is of the same number.
-constexpr float kSixteenthOfLog2 = 0x1.62e43p-5f;
+// The step that split_exponent makes: that of an exponential and of the multiple near m must be the same number.
 constexpr double kStep = RSL_ISA == 0 ? 0x1.62e42fefa39efp-5 : static_cast<double>(kSixteenthOfLog2);
 
 struct ExponentShift {
@@ -17,27 +15,6 @@ static inline ExponentShift shift_near(float m) {
   const float multiple = (m * 23.0831207f + 0x1.8p23f) - 0x1.8p23f;
   return {0x1.8p23f - multiple, static_cast<double>(multiple) * kStep - static_cast<double>(m)};
 }
-
-// x as a multiple of log 2 / 16 and r; `power`: 2 to the multiple less that of the shift, but for what the table loses.
-struct SplitExponent {
-  FloatVec r;
-  FloatVec power;
-  IntVec at;
-};
-
-// powers: the table, or a multiple of it.
-static inline SplitExponent split_exponent(FloatVec x, float magic, const float* powers) {
-  const FloatVec shifted = x * 23.0831207f + magic, n = shifted - magic;
-  // Without such an operation in two parts, of which the first product and difference are exact.
-  const FloatVec r =
-      RSL_ISA == 0 ? (x - n * 0x1.62ep-5f) - n * 1.99663656e-6f : minus_product(x, n, all_floats(kSixteenthOfLog2));
-  const IntVec bits = reinterpret_cast<IntVec>(shifted), at = RSL_ISA == 0 ? bits & 15 : bits;
-  // Unsigned: of an element that the caller drops the sum may overflow.
-  const UnsignedVec power =
-      reinterpret_cast<UnsignedVec>(look_up<kSixteenthsVectors>(powers, at)) + (reinterpret_cast<UnsignedVec>(bits) << 19);
-  return {r, reinterpret_cast<FloatVec>(power), at};
-}
-static inline SplitExponent split_exponent(FloatVec x, float magic) { return split_exponent(x, magic, kSixteenths); }
 
 // power + power * excess is the exponential, right to 1e-8; the excess is below 3 %.
 static inline FloatVec excess_of(const SplitExponent& split) {
