@@ -59,6 +59,14 @@ def losses_of(model: nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]
     return model.parse_losses(model(**data, mode="loss"))
 
 
+def fix_norms(model: nn.Module) -> nn.Module:
+    """Batch norm would see other images in one process than in two."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    return model
+
+
 def anchors(scales: int = 1, ratios: tuple[float, ...] = (1.0,), base: int = 4) -> dict:
     return {"type": "AnchorGenerator", "octave_base_scale": base, "scales_per_octave": scales, "ratios": list(ratios), "strides": STRIDES}
 

@@ -189,12 +189,7 @@ def test_bad_configurations(mm):
 
 
 def with_fixed_norms(mm, process_group: str | None):
-    """Batch norm would see other images in one process than in two."""
-    model = one_stage(mm, "RankSortATSSHead", loss_cls={"type": "RankSortLoss", "process_group": process_group})
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.eval()
-    return model
+    return mm.fix_norms(one_stage(mm, "RankSortATSSHead", loss_cls={"type": "RankSortLoss", "process_group": process_group}))
 
 
 def batch_of(mm, rank: int) -> dict:

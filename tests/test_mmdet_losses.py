@@ -100,6 +100,30 @@ def test_beside_the_framework(registry, generator, name):
             loss(logits, targets, reduction_override="median")
 
 
+STATEFUL = {
+    "ghmc": ("GHMC", {"momentum": 0.75}, CLASSES, lambda g: one_hot(labels(g)).double()),
+    "ghmr": ("GHMR", {"momentum": 0.75}, 4, lambda g: 4 * uniform(g, ROWS, 4) - 2),
+    "eqlv2": ("EQLV2Loss", {"num_classes": CLASSES}, CLASSES + 1, labels),
+}
+
+
+@pytest.mark.parametrize("name", [*CALLS, *STATEFUL])
+def test_compiled(registry, generator, name):
+    """In one graph: two steps give what they give without, states included."""
+    kind, options, columns, make_targets = (CALLS | STATEFUL)[name]
+    eager, traced = (registry.build({"type": f"Fused{kind}", **options}) for _ in range(2))
+    compiled = torch.compile(traced, backend="aot_eager", fullgraph=True)
+    for _ in range(2):
+        logits = torch.randn(ROWS, columns, generator=generator, dtype=torch.float64)
+        logits = logits.sigmoid() if options.get("activated") else logits
+        arguments = [make_targets(generator)]
+        if "ghm" in name:
+            arguments.append(some_ignored(generator, ROWS, columns))
+        assert_equal(evaluate(compiled, logits, *arguments), evaluate(eager, logits, *arguments), 1e-12)
+    for before, after in zip(traced.state_dict().values(), eager.state_dict().values(), strict=True):
+        assert torch.equal(before, after)
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.75])
 @pytest.mark.parametrize("kind", ["GHMC", "GHMR"])
 def test_ghm_beside_the_framework(registry, generator, kind, momentum):
