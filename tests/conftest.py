@@ -34,7 +34,10 @@ LONGEST_FIRST = (
 )
 # On a machine that cannot have MMDetection, torchvision and Ultralytics.
 if harness.WITHOUT_FRAMEWORKS:
-    collect_ignore_glob = ["test_mmdet_*.py", "test_torchvision_*.py", "test_ultralytics.py", "test_swaps.py", "test_two_stage.py"]
+    collect_ignore_glob = [
+        *("test_mmdet_*.py", "test_torchvision_*.py", "test_ultralytics.py", "test_swaps.py", "test_two_stage.py"),
+        "test_readme_examples.py",
+    ]
 # Parameters of mallopt.
 TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3
 
