@@ -86,17 +86,23 @@ static bool add_easy(const In* preds, int size, const Masks& masks_at, const Ghm
   return left != 0;
 }
 
-// The entries of the sums that elements in turn add to.
+// Where the sums that elements in turn add to begin, in bytes.
 static inline IntVec entries_of(IntVec bins) {
+  constexpr int kBytes = sizeof(BinSum);
   IntVec turn;
-  for (int lane = 0; lane < kFloats; ++lane) turn[lane] = lane % kCopies;
-  return bins * kCopies + turn;
+  for (int lane = 0; lane < kFloats; ++lane) turn[lane] = lane % kCopies * kBytes;
+  return bins * (kCopies * kBytes) + turn;
 }
 
 // Apart from the loops that compute both: what was stored in vectors just before is slow to load element by element.
-static void add_to_entries(const double* losses, const int32_t* entries, int count, BinSum* sums) {
+static inline void add_to_entries(const double* losses, const int32_t* entries, int count, BinSum* sums) {
+  char* bytes = reinterpret_cast<char*>(sums);
 #pragma GCC unroll 8
-  for (int i = 0; i < count; ++i) sums[entries[i]] += BinSum{losses[i], 1};
+  for (int i = 0; i < count; ++i) {
+    BinSum term{0, 1};
+    term[0] = losses[i];
+    *reinterpret_cast<BinSum*>(bytes + static_cast<uint32_t>(entries[i])) += term;
+  }
 }
 
 template <int kTable>
