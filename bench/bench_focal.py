@@ -5,7 +5,7 @@
     python bench/bench_focal.py --loss EFL --sizes 1e5 1e6 --classes 80 1203 --mode forward
 """
 import argparse
-import contextlib
+import functools
 import os
 import pathlib
 import sys
@@ -18,9 +18,8 @@ sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-import rsloss_kernels  # noqa: E402
-from bench import focal_problems, harness, loss_bench, targets  # noqa: E402
-from bench.focal_problems import EFL, EQLV2, FOCAL_LOSS, MANY_CLASSES, Case, Inputs, make_case  # noqa: E402
+from bench import element_targets, focal_problems, harness, loss_bench, targets  # noqa: E402
+from bench.focal_problems import EFL, EQLV2, FOCAL_LOSS, MANY_CLASSES, Case, Inputs  # noqa: E402
 from bench.peers.equalized import PublishedEQLv2, PublishedEqualizedFocal, modulated_truth  # noqa: E402
 from bench.providers import COMPILED_FOCAL, FOCAL, Forward, Provider, focal_providers, peer, workload  # noqa: E402
 from rsloss_kernels import (  # noqa: E402
@@ -34,21 +33,8 @@ from rsloss_kernels import (  # noqa: E402
 PUBLISHED_EFL, PUBLISHED_EQLV2 = "published EFL", "published EQL v2"
 PUBLISHED = {EFL: PUBLISHED_EFL, EQLV2: PUBLISHED_EQLV2}
 LAYOUT = "anchor_major"
-# Of the loss, of the gradient.
-LIMITS = 1e-7, 2e-6
 DENSE_FOCAL, FOCAL_CASE = (FOCAL_LOSS, 10**6, 80, "dense"), (FOCAL_LOSS, 10**6)
 EFL_CASE, EQLV2_CASE = (EFL, 10**6, MANY_CLASSES), (EQLV2, 10**6, MANY_CLASSES)
-ACCURACY = [DENSE_FOCAL, FOCAL_CASE, (FOCAL_LOSS, 10**6, 80, "index", "init"), EFL_CASE, EQLV2_CASE]
-# (case; what it is compared to, largest ratio)
-CPU_SPEED = [
-    (DENSE_FOCAL, {FOCAL: 0.18, COMPILED_FOCAL: 0.45}),
-    (FOCAL_CASE, {FOCAL: 0.18, COMPILED_FOCAL: 0.45}),
-    (EFL_CASE, {PUBLISHED_EFL: 1 / 25}),
-    (EQLV2_CASE, {PUBLISHED_EQLV2: 1 / 8}),
-]
-MEMORY = [FOCAL_CASE, EFL_CASE, EQLV2_CASE]
-# Captured; (case, largest ratio to the copy).
-CUDA_SPEED = [((FOCAL_LOSS, 2 * 10**7, 80, "dense"), 1.3), ((FOCAL_LOSS, 2 * 10**7), 1.3)]
 
 
 class FocalBenchmark(loss_bench.OfOperator):
@@ -58,13 +44,10 @@ class FocalBenchmark(loss_bench.OfOperator):
     stem, title, num_losses = "focal", "sigmoid_focal_loss, EqualizedFocalLoss and EQLv2Loss", 1
     problems = focal_problems.PROBLEMS
 
-    def name(self, backend: str) -> str:
-        return f"focal [{backend}]"
-
     def outputs(self, logits: Tensor, inputs: Inputs, backend: str) -> tuple[Tensor]:
         """The loss with a given state."""
         case = inputs.case
-        with self._forced(backend, case.device):
+        with self.forced(backend, case.device):
             if case.loss == FOCAL_LOSS:
                 return (sigmoid_focal_loss(logits, inputs.targets, reduction="sum"),)
             if case.loss == EFL:
@@ -85,14 +68,11 @@ class FocalBenchmark(loss_bench.OfOperator):
         return modulated_truth(inputs.logits, inputs.dense, *table)
 
     def providers(self, case: Case) -> list[Provider]:
-        ours = [self._ours(backend) for backend in self.backends(case.device)]
+        ours = [self.ours(backend) for backend in self.backends(case.device)]
         published = [peer(PUBLISHED[case.loss], _published)] if case.loss in PUBLISHED else []
         return [*ours, *published, *focal_providers(lambda inputs: inputs.dense.to(inputs.logits.dtype))]
 
-    def _ours(self, backend: str) -> Provider:
-        return Provider(self.name(backend), lambda inputs: self._bind(inputs, backend), is_ours=True, can_capture=backend != "reference")
-
-    def _bind(self, inputs: Inputs, backend: str) -> Forward:
+    def bind(self, inputs: Inputs, backend: str) -> Forward:
         """The equalized losses with their state, as in training."""
         case = inputs.case
         if case.loss == FOCAL_LOSS:
@@ -104,14 +84,10 @@ class FocalBenchmark(loss_bench.OfOperator):
         module.to(case.device)
 
         def forward(logits: Tensor) -> tuple[Tensor]:
-            with self._forced(backend, case.device):
+            with self.forced(backend, case.device):
                 return (module(logits, labels),)
 
         return forward
-
-    def _forced(self, backend: str, device: str) -> contextlib.AbstractContextManager:
-        is_automatic = self.is_automatic(backend, device)
-        return contextlib.nullcontext() if is_automatic else rsloss_kernels.use_backend(backend)
 
 
 def _published(inputs: Inputs) -> Forward:
@@ -126,44 +102,13 @@ def _published(inputs: Inputs) -> Forward:
 LOSS = FocalBenchmark()
 
 
-def check(arguments: argparse.Namespace) -> list[dict]:
-    """Measures and prints every row. Forward + gradient through autograd; medians of alternating runs, over the seeds."""
-    report = targets.Rows()
-    if arguments.device == "cuda":
-        compiled, sizes = ["cuda", "triton"], [entry for entry, _ in CUDA_SPEED]
-        targets.captured(LOSS, arguments, report, [(make_case(arguments, *entry), limit) for entry, limit in CUDA_SPEED])
-    else:
-        compiled, sizes = ["cpp"], MEMORY
-        _cpu_speed(arguments, report)
-        _narrow_speed(arguments, report)
-    for backend in compiled:
-        for entry in sizes:
-            case = make_case(arguments, *entry)
-            limit = case.size * getattr(torch, case.dtype).itemsize + targets.MEBIBYTE
-            targets.memory(LOSS, backend, case, limit, arguments, report)
-    backends = list(dict.fromkeys([*compiled, *LOSS.backends(arguments.device)]))
-    for entry in ACCURACY:
-        targets.accuracy(LOSS, make_case(arguments, *entry), backends, LIMITS, report)
-    return report.close()
-
-
-def _cpu_speed(arguments: argparse.Namespace, report: targets.Rows) -> None:
-    ours, missing = LOSS.name("cpp"), LOSS.why_not("cpp", "cpu")
-    for entry, limits in CPU_SPEED:
-        case = make_case(arguments, *entry)
-        timings, _ = targets.time_case(LOSS, arguments, case, [ours, *limits])
-        for other, limit in limits.items():
-            got = timings[ours].ratio_to(timings[other]) if ours in timings else None
-            report(f"{ours}, {case.title}", limit, f"x {other}", got, missing or targets.medians(timings, ours, other))
-
-
 def _narrow_speed(arguments: argparse.Namespace, report: targets.Rows) -> None:
     """bfloat16 and float16 beside float32, in turns."""
     if LOSS.why_not("cpp", "cpu"):
         return
-    provider = LOSS._ours("cpp")
+    provider = LOSS.ours("cpp")
     for entry in (FOCAL_CASE, EFL_CASE):
-        cases = [replace(make_case(arguments, *entry), dtype=dtype) for dtype in ("float32", "bfloat16", "float16")]
+        cases = [replace(LOSS.problems.make_case(arguments, *entry), dtype=dtype) for dtype in ("float32", "bfloat16", "float16")]
 
         def build(seed: int, cases: list[Case] = cases) -> list[harness.Workload]:
             inputs = [LOSS.problems.make_inputs(replace(case, seed=seed)) for case in cases]
@@ -175,8 +120,22 @@ def _narrow_speed(arguments: argparse.Namespace, report: targets.Rows) -> None:
             report(f"{provider.name}, {case.title}", 1.0, "x float32", got, targets.medians(timings, case.dtype, "float32"))
 
 
+TARGETS = element_targets.Targets(
+    cpu_speed=[
+        (DENSE_FOCAL, {FOCAL: 0.18, COMPILED_FOCAL: 0.45}),
+        (FOCAL_CASE, {FOCAL: 0.18, COMPILED_FOCAL: 0.45}),
+        (EFL_CASE, {PUBLISHED_EFL: 1 / 25}),
+        (EQLV2_CASE, {PUBLISHED_EQLV2: 1 / 8}),
+    ],
+    cuda_speed=[((FOCAL_LOSS, 2 * 10**7, 80, "dense"), 1.3), ((FOCAL_LOSS, 2 * 10**7), 1.3)],
+    memory=[FOCAL_CASE, EFL_CASE, EQLV2_CASE],
+    accuracy=[DENSE_FOCAL, FOCAL_CASE, (FOCAL_LOSS, 10**6, 80, "index", "init"), EFL_CASE, EQLV2_CASE],
+    further=_narrow_speed,
+)
+
+
 def main(argv: list[str] | None = None) -> int:
-    return loss_bench.main(LOSS, check, __file__, argv)
+    return loss_bench.main(LOSS, functools.partial(element_targets.check, LOSS, TARGETS), __file__, argv)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     python bench/bench_smooth_l1.py --must-show
     python bench/bench_smooth_l1.py --sizes 4096 1e6 --form rows --mode forward
 """
-import argparse
+import functools
 import os
 import pathlib
 import sys
@@ -17,26 +17,28 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import rsloss_kernels  # noqa: E402
-from bench import loss_bench, smooth_l1_problems, targets  # noqa: E402
+from bench import element_targets, loss_bench, smooth_l1_problems  # noqa: E402
 from bench.providers import Forward, Provider  # noqa: E402
-from bench.smooth_l1_problems import BETA, Case, Inputs, make_case  # noqa: E402
+from bench.smooth_l1_problems import BETA, Case, Inputs  # noqa: E402
 from rsloss_kernels import smooth_l1_loss  # noqa: E402
 
 EAGER, COMPILED = "smooth L1, eager", "smooth L1, torch.compile"
-# Of the loss, of the gradient.
-LIMITS = 1e-7, 2e-6
-# (case; largest ratio to eager PyTorch, largest ratio to the copy, None: told only)
-CPU_SPEED = [((4096, "dense"), None, None), ((10**6, "dense"), None, 2.0), ((10**7, "dense"), 1 / 4, 2.0)]
-CUDA_SPEED = [((2 * 10**7, "dense"), 1.5)]
+TARGETS = element_targets.Targets(
+    cpu_speed=[
+        ((4096, "dense"), {EAGER: None, COMPILED: None, loss_bench.COPY: None}),
+        ((10**6, "dense"), {EAGER: None, COMPILED: None, loss_bench.COPY: 2.0}),
+        ((10**7, "dense"), {EAGER: 1 / 4, COMPILED: None, loss_bench.COPY: 2.0}),
+    ],
+    cuda_speed=[((2 * 10**7, "dense"), 1.5)],
+    memory=[(size, "dense") for size in (4096, 10**6, 10**7)],
+    accuracy=[(10**6, form) for form in ("dense", "rows", "unweighted")],
+)
 
 
 class SmoothL1Benchmark(loss_bench.OfOperator):
     operator = "smooth_l1_forward"
     stem, title, num_losses = "smooth_l1", "smooth_l1_loss", 1
     problems = smooth_l1_problems.PROBLEMS
-
-    def name(self, backend: str) -> str:
-        return f"smooth_l1 [{backend}]"
 
     def outputs(self, logits: Tensor, inputs: Inputs, backend: str) -> tuple[Tensor]:
         with rsloss_kernels.use_backend(backend):
@@ -51,14 +53,11 @@ class SmoothL1Benchmark(loss_bench.OfOperator):
         return (weights * losses).sum(), weights * (d / BETA).clamp(-1, 1)
 
     def providers(self, case: Case) -> list[Provider]:
-        ours = [self._ours(backend) for backend in self.backends(case.device)]
+        ours = [self.ours(backend) for backend in self.backends(case.device)]
         return [*ours, Provider(EAGER, _eager), Provider(COMPILED, _compiled, is_compiled=True)]
 
-    def _ours(self, backend: str) -> Provider:
-        def bind(inputs: Inputs) -> Forward:
-            return lambda logits: self.outputs(logits, inputs, backend)
-
-        return Provider(self.name(backend), bind, is_ours=True, can_capture=backend != "reference")
+    def bind(self, inputs: Inputs, backend: str) -> Forward:
+        return lambda preds: self.outputs(preds, inputs, backend)
 
 
 def plain_smooth_l1(preds: Tensor, target: Tensor, weights: Tensor | None, avg_factor: float) -> Tensor:
@@ -83,38 +82,8 @@ def _compiled(inputs: Inputs) -> Forward:
 LOSS = SmoothL1Benchmark()
 
 
-def check(arguments: argparse.Namespace) -> list[dict]:
-    """Measures and prints every row. Forward + gradient through autograd; medians of alternating runs, over the seeds."""
-    report = targets.Rows()
-    if arguments.device == "cuda":
-        compiled, sizes = ["cuda", "triton"], [case for case, _ in CUDA_SPEED]
-        targets.captured(LOSS, arguments, report, [(make_case(arguments, *entry), limit) for entry, limit in CUDA_SPEED])
-    else:
-        compiled, sizes = ["cpp"], [case for case, *_ in CPU_SPEED]
-        _cpu_speed(arguments, report)
-    for backend in compiled:
-        for entry in sizes:
-            case = make_case(arguments, *entry)
-            limit = case.size * getattr(torch, case.dtype).itemsize + targets.MEBIBYTE
-            targets.memory(LOSS, backend, case, limit, arguments, report)
-    backends = list(dict.fromkeys([*compiled, *LOSS.backends(arguments.device)]))
-    for form in ("dense", "rows", "unweighted"):
-        targets.accuracy(LOSS, make_case(arguments, 10**6, form), backends, LIMITS, report)
-    return report.close()
-
-
-def _cpu_speed(arguments: argparse.Namespace, report: targets.Rows) -> None:
-    ours, missing = LOSS.name("cpp"), LOSS.why_not("cpp", "cpu")
-    for entry, of_eager, of_copy in CPU_SPEED:
-        case = make_case(arguments, *entry)
-        timings, _ = targets.time_case(LOSS, arguments, case, [ours, EAGER, COMPILED])
-        for other, limit in ((EAGER, of_eager), (COMPILED, None), (loss_bench.COPY, of_copy)):
-            got = timings[ours].ratio_to(timings[other]) if ours in timings else None
-            report(f"{ours}, {case.title}", limit, f"x {other}", got, missing or targets.medians(timings, ours, other))
-
-
 def main(argv: list[str] | None = None) -> int:
-    return loss_bench.main(LOSS, check, __file__, argv)
+    return loss_bench.main(LOSS, functools.partial(element_targets.check, LOSS, TARGETS), __file__, argv)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """The problems of the benchmarks of element-wise sigmoid losses: class logits as a detector in training has them, few classes or many."""
 import argparse
-from dataclasses import asdict, dataclass, replace
+import itertools
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from bench import problems
 from bench.logits import DISTRIBUTIONS, NUM_CLASSES
-from bench.loss_bench import Problems
 from bench.peers.ghm import one_hot_targets
 
 FOCAL_LOSS, EFL, EQLV2 = "focal", "EFL", "EQLv2"
@@ -19,7 +20,7 @@ WIDTH = 32
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(problems.Case):
     """One problem of about `size` elements in rows of `classes`, of EQLv2 one column more; of EFL as the map of a head, which it is for.
 
     form: "index", a class index for each row; "dense", targets of every element, focal loss alone.
@@ -30,21 +31,15 @@ class Case:
     classes: int = NUM_CLASSES
     form: str = "index"
     distribution: str = "trained"
-    dtype: str = "float32"
-    device: str = "cpu"
-    seed: int = 0
 
     @property
     def title(self) -> str:
         size = f"N={self.size:.3g}".replace("e+0", "e")
         return f"{self.loss} {self.distribution} {size} C={self.classes} {self.form} {self.dtype}"
 
-    def as_dict(self) -> dict:
-        return asdict(self)
-
 
 @dataclass
-class Inputs:
+class Inputs(problems.Inputs):
     """`targets` as the loss takes them, `labels` and `dense` the same for the others."""
 
     case: Case
@@ -54,15 +49,8 @@ class Inputs:
     dense: Tensor  # as the logits; the background is a column of EQLv2 alone
     pos_neg: Tensor  # [C], a state of the equalized losses
 
-    def _read(self) -> int:
-        return self.logits.nbytes + self.targets.nbytes
-
-    def minimal_bytes(self) -> int:
-        """What forward and backward must move: everything given, twice, and the gradient."""
-        return 2 * self._read() + self.logits.nbytes
-
-    def working_set(self) -> int:
-        return self._read() + self.logits.nbytes
+    def given(self) -> list[Tensor]:
+        return [self.logits, self.targets]
 
 
 def make_inputs(case: Case) -> Inputs:
@@ -102,10 +90,6 @@ MEMORY_GRID = [(FOCAL_LOSS, 10**6), (EFL, 10**6, MANY_CLASSES), (EQLV2, 10**6, M
 QUICK = [(FOCAL_LOSS, 10**6), (EFL, 10**5, MANY_CLASSES), (EQLV2, 10**5, MANY_CLASSES)]
 
 
-def make_case(arguments: argparse.Namespace, *entry) -> Case:
-    return replace(Case(*entry), dtype=arguments.dtype, device=arguments.device, seed=arguments.seeds[0])
-
-
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--loss", choices=(FOCAL_LOSS, EFL, EQLV2), help="own grid: with --sizes and --classes")
     parser.add_argument("--sizes", nargs="+", type=lambda text: int(float(text)), help="own grid: elements")
@@ -114,24 +98,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--distribution", choices=tuple(DISTRIBUTIONS), default="trained", help="own grid: of the logits")
 
 
-def grid(loss, arguments: argparse.Namespace) -> tuple[list[Case], list[Case]]:
-    """The problems for speed, and those of them for memory."""
-    if arguments.loss or arguments.sizes or arguments.classes:
-        kind = arguments.loss or FOCAL_LOSS
-        if kind != FOCAL_LOSS and arguments.form == "dense":
-            raise SystemExit(f"--loss {kind} takes no dense targets")
-        own = [
-            make_case(arguments, kind, size, classes, arguments.form, arguments.distribution)
-            for size in arguments.sizes or [10**6]
-            for classes in arguments.classes or [NUM_CLASSES]
-        ]
-        return own, own
-    speed, memory = (QUICK, QUICK[:1]) if arguments.quick else (GRID, MEMORY_GRID)
-    return [make_case(arguments, *entry) for entry in speed], [make_case(arguments, *entry) for entry in memory]
+def _own(arguments: argparse.Namespace) -> list[tuple]:
+    if not (arguments.loss or arguments.sizes or arguments.classes):
+        return []
+    kind = arguments.loss or FOCAL_LOSS
+    if kind != FOCAL_LOSS and arguments.form == "dense":
+        raise SystemExit(f"--loss {kind} takes no dense targets")
+    pairs = itertools.product(arguments.sizes or [10**6], arguments.classes or [NUM_CLASSES])
+    return [(kind, *pair, arguments.form, arguments.distribution) for pair in pairs]
 
 
 def _small(case: Case) -> list[Case]:
     return [replace(case, size=size) for size in (2 * case.classes, 5 * case.classes)]
 
 
-PROBLEMS = Problems(Case, make_inputs, add_options, grid, _small)
+PROBLEMS = problems.Problems(Case, make_inputs, add_options, _own, GRID, MEMORY_GRID, QUICK, _small)

@@ -1,12 +1,13 @@
 """The problems of the GHM benchmarks: class logits as a detector in training has them, and offsets of boxes."""
 import argparse
-from dataclasses import asdict, dataclass, replace
+import itertools
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from bench import problems
 from bench.logits import DISTRIBUTIONS, NUM_CLASSES
-from bench.loss_bench import Problems
 from bench.peers.ghm import one_hot_targets
 
 CLASSES, BOXES = "GHM-C", "GHM-R"
@@ -16,7 +17,7 @@ FOREGROUND, IGNORED = 13, 100
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(problems.Case):
     """One problem of about `size` elements.
 
     loss: GHM-C, `size` / 80 rows of 80 classes; or GHM-R, `size` / 4 boxes.
@@ -30,9 +31,6 @@ class Case:
     form: str = "dense"
     momentum: float = 0.0
     distribution: str = "trained"
-    dtype: str = "float32"
-    device: str = "cpu"
-    seed: int = 0
 
     @property
     def title(self) -> str:
@@ -40,12 +38,9 @@ class Case:
         momentum = f" m={self.momentum:g}" if self.momentum else ""
         return f"{self.loss} {self.distribution} {size} {self.bins} bins{momentum} {self.form} {self.dtype}"
 
-    def as_dict(self) -> dict:
-        return asdict(self)
-
 
 @dataclass
-class Inputs:
+class Inputs(problems.Inputs):
     """`targets` and `weights` as the loss takes them, `dense` the same targets element by element."""
 
     case: Case
@@ -54,17 +49,8 @@ class Inputs:
     weights: Tensor | None
     dense: Tensor
 
-    def _read(self) -> int:
-        tensors = [self.logits, self.targets] + ([] if self.weights is None else [self.weights])
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-    def minimal_bytes(self) -> int:
-        """What forward and backward must move: everything given, twice, and the gradient."""
-        return 2 * self._read() + self.logits.numel() * self.logits.element_size()
-
-    def working_set(self) -> int:
-        """Everything given, and the gradient: what the caches would have to hold."""
-        return self._read() + self.logits.numel() * self.logits.element_size()
+    def given(self) -> list[Tensor]:
+        return [self.logits, self.targets] + ([] if self.weights is None else [self.weights])
 
 
 def make_inputs(case: Case) -> Inputs:
@@ -113,10 +99,6 @@ MEMORY_GRID = [(CLASSES, 10**6, 10, "dense"), (CLASSES, 10**6, 30, "index"), (CL
 QUICK = [(CLASSES, 10**5, 10, "dense"), (CLASSES, 10**6, 30, "index"), (BOXES, 10**5, 10, "dense")]
 
 
-def make_case(arguments: argparse.Namespace, *entry) -> Case:
-    return replace(Case(*entry), dtype=arguments.dtype, device=arguments.device, seed=arguments.seeds[0])
-
-
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--loss", choices=(CLASSES, BOXES), help="own grid: with --sizes and --bins")
     parser.add_argument("--sizes", nargs="+", type=lambda text: int(float(text)), help="own grid: elements")
@@ -126,24 +108,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--momentum", type=float, default=0.0, help="own grid")
 
 
-def grid(loss, arguments: argparse.Namespace) -> tuple[list[Case], list[Case]]:
-    """The problems for speed, and those of them for memory."""
-    if arguments.loss or arguments.sizes or arguments.bins:
-        if arguments.loss == BOXES and arguments.form == "index":
-            raise SystemExit("--loss GHM-R takes no class indices")
-        rest = arguments.form, arguments.momentum, arguments.distribution
-        own = [
-            make_case(arguments, arguments.loss or CLASSES, size, bins, *rest)
-            for size in arguments.sizes or [10**6]
-            for bins in arguments.bins or [10]
-        ]
-        return own, own
-    speed, memory = (QUICK, QUICK[1:2]) if arguments.quick else (GRID, MEMORY_GRID)
-    return [make_case(arguments, *entry) for entry in speed], [make_case(arguments, *entry) for entry in memory]
+def _own(arguments: argparse.Namespace) -> list[tuple]:
+    if not (arguments.loss or arguments.sizes or arguments.bins):
+        return []
+    if arguments.loss == BOXES and arguments.form == "index":
+        raise SystemExit("--loss GHM-R takes no class indices")
+    rest = arguments.form, arguments.momentum, arguments.distribution
+    pairs = itertools.product(arguments.sizes or [10**6], arguments.bins or [10])
+    return [(arguments.loss or CLASSES, *pair, *rest) for pair in pairs]
 
 
 def _small(case: Case) -> list[Case]:
     return [replace(case, size=size) for size in (2000, 3200)]
 
 
-PROBLEMS = Problems(Case, make_inputs, add_options, grid, _small)
+PROBLEMS = problems.Problems(Case, make_inputs, add_options, _own, GRID, MEMORY_GRID, QUICK, _small)

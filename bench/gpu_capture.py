@@ -252,7 +252,7 @@ def check_capture(name: str, form: str, dtype: str, elements: int = 50_000, segm
     """Captures on one batch, replays on three others; raises `AssertionError` with the reason, else says what was done."""
     # Other numbers of positives in every batch, with the number of elements unchanged.
     batches = [
-        make_inputs(Case(kind, positives, elements - positives, form, dtype, "cuda", seed, segments=segments))
+        make_inputs(Case(kind, positives, elements - positives, form, segments, dtype=dtype, device="cuda", seed=seed))
         for seed, (kind, positives) in enumerate([("trained", 300), ("init", 17), ("separated", 500), ("trained", 1)])
     ]
     static = copied(batches[0])
@@ -297,7 +297,7 @@ def check_small(name: str, device: str) -> str:
             for positives, negatives in SIZES:
                 if form == "index":
                     negatives = max(negatives, 80 * positives)
-                inputs = copied(make_inputs(Case("trained", positives, negatives, form, dtype, device, seed=positives)))
+                inputs = copied(make_inputs(Case("trained", positives, negatives, form, dtype=dtype, device=device, seed=positives)))
                 # On the CPU: under compute-sanitizer the many small kernels of the brute force would take minutes.
                 error = describe_error(name, run(name, inputs), inputs, "cpu")
                 assert error is None, f"{inputs.case.title}: {error}"

@@ -1,11 +1,11 @@
 """The problems of the group softmax benchmarks: rows of a detector's second stage over 1230 classes, in groups as in LVIS v0.5."""
 import argparse
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from bench.loss_bench import Problems
+from bench import problems
 from rsloss_kernels import ClassGroups
 
 # Classes of the groups of up to 10, 100, 1000 and more instances.
@@ -17,7 +17,7 @@ BY_INSTANCES = (0.0006, 0.03, 0.06, 0.9094)
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(problems.Case):
     """`rows` rows of 1236 logits.
 
     classes: "even", foreground rows of every class alike, so that most others of most groups are kept; or "instances", as often as
@@ -27,20 +27,14 @@ class Case:
     rows: int
     classes: str = "even"
     others_ratio: float = 8.0
-    dtype: str = "float32"
-    device: str = "cpu"
-    seed: int = 0
 
     @property
     def title(self) -> str:
         return f"{self.rows} rows, classes {self.classes}, ratio {self.others_ratio:g}, {self.dtype}"
 
-    def as_dict(self) -> dict:
-        return asdict(self)
-
 
 @dataclass
-class Inputs:
+class Inputs(problems.Inputs):
     """`mapped` and `slices`: the targets within each group's slice of the logits, as the published form takes them."""
 
     case: Case
@@ -54,15 +48,8 @@ class Inputs:
     def mapped(self) -> list[Tensor]:
         return [of_group[self.labels] for of_group in self.maps]
 
-    def _read(self) -> int:
-        return self.logits.nbytes + self.labels.nbytes
-
-    def minimal_bytes(self) -> int:
-        """What forward and backward must move: logits and labels twice, and the gradient."""
-        return 2 * self._read() + self.logits.nbytes
-
-    def working_set(self) -> int:
-        return self._read() + self.logits.nbytes
+    def given(self) -> list[Tensor]:
+        return [self.logits, self.labels]
 
 
 def make_inputs(case: Case) -> Inputs:
@@ -96,27 +83,18 @@ MEMORY_GRID = [(512,), (2048,)]
 QUICK = [(512,), (2048,), (2048, "instances")]
 
 
-def make_case(arguments: argparse.Namespace, *entry) -> Case:
-    return replace(Case(*entry), dtype=arguments.dtype, device=arguments.device, seed=arguments.seeds[0])
-
-
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", nargs="+", type=int, help="own grid")
     parser.add_argument("--classes", choices=("even", "instances"), default="even", help="own grid: classes of the foreground rows")
     parser.add_argument("--ratio", type=float, default=8.0, help="own grid: others kept per foreground row")
 
 
-def grid(loss, arguments: argparse.Namespace) -> tuple[list[Case], list[Case]]:
-    """The problems for speed, and those of them for memory."""
-    if arguments.rows:
-        own = [make_case(arguments, rows, arguments.classes, arguments.ratio) for rows in arguments.rows]
-        return own, own
-    speed, memory = (QUICK, QUICK[1:2]) if arguments.quick else (GRID, MEMORY_GRID)
-    return [make_case(arguments, *entry) for entry in speed], [make_case(arguments, *entry) for entry in memory]
+def _own(arguments: argparse.Namespace) -> list[tuple]:
+    return [(rows, arguments.classes, arguments.ratio) for rows in arguments.rows or []]
 
 
 def _small(case: Case) -> list[Case]:
     return [replace(case, rows=rows) for rows in (7, 40)]
 
 
-PROBLEMS = Problems(Case, make_inputs, add_options, grid, _small)
+PROBLEMS = problems.Problems(Case, make_inputs, add_options, _own, GRID, MEMORY_GRID, QUICK, _small)

@@ -1,8 +1,10 @@
 """The inputs of the ranking benchmarks: three kinds of detector logits with their targets, dense or as class indices."""
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from bench import problems
 
 NUM_CLASSES = 80
 
@@ -32,7 +34,7 @@ FORMS = ("dense", "index")
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(problems.Case):
     """One problem: `positives` among about `negatives` negatives.
 
     Class indices, and segments of any form, have rows of 80 classes; segments are equal numbers of whole rows.
@@ -42,11 +44,8 @@ class Case:
     positives: int
     negatives: int
     form: str = "dense"
-    dtype: str = "float32"
-    device: str = "cpu"
-    seed: int = 0
-    max_positives: int | None = None
     segments: int = 1
+    max_positives: int | None = None
 
     @property
     def title(self) -> str:
@@ -57,9 +56,6 @@ class Case:
     @property
     def has_rows(self) -> bool:
         return self.form == "index" or self.segments > 1
-
-    def as_dict(self) -> dict:
-        return asdict(self)
 
 
 @dataclass

@@ -4,6 +4,7 @@ A loss has `stem`, `title`, `problems`, `providers(case)`, `backends(device)`, `
 rows that must hold `outputs(logits, inputs, backend)`, `num_losses` and `truth(inputs)`.
 """
 import argparse
+import contextlib
 import datetime
 import itertools
 import json
@@ -12,12 +13,13 @@ import pathlib
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
+import rsloss_kernels
 from bench import harness, results
-from bench.providers import FOCAL, MODES, Provider, workload
+from bench.providers import FOCAL, MODES, Forward, Provider, workload
 from rsloss_kernels import _backends
 
 COPY = "copy floor"
@@ -25,9 +27,13 @@ CANNOT_CAPTURE = "it cannot be captured"
 
 
 class OfOperator:
-    """What a loss whose backends are those of one `operator` has in common with all others."""
+    """What a loss whose backends are those of one `operator` has in common with all others. `bind(inputs, backend)`: its forward."""
 
+    stem: str
     operator: str
+
+    def name(self, backend: str) -> str:
+        return f"{self.stem} [{backend}]"
 
     def backends(self, device: str) -> list[str]:
         """The usable backends, the automatic choice first. On a CPU Triton is its interpreter, which is not timed."""
@@ -40,24 +46,15 @@ class OfOperator:
     def why_not(self, backend: str, device: str) -> str | None:
         return _backends.why_not(self.operator, backend, device)
 
+    def forced(self, backend: str, device: str) -> contextlib.AbstractContextManager:
+        """In it, calls take `backend`; nothing is done for the one that they take anyway."""
+        return contextlib.nullcontext() if self.is_automatic(backend, device) else rsloss_kernels.use_backend(backend)
 
-@dataclass(frozen=True)
-class Problems:
-    """What a family of losses is measured on.
+    def ours(self, backend: str) -> Provider:
+        def bind(inputs) -> Forward:
+            return self.bind(inputs, backend)
 
-    case: a frozen dataclass with `title`, `dtype`, `device`, `seed` and `as_dict()`, whose fields all but the seed are in the records.
-    make_inputs: of a case; `logits`, the tensor that has a gradient, `minimal_bytes()` and `working_set()`.
-    grid: (loss, arguments) -> the cases for speed, and those for memory.
-    small: of a case, little ones of its kind, which set up whatever is set up once.
-    told: (loss, inputs) -> further figures of a draw for the records of speed.
-    """
-
-    case: type
-    make_inputs: Callable
-    add_options: Callable[[argparse.ArgumentParser], None]
-    grid: Callable
-    small: Callable
-    told: Callable = lambda loss, inputs: {}
+        return Provider(self.name(backend), bind, is_ours=True, can_capture=backend != "reference")
 
 
 def parse(loss, argv: list[str] | None) -> argparse.Namespace:

@@ -1,9 +1,10 @@
 """The problems of the ranking benchmarks: the grids of sizes, and the options that make one's own."""
 import argparse
+import itertools
 from dataclasses import replace
 
 from bench.logits import DISTRIBUTIONS, FORMS, Case, Inputs, make_inputs
-from bench.loss_bench import Problems
+from bench.problems import Problems
 
 # (distribution, P, N, form[, segments])
 GRID = [
@@ -30,26 +31,29 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--segments", type=int, default=1, help="own grid: equal segments of whole rows of 80 classes")
 
 
-def make_case(
-    arguments: argparse.Namespace, distribution: str, positives: int, negatives: int, form: str = "dense", segments: int = 1
-) -> Case:
-    # On a GPU the number of positives is unknown to the host: a user gives a capacity with room to spare, here 2 to 4 times P.
-    capacity = 1 << (2 * positives - 1).bit_length() if arguments.device == "cuda" else None
-    where = (arguments.dtype, arguments.device, arguments.seeds[0], capacity, segments)
-    return Case(distribution, positives, negatives, form, *where)
+class RankingProblems(Problems):
+    def make_case(self, arguments: argparse.Namespace, *entry: object) -> Case:
+        """(distribution, P, N, form, segments). On a GPU with a capacity."""
+        case = super().make_case(arguments, *entry)
+        # On a GPU the number of positives is unknown to the host: a user gives a capacity with room to spare, here 2 to 4 times P.
+        capacity = 1 << (2 * case.positives - 1).bit_length() if arguments.device == "cuda" else None
+        return replace(case, max_positives=capacity)
+
+    def entries(self, loss, arguments: argparse.Namespace) -> tuple[list[tuple], list[tuple]]:
+        """As everywhere; the whole grid has segments too, and on a GPU no more positives than its tables take."""
+        speed, memory = super().entries(loss, arguments)
+        if speed is self.full:
+            speed = [*speed, *SEGMENT_GRID * loss.has_segments]
+            if arguments.device == "cuda":
+                speed = [entry for entry in speed if entry[1] <= CUDA_POSITIVES]
+        return speed, memory
 
 
-def grid(loss, arguments: argparse.Namespace) -> tuple[list[Case], list[Case]]:
-    """The problems for speed, and those of them for memory."""
-    if arguments.positives or arguments.negatives or arguments.distribution or arguments.segments > 1:
-        distribution = arguments.distribution or "trained"
-        pairs = [(p, n) for p in arguments.positives or [1000] for n in arguments.negatives or [10**6]]
-        own = [make_case(arguments, distribution, p, n, arguments.form, arguments.segments) for p, n in pairs]
-        return own, own
-    speed, memory = (QUICK, QUICK[-1:]) if arguments.quick else (GRID + SEGMENT_GRID * loss.has_segments, MEMORY_GRID)
-    if arguments.device == "cuda":
-        speed = [entry for entry in speed if entry[1] <= CUDA_POSITIVES]
-    return [make_case(arguments, *entry) for entry in speed], [make_case(arguments, *entry) for entry in memory]
+def _own(arguments: argparse.Namespace) -> list[tuple]:
+    if not (arguments.positives or arguments.negatives or arguments.distribution or arguments.segments > 1):
+        return []
+    pairs = itertools.product(arguments.positives or [1000], arguments.negatives or [10**6])
+    return [(arguments.distribution or "trained", *pair, arguments.form, arguments.segments) for pair in pairs]
 
 
 def _small(case: Case) -> list[Case]:
@@ -60,4 +64,4 @@ def _told(loss, inputs: Inputs) -> dict[str, float]:
     return {"relevant": inputs.relevant(loss.delta)}
 
 
-PROBLEMS = Problems(Case, make_inputs, add_options, grid, _small, _told)
+PROBLEMS = RankingProblems(Case, make_inputs, add_options, _own, GRID, MEMORY_GRID, QUICK, _small, _told)

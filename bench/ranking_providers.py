@@ -9,7 +9,8 @@ from torch import Tensor
 import rsloss_kernels
 from bench import ranking_problems
 from bench.logits import Case, Inputs
-from bench.loss_bench import OfOperator, Problems
+from bench.loss_bench import OfOperator
+from bench.problems import Problems
 from bench.providers import Forward, Provider, focal_providers
 
 LOOP = "published loop"

@@ -4,7 +4,7 @@ from dataclasses import replace
 from bench import loss_bench, ranking_targets, targets, world
 from bench.logits import make_inputs
 from bench.providers import differentiated
-from bench.ranking_problems import make_case
+from bench.ranking_problems import PROBLEMS
 
 BACKEND = "cpp"
 SEGMENTS = 64
@@ -13,7 +13,7 @@ SEGMENTS = 64
 def narrow_type(loss, arguments, report) -> None:
     """bfloat16 against float32 logits of the same values: a histogram of at most 65,536 values takes the place of the search."""
     wide, narrow = "float32", "bfloat16"
-    case = make_case(arguments, "init", 1000, 10**6)
+    case = PROBLEMS.make_case(arguments, "init", 1000, 10**6)
     relevant = []
 
     def build(seed):
@@ -31,7 +31,7 @@ def narrow_type(loss, arguments, report) -> None:
 
 def equal_segments(loss, arguments, report) -> None:
     """64 equal segments in both forms against the same call without segments."""
-    whole = make_case(arguments, "trained", 1000, 10**6, "index", SEGMENTS)
+    whole = PROBLEMS.make_case(arguments, "trained", 1000, 10**6, "index", SEGMENTS)
     for form in ("chunks", "row ids"):
         relevant = []
 
@@ -52,7 +52,7 @@ def equal_segments(loss, arguments, report) -> None:
 
 def many_positives(loss, arguments, report) -> None:
     """As many positives as a batch of crowded images has, and as many as negatives."""
-    case = make_case(arguments, "trained", 10**5, 10**6)
+    case = PROBLEMS.make_case(arguments, "trained", 10**5, 10**6)
     relevant = []
 
     def build(seed):
@@ -71,7 +71,7 @@ def many_positives(loss, arguments, report) -> None:
 
 def two_processes(loss, arguments, report) -> None:
     """One ranking over two processes that hold half of the elements each, against one process; threads shared out."""
-    case = make_case(arguments, "trained", 1000, 10**6)
+    case = PROBLEMS.make_case(arguments, "trained", 1000, 10**6)
     case = replace(case, max_positives=2048)
     got, note = None, loss.why_not(BACKEND, case.device)
     if note is None:

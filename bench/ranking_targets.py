@@ -8,7 +8,7 @@ import torch
 from bench import harness, targets
 from bench import ranking_providers as field
 from bench.providers import FOCAL
-from bench.ranking_problems import make_case
+from bench.ranking_problems import PROBLEMS
 
 ACCURACY = [("trained", 1000, 10**6), ("init", 1000, 10**6), ("trained", 200, 10**5), ("trained", 20000, 10**5)]
 LIMITS = 1e-7, 1e-6  # of the losses, of the gradient
@@ -46,7 +46,7 @@ def check(loss: field.RankingLoss, promised: Targets, arguments: argparse.Namesp
             memory(loss, backend, size[:3], arguments, report)
     backends = list(dict.fromkeys([*compiled, *loss.backends(arguments.device)]))
     for entry in ACCURACY:
-        targets.accuracy(loss, replace(make_case(arguments, *entry), dtype="float32"), backends, LIMITS, report)
+        targets.accuracy(loss, replace(PROBLEMS.make_case(arguments, *entry), dtype="float32"), backends, LIMITS, report)
     return report.close()
 
 
@@ -81,7 +81,7 @@ def _cuda_speed(loss, rows, arguments, report) -> None:
 
 
 def _time(loss, arguments, size, names: list[str], capture: bool) -> tuple[dict[str, harness.Draws], str, str]:
-    case = make_case(arguments, *size)
+    case = PROBLEMS.make_case(arguments, *size)
     timings, records = targets.time_case(loss, arguments, case, names, capture)
     return timings, case.title, told_relevant(records[0]["relevant"])
 
@@ -94,7 +94,7 @@ def told_relevant(fractions: list[float]) -> str:
 
 def memory(loss, backend: str, size: tuple, arguments, report, limit: float | None = None) -> None:
     """The gradient, a bit mask, the tables and a mebibyte, or `limit`."""
-    case = make_case(arguments, *size)
+    case = PROBLEMS.make_case(arguments, *size)
     elements = case.positives + case.negatives
     slots = case.max_positives or case.positives
     if limit is None:

@@ -1,11 +1,11 @@
 """The problems of the Seesaw loss benchmarks: rows of a detector's second stage over 1203 classes, as in LVIS v1."""
 import argparse
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from bench.loss_bench import Problems
+from bench import problems
 
 # One foreground row in four, as the sampler of a two-stage detector has it.
 FOREGROUND = 0.25
@@ -14,39 +14,26 @@ MOST_LOG = 10.0
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(problems.Case):
     """`rows` rows of `classes` + 2 logits, foreground rows of every class alike."""
 
     rows: int
     classes: int = 1203
-    dtype: str = "float32"
-    device: str = "cpu"
-    seed: int = 0
 
     @property
     def title(self) -> str:
         return f"{self.rows} rows, {self.classes} classes, {self.dtype}"
 
-    def as_dict(self) -> dict:
-        return asdict(self)
-
 
 @dataclass
-class Inputs:
+class Inputs(problems.Inputs):
     case: Case
     logits: Tensor  # [N, C + 2]
     labels: Tensor  # [N], C the background
     counts: Tensor  # [C + 1], whole numbers in float64
 
-    def _read(self) -> int:
-        return self.logits.nbytes + self.labels.nbytes
-
-    def minimal_bytes(self) -> int:
-        """What forward and backward move where all is read: logits and labels twice, and the gradient."""
-        return 2 * self._read() + self.logits.nbytes
-
-    def working_set(self) -> int:
-        return self._read() + self.logits.nbytes
+    def given(self) -> list[Tensor]:
+        return [self.logits, self.labels]
 
 
 def make_inputs(case: Case) -> Inputs:
@@ -69,26 +56,17 @@ MEMORY_GRID = [(512,), (2048,)]
 QUICK = [(512,), (2048,), (512, 80)]
 
 
-def make_case(arguments: argparse.Namespace, *entry) -> Case:
-    return replace(Case(*entry), dtype=arguments.dtype, device=arguments.device, seed=arguments.seeds[0])
-
-
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", nargs="+", type=int, help="own grid")
     parser.add_argument("--classes", type=int, default=1203, help="own grid")
 
 
-def grid(loss, arguments: argparse.Namespace) -> tuple[list[Case], list[Case]]:
-    """The problems for speed, and those of them for memory."""
-    if arguments.rows:
-        own = [make_case(arguments, rows, arguments.classes) for rows in arguments.rows]
-        return own, own
-    speed, memory = (QUICK, QUICK[1:2]) if arguments.quick else (GRID, MEMORY_GRID)
-    return [make_case(arguments, *entry) for entry in speed], [make_case(arguments, *entry) for entry in memory]
+def _own(arguments: argparse.Namespace) -> list[tuple]:
+    return [(rows, arguments.classes) for rows in arguments.rows or []]
 
 
 def _small(case: Case) -> list[Case]:
     return [replace(case, rows=rows) for rows in (7, 40)]
 
 
-PROBLEMS = Problems(Case, make_inputs, add_options, grid, _small)
+PROBLEMS = problems.Problems(Case, make_inputs, add_options, _own, GRID, MEMORY_GRID, QUICK, _small)

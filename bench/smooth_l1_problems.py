@@ -1,11 +1,11 @@
 """The problems of the smooth L1 benchmarks: encoded offsets of boxes, as the second stage of a detector has them."""
 import argparse
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from bench.loss_bench import Problems
+from bench import problems
 
 BETA = 0.4
 # One box in this many is far off.
@@ -13,7 +13,7 @@ FAR = 10
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(problems.Case):
     """One problem of `size` elements, offsets of size / 4 boxes.
 
     form: "dense", a weight for each element, as MMDetection's losses take them; "rows", one for each box; "unweighted".
@@ -21,20 +21,14 @@ class Case:
 
     size: int
     form: str = "dense"
-    dtype: str = "float32"
-    device: str = "cpu"
-    seed: int = 0
 
     @property
     def title(self) -> str:
         return f"N={self.size:.3g} {self.form} {self.dtype}".replace("e+0", "e")
 
-    def as_dict(self) -> dict:
-        return asdict(self)
-
 
 @dataclass
-class Inputs:
+class Inputs(problems.Inputs):
     case: Case
     logits: Tensor  # [N / 4, 4], predicted offsets
     targets: Tensor
@@ -42,17 +36,8 @@ class Inputs:
     beta: Tensor  # 0-d, float64, as the dynamic loss holds it
     avg_factor: float
 
-    def _read(self) -> int:
-        tensors = [self.logits, self.targets] + ([] if self.weights is None else [self.weights])
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-    def minimal_bytes(self) -> int:
-        """What forward and backward must move: everything given, twice, and the gradient."""
-        return 2 * self._read() + self.logits.numel() * self.logits.element_size()
-
-    def working_set(self) -> int:
-        """Everything given, and the gradient: what the caches would have to hold."""
-        return self._read() + self.logits.numel() * self.logits.element_size()
+    def given(self) -> list[Tensor]:
+        return [self.logits, self.targets] + ([] if self.weights is None else [self.weights])
 
 
 def make_inputs(case: Case) -> Inputs:
@@ -78,26 +63,17 @@ MEMORY_GRID = [(10**6, "dense")]
 QUICK = [(4096, "dense"), (10**6, "dense"), (10**6, "unweighted")]
 
 
-def make_case(arguments: argparse.Namespace, *entry) -> Case:
-    return replace(Case(*entry), dtype=arguments.dtype, device=arguments.device, seed=arguments.seeds[0])
-
-
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sizes", nargs="+", type=lambda text: int(float(text)), help="own grid: elements")
     parser.add_argument("--form", choices=("dense", "rows", "unweighted"), default="dense", help="own grid: of the weights")
 
 
-def grid(loss, arguments: argparse.Namespace) -> tuple[list[Case], list[Case]]:
-    """The problems for speed, and those of them for memory."""
-    if arguments.sizes:
-        own = [make_case(arguments, size, arguments.form) for size in arguments.sizes]
-        return own, own
-    speed, memory = (QUICK, QUICK[1:2]) if arguments.quick else (GRID, MEMORY_GRID)
-    return [make_case(arguments, *entry) for entry in speed], [make_case(arguments, *entry) for entry in memory]
+def _own(arguments: argparse.Namespace) -> list[tuple]:
+    return [(size, arguments.form) for size in arguments.sizes or []]
 
 
 def _small(case: Case) -> list[Case]:
     return [replace(case, size=size) for size in (2000, 3200)]
 
 
-PROBLEMS = Problems(Case, make_inputs, add_options, grid, _small)
+PROBLEMS = problems.Problems(Case, make_inputs, add_options, _own, GRID, MEMORY_GRID, QUICK, _small)

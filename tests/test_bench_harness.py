@@ -222,7 +222,7 @@ def test_benchmark_of_ghm_writes_what_its_readers_take(tmp_path):
         run.main(["ghm", "--loss", "GHM-R", "--form", "index"])
 
 
-@pytest.mark.parametrize("entry", bench_ghm.ACCURACY)
+@pytest.mark.parametrize("entry", bench_ghm.TARGETS.accuracy)
 def test_accuracy_rows_of_ghm_notice_a_wrong_gradient(entry):
     inputs = ghm_problems.make_inputs(ghm_problems.Case(entry[0], 4000, *entry[2:]))
     loss, gradient = bench_ghm.LOSS.truth(inputs)
@@ -232,7 +232,7 @@ def test_accuracy_rows_of_ghm_notice_a_wrong_gradient(entry):
     assert targets.errors(bench_ghm.LOSS, "reference", inputs, (loss, gradient * (1 + 1e-5)))[1] > 5e-6
 
 
-@pytest.mark.parametrize("entry", bench_focal.ACCURACY)
+@pytest.mark.parametrize("entry", bench_focal.TARGETS.accuracy)
 def test_accuracy_rows_of_the_element_wise_losses_notice_a_wrong_gradient(entry):
     inputs = focal_problems.make_inputs(focal_problems.Case(entry[0], 40_000, *entry[2:]))
     loss, gradient = bench_focal.LOSS.truth(inputs)

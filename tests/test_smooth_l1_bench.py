@@ -11,7 +11,7 @@ from bench import bench_smooth_l1, report, results, run, smooth_l1_problems, tar
 
 
 def test_inputs_and_peer():
-    case = smooth_l1_problems.Case(4000, "rows", "float64", seed=3)
+    case = smooth_l1_problems.Case(4000, "rows", dtype="float64", seed=3)
     inputs = smooth_l1_problems.make_inputs(case)
     assert inputs.logits.shape == (1000, 4) and 0.2 < inputs.weights.mean() < 0.3
     assert inputs.minimal_bytes() == 8 * (2 * (2 * 4000 + 1000) + 4000)
