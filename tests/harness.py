@@ -7,11 +7,13 @@ and `triton` are tested on CUDA tensors.
 import dataclasses
 import importlib
 import os
+import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import rsloss_kernels
 from rsloss_kernels import _backends, _library
@@ -163,6 +165,27 @@ def evaluate(
     (gradient,) = torch.autograd.grad([value for value, _ in kept], leaf, factors)
     detached = (tuple(value.detach().cpu() for value in values) for values in (losses, statistics))
     return Evaluation(next(detached), gradient.cpu(), next(detached))
+
+
+def operators_of_backward(value: Tensor) -> list[str]:
+    """Runs backward on a thread of its own, as autograd may, and after the choice of the backend was undone. Which of the library's
+    operators ran, with their overloads."""
+    names = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.namespace == _library.NAMESPACE:
+                names.append(str(function).removeprefix(f"{_library.NAMESPACE}."))
+            return function(*args, **(kwargs or {}))
+
+    def run() -> None:
+        with Recorder():
+            value.backward()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return names
 
 
 def on_device(options: dict, backend: Backend) -> dict:
