@@ -1,5 +1,6 @@
 #include "common/kept_memory.h"
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <mutex>
@@ -87,13 +88,15 @@ Keeper& keeper() {
 }  // namespace
 
 void* take_memory(size_t bytes) {
-  const size_t wanted = rounded(bytes + sizeof(Block));
+  const size_t used = bytes + sizeof(Block), wanted = rounded(used);
   if (wanted > keeper().limit) return nullptr;
   Block* block = keeper().take(wanted);
   if (!block) {
     void* fresh = mmap(nullptr, wanted, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (fresh == MAP_FAILED) return nullptr;
-    if (wanted >= kHugePage) madvise(fresh, wanted, MADV_HUGEPAGE);
+    // The last huge page is backed whole: it is asked for where more than half of it is used.
+    const size_t huge = (used + kHugePage / 2) / kHugePage * kHugePage;
+    if (huge > 0) madvise(fresh, std::min(huge, wanted), MADV_HUGEPAGE);
     block = static_cast<Block*>(fresh);
     block->bytes = wanted;
   }
