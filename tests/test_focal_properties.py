@@ -63,12 +63,15 @@ def test_elements_that_are_dropped_leave_no_trace(backend, loss, elements, gamma
 
 @given(elements=ELEMENTS, gamma=GAMMA, dtype=DTYPE)
 def test_logits_and_targets_have_a_mirror_image(backend, elements, gamma, dtype):
-    """z, t and -z, 1 - t have the same loss, with alpha mirrored too, and opposite gradients."""
+    """z, t and -z, 1 - t have the same loss, with alpha mirrored too, and opposite gradients. Targets of 0 are summed before those of 1,
+    so the sums may differ by their rounding."""
     elements = [(z, float(t > 0.5), weight) for z, t, weight in elements]
     logits, targets, weight = tensors(elements, dtype)
     got = FOCAL.evaluate(backend, logits, targets, weight=weight, gamma=gamma, alpha=0.25)
     mirrored = FOCAL.evaluate(backend, -logits, 1 - targets, weight=weight, gamma=gamma, alpha=0.75)
-    assert torch.equal(mirrored.gradient, -got.gradient) and torch.equal(mirrored.losses[0], got.losses[0])
+    assert torch.equal(mirrored.gradient, -got.gradient)
+    loss = got.losses[0]
+    harness.assert_within(mirrored.losses[0], loss, 4 * torch.finfo(loss.dtype).eps * loss.abs(), "mirrored")
 
 
 @given(elements=ELEMENTS, gamma=st.sampled_from([1.0, 1.5, 2.0]), dtype=DTYPE, power=st.integers(-20, 20))
