@@ -184,6 +184,8 @@ def test_bad_configurations(mm):
         one_stage(mm, "RankSortRetinaHead", loss_cls={"type": "FocalLoss"})
     with pytest.raises(ValueError, match="reg_decoded_bbox must be True"):
         one_stage(mm, "RankSortATSSHead", reg_decoded_bbox=False)
+    with pytest.raises(ValueError, match=r"loss_bbox must give one number per box, as GIoULoss does, but L1Loss gives \[2, 4\] for 2 boxes"):
+        one_stage(mm, "RankSortRetinaHead", loss_bbox={"type": "L1Loss"})
     with pytest.raises(NotImplementedError, match="use_sigmoid must be True"):
         one_stage(mm, "RankSortRetinaHead", loss_cls={"type": "RankSortLoss", "use_sigmoid": False})
 

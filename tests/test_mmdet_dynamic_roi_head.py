@@ -143,5 +143,9 @@ def test_bad_configurations(mm):
         assigner = two_stage.region_training()["assigner"] | part
         with pytest.raises(ValueError, match="must be a MaxIoUAssigner with equal pos_iou_thr and neg_iou_thr"):
             dynamic(mm, assigner=assigner)
+    with pytest.raises(ValueError, match="initial_beta and may have .*, got one unknown varaint"):
+        dynamic(mm, options={"varaint": "original"})
+    with pytest.raises(ValueError, match="dynamic_rcnn must have .*, got one without beta_topk, initial_beta, initial_iou, iou_topk"):
+        dynamic(mm, dynamic_rcnn=None)
     model = dynamic(mm, boxes={"loss_bbox": {"type": "FusedSmoothL1Loss"}}, options={"variant": "original"})
     assert model.roi_head.label_assignment.variant == model.roi_head.bbox_head.loss_bbox.variant == "original"

@@ -218,6 +218,8 @@ def test_bad_configurations(mm, faster):
         two_stage.two_stage(mm, two_stage.RANKED | {"loss_cls": {"type": "FocalLoss"}})
     with pytest.raises(NotImplementedError, match="use_sigmoid must be True"):  # what a configuration for softmax leaves there
         two_stage.two_stage(mm, two_stage.RANKED | {"loss_cls": {"type": "RankSortLoss", "use_sigmoid": False}})
+    with pytest.raises(TypeError, match="RankSortLoss ranks one sigmoid logit per foreground class: take RankSortBBoxHead"):
+        two_stage.two_stage(mm, two_stage.SOFTMAX | {"loss_cls": {"type": "RankSortLoss"}})
     with pytest.raises(ValueError, match="reg_decoded_bbox must be True"):
         two_stage.two_stage(mm, two_stage.RANKED | {"reg_decoded_bbox": False})
     with pytest.raises(ValueError, match="reduction_override must be None, .* got 'sum'"):

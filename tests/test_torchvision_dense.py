@@ -170,6 +170,9 @@ def test_a_default_score_threshold_is_warned_of():
         assert use_loss(models.make_model("retinanet"), "rank_sort", score_thresh=0.3).score_thresh == 0.3
         assert use_loss(models.make_model("retinanet", score_thresh=0.0), "ap", score_thresh=None).score_thresh == 0
         assert use_loss(models.make_model("fcos"), "varifocal").score_thresh == 0.2
+        exchanged = use_loss(models.make_model("fcos"), "rank_sort")
+        assert exchanged.score_thresh == 0 and use_loss(exchanged, "ap").score_thresh == 0
+        assert use_loss(exchanged, "focal").score_thresh == 0.2  # the model's own again
         assert use_loss(models.make_model("fcos"), "focal", score_thresh=None).score_thresh == 0.2
 
 
@@ -296,13 +299,17 @@ def test_bad_arguments():
         use_loss(model, GHMC(), momentum=0.5)
     with pytest.raises(ValueError, match="background must be last"):
         use_loss(model, RankSortLoss(background="first"))
+    with pytest.raises(ValueError, match="num_classes is the model's own, 6, and must not be given"):
+        use_loss(model, "efl", num_classes=5)
+    with pytest.raises(ValueError, match="score_thresh must be 'auto', a number or None, got 'none'"):
+        use_loss(model, "focal", score_thresh="none")
     with pytest.raises(TypeError, match="model must be a RetinaNet or FCOS.*got Backbone"):
         use_loss(models.Backbone(), "rank_sort")
     with pytest.raises(TypeError, match="step_log"):
         step_log(model)
     images, targets = models.make_batch()
     targets[1]["labels"][0] = models.CHANNELS
-    with pytest.raises(ValueError, match=r"within 0\.\.5 for a head of 6 channels.*got 1\.\.6|got \d\.\.6"):
+    with pytest.raises(ValueError, match=r"within 0\.\.5 for a model of 6 classes .*got \d\.\.6"):
         use_loss(model, "rank_sort")(images, targets)
 
 

@@ -256,8 +256,16 @@ def test_ranking_loss_trains_and_detects():
 
 def test_bad_arguments():
     model = models.make_model("faster_rcnn")
+    own = model.roi_heads
     with pytest.raises(ValueError, match="loss must be one of 'group_softmax', 'eqlv2', 'seesaw', 'rank_sort'.*got 'focal'"):
         use_loss(model, "focal")
+    with pytest.raises(ValueError, match="'group_softmax' needs groups"):
+        use_loss(model, "group_softmax")
+    assert model.roi_heads is own
+    images, targets = models.make_batch()
+    targets[0]["labels"][0] = 6
+    with pytest.raises(ValueError, match=r"labels of the targets must be within 0\.\.5 for a model of 6 classes .*got 0\.\.6"):
+        use_dynamic_rcnn(models.make_model("faster_rcnn"))(images, targets)
     with pytest.raises(ValueError, match="use_dynamic_rcnn: a ranking loss has a box loss of its own"):
         use_dynamic_rcnn(use_loss(models.make_model("faster_rcnn"), "ap"))
     with pytest.raises(ValueError, match="use_loss: a ranking loss has a box loss of its own"):

@@ -1,5 +1,6 @@
 """Ultralytics' YOLO with losses of the library."""
 import copy
+import functools
 import io
 
 import frameworks
@@ -131,8 +132,9 @@ def test_bad_arguments(plain):
         use_loss(model, "alrp")
     with pytest.raises(ValueError, match="trainer_with: loss must be one of"):
         trainer_with("bce")
-    with pytest.raises(TypeError, match="delta"):
-        use_loss(model, "focal", delta=1)
+    for take in (functools.partial(use_loss, model), trainer_with):
+        with pytest.raises(TypeError, match="delta"):
+            take("focal", delta=1)
     with pytest.raises(TypeError, match="DetectionModel with its own criterion, got Linear"):
         use_loss(torch.nn.Linear(1, 1))
     model.class_weights = torch.ones(CLASSES)

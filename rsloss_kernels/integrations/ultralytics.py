@@ -107,6 +107,7 @@ def trainer_with(loss: str = "rank_sort", **options: object) -> type[DetectionTr
     """A trainer for `YOLO(...).train(trainer=...)` whose models `use_loss`. Raises ValueError for an unknown loss."""
     if loss not in LOSSES:
         raise ValueError(f"trainer_with: loss must be one of {', '.join(map(repr, LOSSES))}, got {loss!r}")
+    LOSSES[loss](**options)  # errors are told here rather than in the training
 
     class Trainer(DetectionTrainer):
         def get_model(self, *arguments, **keywords):

@@ -13,7 +13,8 @@ from torch import Tensor
 from rsloss_kernels import DynamicLabelAssignment, DynamicSmoothL1Loss, assign_by_iou
 from rsloss_kernels.integrations.mmdet.losses import FusedSmoothL1Loss
 
-# Keys of `train_cfg.rcnn.dynamic_rcnn` beyond MMDetection's, for both modules.
+# Keys of `train_cfg.rcnn.dynamic_rcnn`: MMDetection's, and those for both modules.
+OWN_OPTIONS = ("iou_topk", "beta_topk", "initial_iou", "initial_beta")
 SHARED_OPTIONS = ("update_iter_interval", "variant", "process_group", "max_images", "schedule_length")
 
 
@@ -53,6 +54,18 @@ class FusedDynamicRoIHead(StandardRoIHead):
     Logged beside the losses: "dynamic_iou" and "dynamic_beta", those of this step.
     """
 
+    def _dynamic_options(self) -> ConfigType:
+        """`train_cfg.rcnn.dynamic_rcnn`, checked."""
+        options = self.train_cfg.get("dynamic_rcnn") or {}
+        missing, unknown = set(OWN_OPTIONS) - set(options), set(options) - {*OWN_OPTIONS, *SHARED_OPTIONS}
+        if missing or unknown:
+            found = "; ".join(f"{what} {', '.join(sorted(names))}" for what, names in (("without", missing), ("unknown", unknown)) if names)
+            raise ValueError(
+                f"FusedDynamicRoIHead: train_cfg.rcnn.dynamic_rcnn must have {', '.join(OWN_OPTIONS)} and may have "
+                f"{', '.join(SHARED_OPTIONS)}, got one {found}"
+            )
+        return options
+
     def init_bbox_head(self, bbox_roi_extractor: ConfigType, bbox_head: ConfigType) -> None:
         """As in `StandardRoIHead`; the box loss becomes a DynamicSmoothL1Loss if there is a `train_cfg`."""
         super().init_bbox_head(bbox_roi_extractor, bbox_head)
@@ -60,7 +73,7 @@ class FusedDynamicRoIHead(StandardRoIHead):
         if not isinstance(built, (SmoothL1Loss, FusedSmoothL1Loss)):
             raise TypeError(f"FusedDynamicRoIHead: loss_bbox must be SmoothL1Loss, got {type(built).__name__}")
         if self.train_cfg:
-            options = self.train_cfg.dynamic_rcnn
+            options = self._dynamic_options()
             loss = DynamicSmoothL1Loss(
                 options.beta_topk,
                 initial_beta=options.initial_beta,
@@ -76,7 +89,7 @@ class FusedDynamicRoIHead(StandardRoIHead):
         super().init_assigner_sampler()
         if not self.train_cfg:
             return
-        built, options = self.bbox_assigner, self.train_cfg.dynamic_rcnn
+        built, options = self.bbox_assigner, self._dynamic_options()
         if type(built) is not MaxIoUAssigner or built.match_low_quality or built.pos_iou_thr != built.neg_iou_thr:
             raise ValueError(
                 "FusedDynamicRoIHead: assigner must be a MaxIoUAssigner with equal pos_iou_thr and neg_iou_thr and "

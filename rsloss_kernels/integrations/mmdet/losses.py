@@ -67,6 +67,18 @@ class _RankingLoss(nn.Module):
             labels = torch.where(weight > 0, labels, -1)
         return self._evaluate(pred, labels, quality)
 
+    custom_cls_channels = True
+
+    def get_cls_channels(self, num_classes: int) -> int:
+        """Asked by MMDetection's own box heads, which would rank their background as one class more: raises TypeError."""
+        raise TypeError(
+            f"{type(self).__name__} ranks one sigmoid logit per foreground class: take RankSortBBoxHead in place of MMDetection's box heads"
+        )
+
+    def get_activation(self, cls_score: Tensor) -> Tensor:
+        """Scores, for the dense heads."""
+        return cls_score.sigmoid()
+
     def _evaluate(self, pred: Tensor, labels: Tensor, quality: Tensor | None) -> Tensor:
         raise NotImplementedError
 

@@ -47,6 +47,14 @@ class RankingHead:
         if not hasattr(self.loss_cls, "ranking_loss"):
             name = type(self.loss_cls).__name__
             raise TypeError(f"{type(self).__name__}: loss_cls must be RankSortLoss, APLoss or ALRPLoss, got {name}")
+        boxes = torch.tensor([[0.0, 0, 1, 1], [0, 0, 2, 2]])
+        with torch.no_grad():
+            shape = list(self.loss_bbox(boxes, boxes, reduction_override="none").shape)
+        if shape != [2]:
+            raise ValueError(
+                f"{type(self).__name__}: loss_bbox must give one number per box, as GIoULoss does, but {type(self.loss_bbox).__name__} gives "
+                f"{shape} for 2 boxes"
+            )
         options = {"box_weight": box_weight, "balancing_period": balancing_period, "score_weighted": score_weighted}
         self.ranking = RankingHeadLoss(self.loss_cls.ranking_loss, **options, loss_weight=head_weight)
 

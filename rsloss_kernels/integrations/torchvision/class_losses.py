@@ -17,6 +17,7 @@ from rsloss_kernels import (
     SeesawLoss,
     SigmoidFocalLoss,
     VarifocalLoss,
+    _checks,
 )
 from rsloss_kernels.integrations._ranking_head import RANKING_LOSSES, RankingHeadLoss
 
@@ -35,11 +36,19 @@ DENSE_LOSSES: dict[str, Callable[..., nn.Module]] = {
 }
 # For a box predictor of so many classes, without the background. Group softmax needs groups=ClassGroups(...).
 ROI_LOSSES: dict[str, Callable[..., nn.Module]] = {
-    "group_softmax": lambda classes, **options: GroupSoftmaxLoss(**options),
+    "group_softmax": lambda classes, **options: _group_softmax(**options),
     "eqlv2": lambda classes, **options: EQLv2Loss(classes, **options),
     "seesaw": lambda classes, **options: SeesawLoss(classes, **options),
     **{name: DENSE_LOSSES[name] for name in ("rank_sort", "ap", "alrp")},
 }
+
+
+def _group_softmax(**options: object) -> GroupSoftmaxLoss:
+    if "groups" not in options:
+        raise ValueError("use_loss: 'group_softmax' needs groups=ClassGroups(...)")
+    return GroupSoftmaxLoss(**options)
+
+
 # Their score is how good the box is, which a centre-ness would multiply once more.
 QUALITY_LOSSES = (QualityFocalLoss, VarifocalLoss, EqualizedQualityFocalLoss)
 DENSE_CLASSES = (*RANKING_LOSSES, SigmoidFocalLoss, *QUALITY_LOSSES, GHMC, EqualizedFocalLoss, EQLv2Loss)
@@ -71,6 +80,8 @@ def make_roi_loss(loss: str | nn.Module, num_classes: int, **options: object) ->
 def _make(
     loss: str | nn.Module, table: dict[str, Callable[..., nn.Module]], classes: tuple[type, ...], size: int, options: dict[str, object]
 ) -> nn.Module:
+    if "num_classes" in options:
+        raise ValueError(f"use_loss: num_classes is the model's own, {size}, and must not be given")
     if isinstance(loss, str) and loss in table:
         return table[loss](size, **options)
     if not isinstance(loss, classes):
@@ -79,6 +90,23 @@ def _make(
     if options:
         raise ValueError(f"use_loss: {', '.join(options)} must be given to the module, which is made already")
     return loss
+
+
+def check_labels(labels: Tensor, num_classes: int) -> None:
+    """Labels beyond the channels would be taken as background: the error of who forgets the background in num_classes."""
+    if torch.compiler.is_compiling() or not labels.numel():
+        return
+    least, most = labels.aminmax()
+    wanted = (
+        f"labels of the targets must be within 0..{num_classes - 1} for a model of {num_classes} classes (torchvision counts the "
+        "background in num_classes)"
+    )
+    if labels.device.type == "cpu" or _checks.debug_checks():
+        if least < 0 or most >= num_classes:
+            raise ValueError(f"{wanted}, got {int(least)}..{int(most)}")
+    else:
+        # The host does not wait: an assertion of the device, as torchvision's own loss has.
+        torch._assert_async((least >= 0) & (most < num_classes), wanted)
 
 
 def class_loss(

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torchvision import ops
 from torchvision.models.detection import fcos, retinanet
 
-from rsloss_kernels import EQLv2Loss, _checks
+from rsloss_kernels import EQLv2Loss
 from rsloss_kernels.integrations._ranking_head import RankingHeadLoss, giou_losses
-from rsloss_kernels.integrations.torchvision.class_losses import QUALITY_LOSSES, class_loss, make_dense_loss
+from rsloss_kernels.integrations.torchvision.class_losses import QUALITY_LOSSES, check_labels, class_loss, make_dense_loss
 
 ELEMENTWISE_BOX_LOSSES = {"l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss}
 IOU_BOX_LOSSES = {
@@ -42,7 +42,7 @@ def gather(
     logits = head_outputs["cls_logits"].flatten(0, 1)
     num_classes = logits.shape[1]
     labels = torch.cat([target["labels"] for target in targets])
-    _check_labels(labels, num_classes)
+    check_labels(labels, num_classes)
     # What rows without an object point at, where no image has any.
     labels = F.pad(labels, (0, 1), value=num_classes)
     boxes = F.pad(torch.cat([target["boxes"] for target in targets]), (0, 0, 0, 1))
@@ -69,23 +69,6 @@ def gather(
 def _in_full_precision(values: Tensor) -> Tensor:
     """Under autocast boxes would be decoded in 16 bits."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
-def _check_labels(labels: Tensor, num_classes: int) -> None:
-    """Labels beyond the channels would be taken as background: the error of who forgets the background in num_classes."""
-    if torch.compiler.is_compiling() or not labels.numel():
-        return
-    least, most = labels.aminmax()
-    wanted = (
-        f"labels of the targets must be within 0..{num_classes - 1} for a head of {num_classes} channels per anchor (torchvision counts "
-        "the background in num_classes)"
-    )
-    if labels.device.type == "cpu" or _checks.debug_checks():
-        if least < 0 or most >= num_classes:
-            raise ValueError(f"{wanted}, got {int(least)}..{int(most)}")
-    else:
-        # The host does not wait: an assertion of the device, as torchvision's own loss has.
-        torch._assert_async((least >= 0) & (most < num_classes), wanted)
 
 
 class _HeadWithLoss:

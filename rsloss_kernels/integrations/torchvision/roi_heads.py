@@ -10,6 +10,7 @@ from torchvision.ops import box_iou
 
 from rsloss_kernels import DynamicLabelAssignment, DynamicSmoothL1Loss, assign_by_iou
 from rsloss_kernels.integrations._ranking_head import RankingHeadLoss, giou_losses
+from rsloss_kernels.integrations.torchvision.class_losses import check_labels
 
 # As in torchvision.
 SMOOTH_L1_BETA = 1 / 9
@@ -45,8 +46,8 @@ class RoIHeads(roi_heads.RoIHeads):
     `label_assignment`: DynamicLabelAssignment, in place of `proposal_matcher`. `smooth_l1`: DynamicSmoothL1Loss, in place of a beta of
     1/9; both normalise as torchvision, by the sampled boxes.
 
-    `log`, after each training step: "iou_threshold" and "beta" of that step, where they are dynamic; of a ranking loss
-    "bbox_unbalanced", "SB_weight", "num_positives" and "positives_iou", without positives too.
+    `log`, after each training step: "iou_threshold" and "beta" of that step, where they are dynamic; of a ranking loss its parts ("rank"
+    and "sort", "ap" or "alrp"), "bbox_unbalanced", "SB_weight", "num_positives" and "positives_iou", without positives too.
     """
 
     class_loss: nn.Module | None
@@ -63,6 +64,7 @@ class RoIHeads(roi_heads.RoIHeads):
         """The losses of the classifier and of the boxes; all images in one call of each loss."""
         num_images = len(labels)
         labels, targets = torch.cat(labels), torch.cat(regression_targets)
+        check_labels(labels.clamp(min=0), box_regression.shape[1] // 4)
         positives = (labels > 0).nonzero().squeeze(1)
         boxes = box_regression.view(labels.shape[0], -1, 4)[positives, labels[positives]]
         if isinstance(self.class_loss, RankingHeadLoss):
@@ -83,7 +85,7 @@ class RoIHeads(roi_heads.RoIHeads):
         unit = boxes.new_tensor([0, 0, 1, 1], dtype=torch.float32).expand(boxes.shape)
         box_losses, ious = giou_losses(*(self.box_coder.decode_single(codes.float(), unit) for codes in (boxes, targets)))
         losses = self.class_loss(class_logits, self.with_background_last(labels, class_logits.shape[1]), positives, box_losses, ious)
-        self.log.update(losses.log)
+        self.log.update({name: loss.detach() for name, loss in losses.classification.items()} | losses.log)
         # Connected to the boxes where nothing is positive.
         return sum(losses.classification.values()), losses.box + boxes.sum() * 0
 

@@ -49,6 +49,8 @@ def use_loss(model: Model, loss: str | nn.Module = "rank_sort", *, score_thresh:
 
     Raises TypeError, ValueError: another model or head, an unknown loss, options that the loss does not take.
     """
+    if isinstance(score_thresh, str) and score_thresh != "auto":
+        raise ValueError(f"use_loss: score_thresh must be 'auto', a number or None, got {score_thresh!r}")
     if isinstance(model, GeneralizedRCNN):
         is_ranking = _use_roi_loss(model, loss, options)
     else:
@@ -82,9 +84,9 @@ def use_dynamic_rcnn(
     Returns the model. Raises TypeError for another model, ValueError for a smooth L1 beside the box loss of a ranking loss.
     """
     heads = _roi_heads_of(model, "use_dynamic_rcnn")
-    if isinstance(heads.class_loss, RankingHeadLoss) and smooth_l1 is not False:
+    if isinstance(getattr(heads, "class_loss", None), RankingHeadLoss) and smooth_l1 is not False:
         raise ValueError(f"use_dynamic_rcnn: {TWO_BOX_LOSSES}")
-    device = heads.box_predictor.cls_score.weight.device
+    device, modules = heads.box_predictor.cls_score.weight.device, {}
     for name, value, make in (
         ("label_assignment", label_assignment, DynamicLabelAssignment),
         ("smooth_l1", smooth_l1, DynamicSmoothL1Loss),
@@ -92,7 +94,10 @@ def use_dynamic_rcnn(
         module = make() if value is True else value or None
         if module is not None and not isinstance(module, make):
             raise TypeError(f"use_dynamic_rcnn: {name} must be a {make.__name__}, True or False, got {type(module).__name__}")
-        setattr(heads, name, None if module is None else module.to(device))
+        modules[name] = None if module is None else module.to(device)
+    heads = _as_own(model)
+    for name, module in modules.items():
+        setattr(heads, name, module)
     return model
 
 
@@ -116,8 +121,8 @@ def _around(kind: type, module: nn.Module) -> nn.Module:
     return made
 
 
-def _roi_heads_of(model: nn.Module, function: str) -> RoIHeads:
-    """The model's RoIHeads, of this library from now on."""
+def _roi_heads_of(model: nn.Module, function: str) -> torchvision_roi_heads.RoIHeads:
+    """The model's RoIHeads, checked; `_as_own` makes them this library's."""
     heads = getattr(model, "roi_heads", None)
     is_known = type(heads) in (torchvision_roi_heads.RoIHeads, RoIHeads)
     predictor = getattr(heads, "box_predictor", None)
@@ -127,6 +132,11 @@ def _roi_heads_of(model: nn.Module, function: str) -> RoIHeads:
             f"{function}: model must be a FasterRCNN, MaskRCNN or KeypointRCNN with torchvision's RoIHeads and FastRCNNPredictor, got "
             f"{type(model).__name__} with {type(heads).__name__} and {type(predictor).__name__}"
         )
+    return heads
+
+
+def _as_own(model: nn.Module) -> RoIHeads:
+    heads = model.roi_heads
     if not isinstance(heads, RoIHeads):
         model.roi_heads = heads = _around(RoIHeads, heads)
         heads.log = {}
@@ -143,8 +153,9 @@ def _use_roi_loss(model: GeneralizedRCNN, loss: str | nn.Module, options: dict[s
     loss = make_roi_loss(loss, num_classes, **options)
     old = predictor.cls_score
     is_ranking = isinstance(loss, RankingHeadLoss)
-    if is_ranking and heads.smooth_l1 is not None:
+    if is_ranking and getattr(heads, "smooth_l1", None) is not None:
         raise ValueError(f"use_loss: {TWO_BOX_LOSSES}")
+    heads = _as_own(model)
     is_plain_softmax = heads.class_loss is None
     heads.class_loss = loss.to(old.weight.device)
     channels = num_classes if is_ranking else loss.get_cls_channels(num_classes)
@@ -176,4 +187,7 @@ def _set_threshold(model: nn.Module, score_thresh: float | str | None, is_rankin
     elif score_thresh != "auto":
         holder.score_thresh = float(score_thresh)
     elif is_ranking:
+        holder.own_score_thresh = getattr(holder, "own_score_thresh", holder.score_thresh)
         holder.score_thresh = 0.0
+    elif hasattr(holder, "own_score_thresh"):  # after a ranking loss
+        holder.score_thresh = holder.own_score_thresh
