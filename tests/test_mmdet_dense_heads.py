@@ -238,7 +238,14 @@ def test_two_processes_one_without_positives(mm, tmp_path):
     assert (first["local"]["gradient"] - wanted).abs().max() > 0.01 * wanted.abs().max()
 
 
-@pytest.mark.parametrize("title, heads", [("ATSS", ["RankSortATSSHead"]), ("Faster R-CNN", ["RankSortRPNHead", "RankSortBBoxHead"])])
+OF_README = [
+    ("GHM", ["RetinaHead", "FusedGHMC", "FusedGHMR"]),
+    ("ATSS", ["RankSortATSSHead"]),
+    ("Faster R-CNN", ["RankSortRPNHead", "RankSortBBoxHead"]),
+]
+
+
+@pytest.mark.parametrize("title, heads", OF_README)
 def test_configurations_of_the_readme_build(mm, tmp_path, title, heads):
     """On top of the framework's own configurations, and without a warning of the heads."""
     import mmdet
