@@ -113,9 +113,11 @@ def draw(document: dict, axis: str, path: pathlib.Path) -> bool:
     threads = document["sections"]["speed"]["settings"]["threads"]
     where = machine["gpu"] or f"{machine['cpu']}, {threads} thread{'s' * (threads != 1)}"
     passes = {"full": "forward + backward"}.get(fixed["mode"], fixed["mode"])
+    of_logits = [f"{fixed['distribution']} logits"] if "distribution" in fixed else []
+    of_form = [f"{fixed['form']} {'weights' if loss == 'smooth_l1' else 'targets'}"] if "form" in fixed else []
+    problem = ", ".join([*of_logits, *others, fixed["dtype"], *of_form])
     plot.set_title(
-        f"{fixed.get('loss', loss.replace('_', ' '))}, {passes}: {fixed['distribution']} logits, {', '.join(others)}, "
-        f"{fixed['dtype']}, {fixed['form']} targets\n{where}, torch {machine['torch']}",
+        f"{fixed.get('loss', loss.replace('_', ' '))}, {passes}: {problem}\n{where}, torch {machine['torch']}",
         fontsize=10,
         loc="left",
     )

@@ -9,7 +9,7 @@ import torch
 
 sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))
 
-from bench import bench_group_softmax, group_softmax_problems, report, results, run, targets  # noqa: E402
+from bench import bench_group_softmax, group_softmax_problems, plot, report, results, run, targets  # noqa: E402
 from bench.peers.group_softmax import PublishedGroupSoftmax, group_softmax_truth  # noqa: E402
 
 CASES = [case for case in golden_vectors.cases("bags") if case.manifest["kind"] == "bags"]
@@ -55,6 +55,7 @@ def test_benchmark_writes_what_its_readers_take(tmp_path):
     records = results.read(out / "group_softmax.json")["sections"]["speed"]["records"]
     names = {"copy floor", "group_softmax [reference]", "published groups", "plain softmax, eager"}
     assert {record["provider"] for record in records} == names and all(record["median_ms"] > 0 for record in records)
+    assert plot.main([str(out / "group_softmax.json")]) == 0 and (out / "group_softmax_time_against_r.png").exists()
     text = report.tables(tmp_path / "results")
     assert "**Balanced group softmax**" in text and "| 16 | even | 8.0 | float32 |" in text
 

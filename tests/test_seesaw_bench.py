@@ -9,7 +9,7 @@ import torch
 
 sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))
 
-from bench import bench_seesaw, report, results, run, seesaw_problems, targets  # noqa: E402
+from bench import bench_seesaw, plot, report, results, run, seesaw_problems, targets  # noqa: E402
 from bench.peers.seesaw import PublishedSeesaw, seesaw_truth  # noqa: E402
 
 # The peer knows neither weights nor divisors.
@@ -58,6 +58,7 @@ def test_benchmark_writes_what_its_readers_take(tmp_path):
     records = results.read(out / "seesaw.json")["sections"]["speed"]["records"]
     names = {"copy floor", "seesaw [reference]", "published Seesaw", "plain softmax, eager"}
     assert {record["provider"] for record in records} == names and all(record["median_ms"] > 0 for record in records)
+    assert plot.main([str(out / "seesaw.json")]) == 0 and (out / "seesaw_time_against_r.png").exists()
     text = report.tables(tmp_path / "results")
     assert "**Seesaw loss**" in text and "| 16 | 1,203 | float32 |" in text
 

@@ -7,7 +7,7 @@ import torch
 
 sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))
 
-from bench import bench_smooth_l1, report, results, run, smooth_l1_problems, targets  # noqa: E402
+from bench import bench_smooth_l1, plot, report, results, run, smooth_l1_problems, targets  # noqa: E402
 
 
 def test_inputs_and_peer():
@@ -31,6 +31,7 @@ def test_benchmark_writes_what_its_readers_take(tmp_path):
     records = results.read(out / "smooth_l1.json")["sections"]["speed"]["records"]
     assert {record["provider"] for record in records} == {"copy floor", "smooth_l1 [reference]", "smooth L1, eager"}
     assert all(record["median_ms"] > 0 for record in records)
+    assert plot.main([str(out / "smooth_l1.json")]) == 0 and (out / "smooth_l1_time_against_n.png").exists()
     text = report.tables(tmp_path / "results")
     assert "**Smooth L1 loss**" in text and "| 800 | dense | float32 |" in text
 
