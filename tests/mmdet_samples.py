@@ -36,6 +36,11 @@ def make_batch(generator: torch.Generator, images: int = 2, boxes: int = 3) -> d
     return data
 
 
+def training_batch() -> dict:
+    """The same in every run: how far a few steps get depends on it."""
+    return make_batch(torch.Generator().manual_seed(1))
+
+
 def detector(kind: str, seed: int = 0, **parts: object) -> nn.Module:
     """A detector on an untrained ResNet-18 whose weights `seed` decides; `parts` are `bbox_head`, `train_cfg` and so on."""
     init_default_scope("mmdet")

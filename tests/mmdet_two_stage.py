@@ -102,6 +102,7 @@ def numbers(log: dict[str, Tensor]) -> dict[str, float]:
 
 def train(mm, model: nn.Module, batch: dict, steps: int = 10, rate: float = 1e-2) -> tuple[list[float], dict[str, Tensor]]:
     """Losses of the steps, and what the last one logs."""
+    torch.manual_seed(0)  # the samplers draw from it
     optimiser = torch.optim.AdamW(model.parameters(), rate)
     losses, log = [], {}
     for _ in range(steps):

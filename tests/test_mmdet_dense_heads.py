@@ -60,8 +60,8 @@ def test_ten_steps_of_a_small_model(mm, generator, name):
     head = model.bbox_head
     calls = []
     head.ranking.classification.register_forward_hook(lambda module, arguments, result: calls.append(arguments))
-    batch = mm.make_batch(generator)
-    optimiser = torch.optim.AdamW(model.parameters(), 2e-3)
+    batch = mm.training_batch()
+    optimiser = torch.optim.AdamW(model.parameters(), 5e-3)
     losses = []
     for _ in range(10):
         loss, log = mm.losses_of(model, copy.deepcopy(batch))

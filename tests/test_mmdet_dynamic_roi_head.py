@@ -23,12 +23,16 @@ def dynamic(mm, kind: str = "FusedDynamicRoIHead", options: dict | None = None, 
     return two_stage.two_stage(mm, BOXES | (boxes or {}), kind=kind, training=training, seed=seed)
 
 
-def run(mm, model, batches):
-    """Losses and gradients of steps on these batches, and threshold and beta after each."""
+def run(mm, model, batches, parameters=None):
+    """Losses and gradients of steps on these batches, threshold and beta after each, and the parameters before it; `parameters`: to take
+    these before each step."""
     torch.manual_seed(5)
     optimiser = torch.optim.SGD(model.parameters(), 0.02)
     steps = []
-    for batch in batches:
+    for number, batch in enumerate(batches):
+        if parameters is not None:
+            torch.nn.utils.vector_to_parameters(parameters[number], model.parameters())
+        before = torch.nn.utils.parameters_to_vector(model.parameters()).detach().clone()
         loss, log = mm.losses_of(model, copy.deepcopy(batch))
         optimiser.zero_grad()
         loss.backward()
@@ -38,18 +42,18 @@ def run(mm, model, batches):
             values = head.label_assignment.iou_threshold, head.bbox_head.loss_bbox.beta
         else:
             values = head.bbox_assigner.pos_iou_thr, head.bbox_head.loss_bbox.beta
-        steps.append((two_stage.numbers(log), model.roi_head.bbox_head.fc_reg.weight.grad.clone(), *map(float, values)))
+        steps.append((two_stage.numbers(log), model.roi_head.bbox_head.fc_reg.weight.grad.clone(), *map(float, values), before))
     return steps
 
 
 @pytest.mark.parametrize("sampler", ["SOME", "ALL"])
 def test_steps_of_the_frameworks_own_head(mm, generator, sampler):
-    """Three windows: the same losses, gradients, thresholds and betas."""
+    """Three windows: the same losses, gradients, thresholds and betas, from the same parameters in each step."""
     batches = [mm.make_batch(generator, boxes=boxes) for boxes in (3, 2, 4, 3, 1, 3)]
     sampler = getattr(two_stage, sampler)
     wanted = run(mm, dynamic(mm, "DynamicRoIHead", sampler=sampler), batches)
-    got = run(mm, dynamic(mm, sampler=sampler), batches)
-    for (log, gradient, threshold, beta), (own, own_gradient, own_threshold, own_beta) in zip(wanted, got, strict=True):
+    got = run(mm, dynamic(mm, sampler=sampler), batches, [step[-1] for step in wanted])
+    for (log, gradient, threshold, beta, _), (own, own_gradient, own_threshold, own_beta, _) in zip(wanted, got, strict=True):
         assert {key: own[key] for key in log} == pytest.approx(log, rel=1e-5)
         torch.testing.assert_close(own_gradient, gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))
         assert (own_threshold, own_beta) == pytest.approx((threshold, beta), rel=1e-6)
@@ -91,14 +95,14 @@ def test_windows_survive_checkpoints(mm, generator):
     wanted = run(mm, model, batches[2:])
     again = dynamic(mm, options={"update_iter_interval": 3}, seed=1)
     again.load_state_dict(state, strict=True)
-    assert run(mm, again, batches[2:])[0][2:] == wanted[0][2:] and wanted[0][2] != 0.5
+    assert run(mm, again, batches[2:])[0][2:4] == wanted[0][2:4] and wanted[0][2] != 0.5
 
 
 def test_nothing_positive_and_evaluation(mm, generator):
     """Steps without objects do not break the windows; a loss of evaluation takes no step."""
     model = dynamic(mm)
     steps = run(mm, model, [mm.make_batch(generator, boxes=0) for _ in range(2)])
-    assert steps[1][2:] == (OPTIONS["initial_iou"], 0.9)  # IoUs of 0, no target
+    assert steps[1][2:4] == (OPTIONS["initial_iou"], 0.9)  # IoUs of 0, no target
     assert all(torch.tensor(list(log.values())).isfinite().all() for log, *_ in steps)
     log = run(mm, model, [mm.make_batch(generator)])[0][0]
     assert log["loss_bbox"] > 0 and list(log) == list(steps[0][0])
@@ -110,8 +114,8 @@ def test_nothing_positive_and_evaluation(mm, generator):
     assert all(0 < len(found) <= 20 for found in two_stage.predict(model, mm.make_batch(generator)))
 
 
-def test_ten_steps_of_a_small_model(mm, generator):
-    losses, _ = two_stage.train(mm, dynamic(mm), mm.make_batch(generator))
+def test_ten_steps_of_a_small_model(mm):
+    losses, _ = two_stage.train(mm, dynamic(mm), mm.training_batch())
     assert losses[-1] < 0.8 * losses[0]
 
 

@@ -72,7 +72,7 @@ def test_ten_steps_of_a_small_model(mm, generator, cascade):
     heads = two_stage.box_heads(model)
     for head in heads:
         head.loss_cls.register_forward_hook(lambda *_: calls.append(1))
-    batch = mm.make_batch(generator)
+    batch = mm.training_batch()
     losses, log = two_stage.train(mm, model, batch)
     assert len(calls) == 10 * len(heads) and losses[-1] < 0.8 * losses[0]
     assert {f"{stage}acc_classes" for stage in (["s0.", "s1."] if cascade else [""])} < set(log)

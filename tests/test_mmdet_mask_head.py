@@ -75,7 +75,7 @@ def test_ten_steps_of_a_small_model(mm, generator, cascade):
     calls = []
     for head in two_stage.box_heads(model):
         head.ranking.classification.register_forward_hook(lambda *_: calls.append(1))
-    batch = two_stage.with_masks(mm.make_batch(generator))
+    batch = two_stage.with_masks(mm.training_batch())
     first = two_stage.numbers(mm.losses_of(model, copy.deepcopy(batch))[1])
     losses, log = two_stage.train(mm, model, batch)
     stages = ["s0.", "s1."] if cascade else [""]

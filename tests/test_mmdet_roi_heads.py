@@ -130,7 +130,7 @@ def test_ten_steps_of_a_small_model(mm, generator, name):
     calls = []
     for stage, head in enumerate(two_stage.box_heads(model)):
         head.ranking.classification.register_forward_hook(lambda *_, stage=stage: calls.append(stage))
-    batch = mm.make_batch(generator)
+    batch = mm.training_batch()
     losses, log = two_stage.train(mm, model, batch)
     stages = len(two_stage.box_heads(model))
     assert calls == [*range(stages)] * 10 and losses[-1] < 0.95 * losses[0], losses

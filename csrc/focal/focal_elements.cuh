@@ -48,7 +48,11 @@ class FocalElements {
     if (power_ == kAnyPower) {
       const TwoFloat e = exp_of_minus_absolute(x);
       const TwoFloat log_part = log1p_of(e);
-      return slope_of(x, e.high, log_part.high, gamma.high, any_power(x, log_part, gamma).high);
+      const float m = any_power(x, log_part, gamma).high;
+      if (fabsf(x) <= kLargestExponent) return slope_of(x, e.high, log_part.high, gamma.high, m);
+      // Beside 0, not beside 1.
+      const float tiny = expf(-fabsf(x));
+      return slope_of(x, tiny, tiny, gamma.high, m);
     }
     const float e = expf(-fabsf(x));
     const float s = e * approximate_reciprocal(2 + e);
@@ -57,9 +61,11 @@ class FocalElements {
   }
 
  private:
-  // exp(-|x|); beyond 80 any number that is as small beside 1.
+  static constexpr float kLargestExponent = 80;
+
+  // exp(-|x|); beyond the largest exponent any number that is as small beside 1.
   __device__ __forceinline__ TwoFloat exp_of_minus_absolute(float x) const {
-    return exponentials_.exp_of_minus(fminf(fabsf(x), 80.0f));
+    return exponentials_.exp_of_minus(fminf(fabsf(x), kLargestExponent));
   }
 
   // exp(-gamma softplus(-x)); 0 where no float is normal.
