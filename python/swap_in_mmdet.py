@@ -17,7 +17,6 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 import torch  # noqa: E402
 from swaps import frameworks, mmdet_models, timing  # noqa: E402
 
-from bench import harness  # noqa: E402
 from bench.peers.published_loop import published_rank_sort  # noqa: E402
 from rsloss_kernels import RankSortLoss  # noqa: E402
 
@@ -92,17 +91,12 @@ def main(arguments: list[str] | None = None) -> list[list[timing.Times]]:
     torch.manual_seed(0)
     batch = mmdet_models.batch(settings.images, settings.image_size, settings.boxes, settings.classes)
     scene = f"ResNet-{settings.depth}, {settings.images} x {settings.image_size} px, {settings.boxes} objects each, {settings.classes} classes"
-    machine = f"{harness.machine('cpu')['cpu']}, {torch.get_num_threads()} threads, torch {torch.__version__}, mmdet {mmdet.__version__}"
     results = []
     for model in settings.model or MODELS:
         title, make = MODELS[model]
         results.append(timing.measure(make(settings, batch), settings.rounds))
-        table = timing.table(f"{title}: {scene}", results[-1])
-        print(table, end="\n\n", flush=True)
-        if settings.out:
-            settings.out.mkdir(parents=True, exist_ok=True)
-            origin = f"{machine}; medians of {settings.rounds} rounds in turns. By `python/swap_in_mmdet.py --model {model}`."
-            (settings.out / f"mmdet_{model}.md").write_text(f"{table}\n\n{origin}\n")
+        command = f"python/swap_in_mmdet.py --model {model}"
+        timing.publish(f"{title}: {scene}", results[-1], settings, f"mmdet_{model}", command, mmdet)
     return results
 
 

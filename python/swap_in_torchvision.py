@@ -18,8 +18,6 @@ from digits_detector.data import make_canvases  # noqa: E402
 from swaps import frameworks, timing  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from bench import harness  # noqa: E402
-
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -102,14 +100,8 @@ def main(arguments: list[str] | None = None) -> list[timing.Times]:
     variants += [variant(f'use_loss(model, "{name}")', model, batch) for name, model in swapped.items()]
     times = timing.measure(variants, settings.rounds)
     title = f"{settings.model}, ResNet-18, {settings.images} x {settings.image_size} px, {settings.classes} classes"
-    table = timing.table(title, times)
-    print(table, end="\n\n")
-    if settings.out:
-        settings.out.mkdir(parents=True, exist_ok=True)
-        machine = f"{harness.machine('cpu')['cpu']}, {torch.get_num_threads()} threads"
-        origin = f"{machine}, torch {torch.__version__}, torchvision {torchvision.__version__}; medians of {settings.rounds} rounds in turns"
-        origin += f". By `python/swap_in_torchvision.py --model {settings.model}`."
-        (settings.out / f"torchvision_{settings.model}.md").write_text(f"{table}\n\n{origin}\n")
+    command = f"python/swap_in_torchvision.py --model {settings.model}"
+    timing.publish(title, times, settings, f"torchvision_{settings.model}", command, torchvision)
     for name, model in swapped.items():
         print(f"{name} logs", ", ".join(f"{key} {float(value):.3g}" for key, value in step_log(model).items()))
     return times

@@ -27,6 +27,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=8, help="per batch; default 8")
     parser.add_argument("--classes", type=int, default=80, help="at least 10; default 80")
     parser.add_argument("--rounds", type=int, default=10, help="steps that are timed; default 10")
+    parser.add_argument("--out", type=pathlib.Path, help="a folder for the table, in Markdown")
     settings = parser.parse_args(arguments)
     if settings.classes < 10:
         parser.error(f"--classes must be at least 10, the digits, got {settings.classes}")
@@ -75,6 +76,8 @@ def variant(name: str, model: nn.Module, batch: dict[str, Tensor]) -> timing.Var
 def main(arguments: list[str] | None = None) -> list[timing.Times]:
     settings = parse(arguments)
     frameworks.use_ultralytics()
+    import ultralytics
+
     from rsloss_kernels.integrations.ultralytics import use_loss
 
     batch = digits(settings.images, settings.image_size)
@@ -82,8 +85,10 @@ def main(arguments: list[str] | None = None) -> list[timing.Times]:
     for name in settings.loss or ("rank_sort",):
         variants.append(variant(f'use_loss(model, "{name}")', use_loss(make_model(settings), name), batch))
     times = timing.measure(variants, settings.rounds)
-    title = f"{settings.config.removesuffix('.yaml')}, {settings.images} x {settings.image_size} px, {settings.classes} classes"
-    print(timing.table(title, times))
+    model = settings.config.removesuffix(".yaml")
+    title = f"{model}, {settings.images} x {settings.image_size} px, {settings.classes} classes"
+    command = f"python/swap_in_ultralytics.py --config {settings.config}"
+    timing.publish(title, times, settings, f"ultralytics_{model}", command, ultralytics)
     return times
 
 

@@ -15,19 +15,31 @@ def assert_measured(times: list, names: list[str], printed: str) -> None:
     assert TITLES in printed and all(f"| {name} |" in printed for name in names)
 
 
-def test_torchvision(capsys):
+def test_torchvision(capsys, tmp_path):
     import swap_in_torchvision
 
-    times = swap_in_torchvision.main([*SMALL, "--classes", "11", "--loss", "rank_sort"])
+    times = swap_in_torchvision.main([*SMALL, "--classes", "11", "--loss", "rank_sort", "--out", str(tmp_path)])
     printed = capsys.readouterr().out
     assert_measured(times, ["torchvision's focal", 'use_loss(model, "rank_sort")'], printed)
     assert "rank_sort logs rank" in printed and "SB_weight" in printed
+    table, origin = (tmp_path / "torchvision_retinanet.md").read_text().rsplit("\n\n", 1)
+    assert table in printed
+    assert "medians of 1 rounds in turns. By `python/swap_in_torchvision.py --model retinanet`" in origin and "torchvision 0." in origin
 
 
-def test_ultralytics(capsys):
+def test_figures_of_a_table():
+    import swap_in_torchvision  # noqa: F401  puts what it needs in the path
+    from swaps import timing
+
+    table = timing.table("title", [timing.Times("before", 1803.6, 52.74), timing.Times("after", 901.8, 0.04)])
+    assert "| before | 1804 | 52.7 | 2.9 % | | |" in table and "| after | 902 | 0.04 | 0.0 % | 2 x as fast | 1318 x as fast |" in table
+
+
+def test_ultralytics(capsys, tmp_path):
     import swap_in_ultralytics
 
-    times = swap_in_ultralytics.main([*SMALL, "--loss", "varifocal"])
+    times = swap_in_ultralytics.main([*SMALL, "--loss", "varifocal", "--out", str(tmp_path)])
+    assert "ultralytics 8." in (tmp_path / "ultralytics_yolov8n.md").read_text()
     assert_measured(times, ["binary cross entropy", 'use_loss(model, "varifocal")'], capsys.readouterr().out)
 
 

@@ -1,11 +1,15 @@
 """The time of a training step and of the losses in it, for programs that swap losses."""
+import argparse
 import statistics
 import time
+import types
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from bench import harness
 
 
 class Variant(NamedTuple):
@@ -91,11 +95,29 @@ def milliseconds(function: Callable[[], object]) -> float:
     return 1000 * (time.perf_counter() - start)
 
 
+def publish(title: str, times: list[Times], settings: argparse.Namespace, name: str, command: str, framework: types.ModuleType) -> None:
+    """Prints the table; with `settings.out` also writes it to <name>.md in that folder, and how `command` measured it."""
+    text = table(title, times)
+    print(text, end="\n\n", flush=True)
+    if settings.out:
+        machine = f"{harness.machine('cpu')['cpu']}, {torch.get_num_threads()} threads"
+        versions = f"torch {torch.__version__}, {framework.__name__} {framework.__version__}"
+        settings.out.mkdir(parents=True, exist_ok=True)
+        (settings.out / f"{name}.md").write_text(
+            f"{text}\n\n{machine}, {versions}; medians of {settings.rounds} rounds in turns. By `{command}`.\n"
+        )
+
+
+def figure(value: float) -> str:
+    """Three digits, or all of a whole number."""
+    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
+
+
 def table(title: str, times: list[Times]) -> str:
     """In Markdown; how many times faster than the first."""
     first = times[0]
     lines = [f"**{title}**", "", "| loss | step, ms | loss in it, ms | share of the step | step | loss |", "|---|---|---|---|---|---|"]
     for row in times:
-        quick = f"{first.step / row.step:.3g} x as fast | {first.loss / row.loss:.3g} x as fast" if row is not first else "|"
-        lines.append(f"| {row.name} | {row.step:.3g} | {row.loss:.3g} | {100 * row.share:.1f} % | {quick} |")
+        quick = f"{figure(first.step / row.step)} x as fast | {figure(first.loss / row.loss)} x as fast" if row is not first else "|"
+        lines.append(f"| {row.name} | {figure(row.step)} | {figure(row.loss)} | {100 * row.share:.1f} % | {quick} |")
     return "\n".join(lines)

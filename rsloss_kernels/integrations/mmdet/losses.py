@@ -38,6 +38,8 @@ class _InPlaceOf(type):
 class _RankingLoss(nn.Module):
     """Calls the library's module `ranking_loss` as MMDetection calls its losses. The heads of this package call that one itself."""
 
+    custom_cls_channels = True  # MMDetection then asks for `get_cls_channels` and `get_activation`
+
     def __init__(self, ranking_loss: nn.Module, use_sigmoid: bool):
         super().__init__()
         if not use_sigmoid:
@@ -66,8 +68,6 @@ class _RankingLoss(nn.Module):
         if weight is not None:
             labels = torch.where(weight > 0, labels, -1)
         return self._evaluate(pred, labels, quality)
-
-    custom_cls_channels = True
 
     def get_cls_channels(self, num_classes: int) -> int:
         """Asked by MMDetection's own box heads, which would rank their background as one class more: raises TypeError."""

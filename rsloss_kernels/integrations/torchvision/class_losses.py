@@ -36,19 +36,11 @@ DENSE_LOSSES: dict[str, Callable[..., nn.Module]] = {
 }
 # For a box predictor of so many classes, without the background. Group softmax needs groups=ClassGroups(...).
 ROI_LOSSES: dict[str, Callable[..., nn.Module]] = {
-    "group_softmax": lambda classes, **options: _group_softmax(**options),
+    "group_softmax": lambda classes, **options: GroupSoftmaxLoss(**options),
     "eqlv2": lambda classes, **options: EQLv2Loss(classes, **options),
     "seesaw": lambda classes, **options: SeesawLoss(classes, **options),
     **{name: DENSE_LOSSES[name] for name in ("rank_sort", "ap", "alrp")},
 }
-
-
-def _group_softmax(**options: object) -> GroupSoftmaxLoss:
-    if "groups" not in options:
-        raise ValueError("use_loss: 'group_softmax' needs groups=ClassGroups(...)")
-    return GroupSoftmaxLoss(**options)
-
-
 # Their score is how good the box is, which a centre-ness would multiply once more.
 QUALITY_LOSSES = (QualityFocalLoss, VarifocalLoss, EqualizedQualityFocalLoss)
 DENSE_CLASSES = (*RANKING_LOSSES, SigmoidFocalLoss, *QUALITY_LOSSES, GHMC, EqualizedFocalLoss, EQLv2Loss)
@@ -82,6 +74,8 @@ def _make(
 ) -> nn.Module:
     if "num_classes" in options:
         raise ValueError(f"use_loss: num_classes is the model's own, {size}, and must not be given")
+    if loss == "group_softmax" and loss in table and "groups" not in options:
+        raise ValueError("use_loss: 'group_softmax' needs groups=ClassGroups(...)")
     if isinstance(loss, str) and loss in table:
         return table[loss](size, **options)
     if not isinstance(loss, classes):
