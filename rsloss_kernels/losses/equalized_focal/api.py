@@ -12,6 +12,7 @@ from rsloss_kernels import _checks
 from rsloss_kernels.losses.focal import api as focal
 from rsloss_kernels.losses.focal import arguments
 from rsloss_kernels.losses.focal.op import Modulator
+from rsloss_kernels.losses.levels import read_levels
 
 
 class EqualizedLoss(NamedTuple):
@@ -169,7 +170,7 @@ def read_equalized_focal(
 ) -> focal.Request:
     check_focus(function, gamma, alpha, scale_factor, weighting_factor)
     check_pos_neg(function, pos_neg)
-    levels = arguments.read_levels(function, logits, layout, len(pos_neg))
+    levels = read_levels(function, logits, layout, len(pos_neg))
     _check_labels(function, labels)
     ratio = arguments.read_class_vector(function, "pos_neg", pos_neg, levels).clamp(0, 1)
     # The exponent and both weights are linear in the ratio: from where it is 0 to where it is 1, which is the focal loss.
@@ -218,7 +219,7 @@ def read_eqlv2(
     check_equalization(function, gamma, mu, alpha, focal_gamma)
     check_pos_neg(function, pos_neg)
     check_background_column(function, logits, len(pos_neg))
-    levels = arguments.read_levels(function, logits, "rows", len(pos_neg) + 1)
+    levels = read_levels(function, logits, "rows", len(pos_neg) + 1)
     _check_labels(function, labels)
     _checks.check_device(function, "pos_neg", pos_neg, levels.first)
     negative = torch.sigmoid(gamma * (arguments.as_double(pos_neg) - mu))

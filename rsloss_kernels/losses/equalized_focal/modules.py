@@ -10,6 +10,7 @@ from rsloss_kernels._state import StatefulLoss, keeps_statistics, store
 from rsloss_kernels.losses.equalized_focal import api
 from rsloss_kernels.losses.focal import arguments
 from rsloss_kernels.losses.focal.op import Modulator
+from rsloss_kernels.losses.levels import LAYOUTS
 
 
 class _GradientBalance(distributed.HoldsGroup, StatefulLoss):
@@ -104,7 +105,7 @@ class _EqualizedFocus(_GradientBalance):
         api.check_focus(name, gamma, self.alpha, scale_factor, weighting_factor)
         _checks.check_choice(name, "reduction", reduction, arguments.REDUCTIONS)
         _checks.check_choice(name, "background", background, ("last", "first"))
-        _checks.check_choice(name, "layout", layout, arguments.LAYOUTS)
+        _checks.check_choice(name, "layout", layout, LAYOUTS)
         self.gamma = float(gamma)
         self.scale_factor = float(scale_factor)
         self.weighting_factor = weighting_factor

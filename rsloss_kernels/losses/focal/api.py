@@ -7,12 +7,13 @@ from torch import Tensor
 from rsloss_kernels import _backends, _library
 from rsloss_kernels.losses.focal import arguments
 from rsloss_kernels.losses.focal.op import Modulator
+from rsloss_kernels.losses.levels import Levels, read_levels
 
 
 class Request(NamedTuple):
     """The checked arguments of a loss, in the form that the operators take."""
 
-    levels: arguments.Levels
+    levels: Levels
     targets: list[Tensor]
     qualities: list[Tensor]
     weights: list[Tensor]
@@ -93,7 +94,7 @@ def sigmoid_focal_loss(
         RuntimeError: a forced backend that cannot run.
     """
     function = "sigmoid_focal_loss"
-    levels = arguments.read_levels(function, logits, layout, num_classes)
+    levels = read_levels(function, logits, layout, num_classes)
     gamma = read_gamma(function, "gamma", gamma, levels)
     table = arguments.class_table(levels, gamma, *read_alpha(function, alpha), class_weight, class_mask)
     common = (weight, reduction, avg_factor, background, ignore_index)
@@ -129,7 +130,7 @@ def quality_focal_loss(
     Everything else as in `sigmoid_focal_loss`.
     """
     function = "quality_focal_loss"
-    levels = arguments.read_levels(function, logits, layout, num_classes)
+    levels = read_levels(function, logits, layout, num_classes)
     table = arguments.class_table(levels, read_gamma(function, "beta", beta, levels), 1.0, 1.0, class_weight, class_mask)
     common = (weight, reduction, avg_factor, background, ignore_index)
     return make_request(levels, targets, quality, table, Modulator.QUALITY, *common).reduce(reduction)
@@ -167,7 +168,7 @@ def varifocal_loss(
     Everything else as in `sigmoid_focal_loss`.
     """
     function = "varifocal_loss"
-    levels = arguments.read_levels(function, logits, layout, num_classes)
+    levels = read_levels(function, logits, layout, num_classes)
     gamma, alpha = read_gamma(function, "gamma", gamma, levels), arguments.read_number(function, "alpha", alpha)
     table = arguments.class_table(levels, gamma, 1.0, alpha, class_weight, class_mask)
     modulator = Modulator.VARIFOCAL if iou_weighted else Modulator.VARIFOCAL_UNWEIGHTED
@@ -176,7 +177,7 @@ def varifocal_loss(
 
 
 def make_request(
-    levels: arguments.Levels,
+    levels: Levels,
     targets: Tensor | Sequence[Tensor],
     quality: Tensor | Sequence[Tensor] | None,
     class_table: Tensor,
@@ -197,7 +198,7 @@ def make_request(
     return Request(levels, targets, qualities, weights, class_table, normalizer, modulator, first, ignored, scale)
 
 
-def read_gamma(function: str, name: str, gamma: float | Tensor, levels: arguments.Levels) -> float | Tensor:
+def read_gamma(function: str, name: str, gamma: float | Tensor, levels: Levels) -> float | Tensor:
     if isinstance(gamma, Tensor) and gamma.dim() > 0:
         return arguments.read_class_vector(function, name, gamma, levels)
     return arguments.read_number(function, name, gamma)

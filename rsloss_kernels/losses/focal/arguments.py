@@ -1,250 +1,19 @@
-"""Reads the arguments of the element-wise sigmoid losses: layouts, targets, weights, the class table, what divides.
+"""Reads the arguments of the element-wise sigmoid losses: targets, weights, the class table, what divides.
 
-The dimensions of a level are named by letters: B images, S places (the product of the spatial sizes), A anchors, C classes. Whatever
-comes with the logits is in the order BSA, or BSAC for what each element has one of; a head's maps are BACS or BCAS, and BSAC or BSCA in
-channels-last memory. README.md has what the operators take.
+Logits and what comes with them as losses/levels.py has it; README.md has what the operators take.
 """
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rsloss_kernels import _checks
+from rsloss_kernels.losses import levels as reading
+from rsloss_kernels.losses.levels import Levels, read_values
 
-LAYOUTS = ("rows", "anchor_major", "class_major")
 REDUCTIONS = ("none", "mean", "sum")
-
-
-class Level(NamedTuple):
-    """One level, as it was given and as the operators take it."""
-
-    given: Tensor
-    logits: Tensor  # contiguous
-    order: str  # of the dimensions in memory; "" for rows
-    sizes: dict[str, int]  # of B, S, A and C; empty for rows
-    rows: tuple[int, ...]  # the shape of its labels for the operators
-
-
-class Levels(NamedTuple):
-    """The logits of a call."""
-
-    function: str
-    levels: list[Level]
-    num_classes: int
-    is_list: bool
-    maps: bool
-
-    @property
-    def logits(self) -> list[Tensor]:
-        return [level.logits for level in self.levels]
-
-    @property
-    def numel(self) -> int:
-        return sum(level.given.numel() for level in self.levels)
-
-    @property
-    def num_rows(self) -> int:
-        return sum(math.prod(level.rows) for level in self.levels)
-
-    @property
-    def first(self) -> Tensor:
-        return self.levels[0].given
-
-    def restore(self, outputs: Sequence[Tensor]) -> Tensor | list[Tensor]:
-        """Outputs in the shape of the operators' levels as the logits were given."""
-        restored = [_restore(level, output) for level, output in zip(self.levels, outputs, strict=True)]
-        return restored if self.is_list else restored[0]
-
-
-def read_levels(
-    function: str, logits: Tensor | Sequence[Tensor], layout: str, num_classes: int | None, of_table: int | None = None
-) -> Levels:
-    """`of_table`: the classes that a state or a table of the caller has, which decide where `num_classes` is None."""
-    is_list = not isinstance(logits, Tensor)
-    given = _as_list(function, "logits", logits)
-    _checks.check_choice(function, "layout", layout, LAYOUTS)
-    for number, level in enumerate(given):
-        _checks.check_logits(function, level)
-        if number and (level.dtype != given[0].dtype or level.device != given[0].device):
-            raise TypeError(
-                f"{function}: all levels of logits must have one dtype and device, {given[0].dtype} on {given[0].device}, "
-                f"got {level.dtype} on {level.device}"
-            )
-        if level.dim() < (1 if layout == "rows" else 2):
-            wanted = "[..., C]" if layout == "rows" else "[B, A * C, *spatial]"
-            raise ValueError(f"{function}: logits must have shape {wanted}, got {list(level.shape)}")
-    wanted = _read_num_classes(function, given[0], layout, num_classes, of_table)
-    if layout == "rows":
-        levels = [_read_rows(function, level, wanted) for level in given]
-        return Levels(function, levels, wanted, is_list, False)
-    levels = _read_maps(function, given, layout, wanted)
-    return Levels(function, levels, wanted, is_list, levels[0].order != "BSAC")
-
-
-def _as_list(function: str, name: str, value: object) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    values = value
-    if not isinstance(values, (list, tuple)) or not values:
-        raise TypeError(f"{function}: {name} must be a Tensor or a list of one or more, got {_describe(value)}")
-    for entry in values:
-        _checks.check_tensor(function, name, entry)
-    return list(values)
-
-
-def _describe(value: object) -> str:
-    return f"an empty {type(value).__name__}" if isinstance(value, (list, tuple)) and not value else type(value).__name__
-
-
-def _read_num_classes(function: str, first: Tensor, layout: str, num_classes: int | None, of_table: int | None) -> int:
-    if num_classes is None:
-        num_classes = of_table
-    elif isinstance(num_classes, bool) or not isinstance(num_classes, int):
-        raise TypeError(f"{function}: num_classes must be an int, got {type(num_classes).__name__}")
-    if num_classes is None:
-        num_classes = first.shape[-1 if layout == "rows" else 1]
-    if num_classes < 1:
-        raise ValueError(f"{function}: num_classes must be at least 1, got {num_classes}")
-    return num_classes
-
-
-def _check_channels(function: str, found: int, num_classes: int, is_right: bool) -> None:
-    if not is_right:
-        raise ValueError(
-            f"{function}: logits must have {num_classes} classes, got {found} channels. A number of classes here counts the foreground "
-            f"classes alone, one channel each: background is the absence of all, and has none"
-        )
-
-
-def _read_rows(function: str, level: Tensor, num_classes: int) -> Level:
-    *rows, channels = level.shape
-    _check_channels(function, channels, num_classes, channels == num_classes)
-    return Level(level, _checks.contiguous(level), "", {}, tuple(rows))
-
-
-def _read_maps(function: str, given: list[Tensor], layout: str, num_classes: int) -> list[Level]:
-    for level in given:
-        _check_channels(function, level.shape[1], num_classes, level.shape[1] % num_classes == 0)
-    in_head = "BACS" if layout == "anchor_major" else "BCAS"
-    # In channels-last memory as it lies, if all levels are: the operators take one layout.
-    is_last = all(level.movedim(1, -1).is_contiguous() for level in given) and not all(level.is_contiguous() for level in given)
-    order = in_head if not is_last else "BSAC" if layout == "anchor_major" or given[0].shape[1] == num_classes else "BSCA"
-    levels = []
-    for level in given:
-        sizes = {"B": level.shape[0], "S": math.prod(level.shape[2:]), "A": level.shape[1] // num_classes, "C": num_classes}
-        named = level.reshape([sizes[name] for name in in_head])
-        ordered = _permute(named, in_head, order).contiguous()
-        rows, elements = _operator_shapes(order, sizes)
-        levels.append(Level(level, ordered.view(elements), order, sizes, rows))
-    return levels
-
-
-def _operator_shapes(order: str, sizes: dict[str, int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Of what each row has one of, and of what each element has one of."""
-    batch, places, anchors, classes = (sizes[name] for name in "BSAC")
-    if order == "BSAC":
-        return (batch, places, anchors), (batch, places, anchors, classes)
-    if order == "BACS":
-        return (batch, anchors, places), (batch, anchors * classes, places)
-    if order == "BCAS":
-        return (batch, 1, anchors * places), (batch, classes, anchors * places)
-    return (batch * places, 1, anchors), (batch * places, classes, anchors)
-
-
-def _permute(value: Tensor, before: str, after: str) -> Tensor:
-    return value if before == after else value.permute([before.index(name) for name in after])
-
-
-def _restore(level: Level, output: Tensor) -> Tensor:
-    if not level.order:
-        return output
-    in_head = "BCAS" if level.order in ("BCAS", "BSCA") else "BACS"
-    named = _permute(output.view([level.sizes[name] for name in level.order]), level.order, in_head)
-    if level.order[1] != "S":
-        return named.reshape(level.given.shape)
-    # Channels-last, as the logits.
-    batch, channels, *spatial = level.given.shape
-    return named.permute(0, 3, 1, 2).reshape(batch, *spatial, channels).movedim(-1, 1)
-
-
-def read_values(
-    levels: Levels, name: str, value: Tensor | Sequence[Tensor], per_row: bool, per_element: bool
-) -> tuple[list[Tensor], bool]:
-    """Targets, qualities or weights, one per level and contiguous, as the operators take them; and whether rows have one each.
-
-    `value` is a list with one per level, or one tensor for all: then its next to last dimension, or the last one of what rows have
-    one of, runs over the levels. Nothing is converted.
-    """
-    function, given = levels.function, levels.levels
-    if isinstance(value, Tensor) and len(given) == 1:
-        values = [value]
-    elif isinstance(value, Tensor):
-        values = _split(levels, name, value, per_row, per_element)
-    else:
-        values = _as_list(function, name, value)
-        if len(values) != len(given):
-            raise ValueError(f"{function}: {name} must be one Tensor or {len(given)}, one per level of logits, got {len(values)}")
-    read, is_per_row = [], None
-    for level, entry in zip(given, values, strict=True):
-        _checks.check_strided(function, name, entry)
-        _checks.check_device(function, name, entry, level.given)
-        entry = entry.detach() if entry.requires_grad else entry
-        ordered, has_rows = _read_value(levels, name, level, entry, per_row, per_element)
-        read.append(ordered)
-        if is_per_row not in (None, has_rows):
-            raise ValueError(f"{function}: {name} must have one form on all levels, got some per row and some per element")
-        is_per_row = has_rows
-    return read, is_per_row
-
-
-def _split(levels: Levels, name: str, value: Tensor, per_row: bool, per_element: bool) -> Sequence[Tensor]:
-    # Rows of a level are counted by its last dimension but C, or by S * A; what stands before that dimension is the same everywhere.
-    def rows_of(level: Level) -> tuple[tuple[int, ...], int]:
-        if level.order:
-            return (level.sizes["B"],), level.sizes["S"] * level.sizes["A"]
-        return level.rows[:-1], level.rows[-1] if level.rows else 1
-
-    counted = [rows_of(level) for level in levels.levels]
-    before, total = counted[0][0], sum(count for _, count in counted)
-    shapes = [(*before, total)] * per_row + [(*before, total, levels.num_classes)] * per_element
-    if tuple(value.shape) not in shapes or any(other != before for other, _ in counted):
-        wanted = " or ".join(str(list(shape)) for shape in shapes)
-        raise ValueError(
-            f"{levels.function}: {name} must be a list with one per level of logits, or have shape {wanted}, got {list(value.shape)}"
-        )
-    return value.split([count for _, count in counted], len(before))
-
-
-def _read_value(levels: Levels, name: str, level: Level, value: Tensor, per_row: bool, per_element: bool) -> tuple[Tensor, bool]:
-    shape = tuple(value.shape)
-    if not level.order:
-        if per_row and shape == level.rows:
-            return _checks.contiguous(value), True
-        if per_element and shape == level.given.shape:
-            return _checks.contiguous(value), False
-        wanted = [level.rows] * per_row + [tuple(level.given.shape)] * per_element
-    else:
-        batch, places, anchors, classes = (level.sizes[letter] for letter in "BSAC")
-        spatial = tuple(level.given.shape[2:])
-        of_rows = [(batch, places * anchors), (batch, *spatial, anchors)] + [(batch, *spatial)] * (anchors == 1)
-        rows, elements = _operator_shapes(level.order, level.sizes)
-        if per_row and shape in of_rows:
-            ordered = _permute(value.reshape(batch, places, anchors), "BSA", level.order.replace("C", ""))
-            return ordered.contiguous().view(rows), True
-        of_elements = [(*of_row, classes) for of_row in of_rows]
-        in_head = "BCAS" if level.order in ("BCAS", "BSCA") else "BACS"
-        if per_element and shape == level.given.shape:
-            named = value.reshape([level.sizes[letter] for letter in in_head])
-            return _permute(named, in_head, level.order).contiguous().view(elements), False
-        if per_element and shape in of_elements:
-            named = value.reshape(batch, places, anchors, classes)
-            return _permute(named, "BSAC", level.order).contiguous().view(elements), False
-        wanted = of_rows * per_row + [tuple(level.given.shape), *of_elements] * per_element
-    forms = " or ".join(str(list(form)) for form in dict.fromkeys(wanted))
-    raise ValueError(f"{levels.function}: {name} must have shape {forms} for logits {list(level.given.shape)}, got {list(shape)}")
 
 
 def read_targets(
@@ -254,42 +23,16 @@ def read_targets(
     background: str,
     name: str = "targets",
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Targets and qualities (empty if there are none) as the operators take them. `background` is checked.
-
-    `name` is that of the caller's argument: "labels" are class indices alone.
-    """
-    function = levels.function
-    _checks.check_choice(function, "background", background, ("last", "first"))
-    entries = _as_list(function, name, targets)
-    dtype = entries[0].dtype
-    # Floating targets may mix dtypes.
-    is_mixed = any(entry.dtype != dtype and not (entry.is_floating_point() and dtype.is_floating_point) for entry in entries[1:])
-    if dtype.is_complex or is_mixed:
-        names = ", ".join(sorted({str(entry.dtype) for entry in entries}))
-        raise TypeError(f"{function}: {name} must be class indices or floating, of one dtype on all levels, got {names}")
-    is_integral = not dtype.is_floating_point
-    values, has_labels = read_values(levels, name, targets, is_integral and dtype != torch.bool, name != "labels")
-    if has_labels:
-        values = [_checks.as_labels(function, value, name) for value in values]
-    else:
-        if is_integral:
-            values = [value.to(levels.first.dtype) for value in values]
-        for value in values:
-            _checks.check_floating(function, "targets", value)
-    _check_target_values(levels, name, values, has_labels)
-    if quality is None:
-        return values, []
-    if not has_labels:
-        raise ValueError(f"{function}: quality must be None with dense targets, which are read as quality")
-    qualities, _ = read_values(levels, "quality", quality, True, False)
-    for value in qualities:
-        _checks.check_floating(function, "quality", value)
+    """As losses/levels.py has it; values too are checked under RSLOSS_DEBUG_CHECKS=1."""
+    values, qualities = reading.read_targets(levels, targets, quality, background, name)
+    _check_target_values(levels, name, values)
     return values, qualities
 
 
-def _check_target_values(levels: Levels, name: str, values: list[Tensor], has_labels: bool) -> None:
+def _check_target_values(levels: Levels, name: str, values: list[Tensor]) -> None:
     if not _checks.debug_checks():
         return
+    has_labels = not values[0].is_floating_point()
     for value in values:
         if has_labels and value.numel() and int(value.max()) > levels.num_classes:
             raise ValueError(

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from rsloss_kernels import _checks
 from rsloss_kernels.losses.focal import api, arguments
 from rsloss_kernels.losses.focal.op import Modulator
+from rsloss_kernels.losses.levels import LAYOUTS, Levels, read_levels
 
 # What MMDetection adds to `avg_factor`.
 EPS = torch.finfo(torch.float32).eps
@@ -39,7 +40,7 @@ class _SigmoidLoss(nn.Module):
             )
         _checks.check_choice(name, "reduction", reduction, arguments.REDUCTIONS)
         _checks.check_choice(name, "background", background, ("last", "first"))
-        _checks.check_choice(name, "layout", layout, arguments.LAYOUTS)
+        _checks.check_choice(name, "layout", layout, LAYOUTS)
         self.use_sigmoid = use_sigmoid
         self.activated = activated
         self.reduction = reduction
@@ -79,7 +80,7 @@ class _SigmoidLoss(nn.Module):
         _checks.check_choice(name, "reduction_override", reduction, arguments.REDUCTIONS)
         if avg_factor is not None and reduction == "sum":
             raise ValueError(f"{name}: avg_factor must be None with reduction 'sum': only 'mean' divides")
-        levels = arguments.read_levels(name, pred, self.layout, self.num_classes)
+        levels = read_levels(name, pred, self.layout, self.num_classes)
         targets, quality = self._split(target)
         request = api.make_request(
             levels,
@@ -102,7 +103,7 @@ class _SigmoidLoss(nn.Module):
             raise ValueError(f"{name}: layout must be 'rows' with reduction 'none', which sums over the classes, got {self.layout!r}")
         return [level.sum(-1) for level in losses] if levels.is_list else losses.sum(-1)
 
-    def _table(self, levels: arguments.Levels) -> tuple[Tensor, int]:
+    def _table(self, levels: Levels) -> tuple[Tensor, int]:
         """The class table and the modulator."""
         raise NotImplementedError
 
@@ -119,7 +120,7 @@ class _SigmoidLoss(nn.Module):
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
 
-def _as_published(levels: arguments.Levels, weight: object) -> object:
+def _as_published(levels: Levels, weight: object) -> object:
     """Weights [N, 1] and [N * C] for logits [N, C], which MMDetection's heads use."""
     if not isinstance(weight, Tensor) or levels.is_list or levels.first.dim() != 2 or levels.first.shape == weight.shape:
         return weight
@@ -163,7 +164,7 @@ class SigmoidFocalLoss(_SigmoidLoss):
         self.gamma = arguments.read_number("SigmoidFocalLoss", "gamma", gamma)
         self.alpha = arguments.read_number("SigmoidFocalLoss", "alpha", alpha, least=None)
 
-    def _table(self, levels: arguments.Levels) -> tuple[Tensor, int]:
+    def _table(self, levels: Levels) -> tuple[Tensor, int]:
         return arguments.class_table(levels, self.gamma, *api.read_alpha("SigmoidFocalLoss", self.alpha)), Modulator.FOCAL
 
     def _split(self, target: object) -> tuple[object, None]:
@@ -204,7 +205,7 @@ class QualityFocalLoss(_SigmoidLoss):
         super().__init__(use_sigmoid, activated, reduction, loss_weight, background, ignore_index, layout, num_classes)
         self.beta = arguments.read_number("QualityFocalLoss", "beta", beta)
 
-    def _table(self, levels: arguments.Levels) -> tuple[Tensor, int]:
+    def _table(self, levels: Levels) -> tuple[Tensor, int]:
         return arguments.class_table(levels, self.beta, 1.0, 1.0), Modulator.QUALITY
 
 
@@ -242,6 +243,6 @@ class VarifocalLoss(_SigmoidLoss):
         self.gamma = arguments.read_number("VarifocalLoss", "gamma", gamma)
         self.iou_weighted = iou_weighted
 
-    def _table(self, levels: arguments.Levels) -> tuple[Tensor, int]:
+    def _table(self, levels: Levels) -> tuple[Tensor, int]:
         modulator = Modulator.VARIFOCAL if self.iou_weighted else Modulator.VARIFOCAL_UNWEIGHTED
         return arguments.class_table(levels, self.gamma, 1.0, self.alpha), modulator
