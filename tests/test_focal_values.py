@@ -126,6 +126,24 @@ def test_class_indices_are_one_hot_targets(backend, loss, generator):
     assert torch.equal(got.gradient, expected.gradient) and got.losses == expected.losses
 
 
+@PLAIN
+def test_elements_need_no_rows(backend, loss, generator):
+    """Flat logits, and few long rows, are their elements one by one: in the losses, in those of elements, and bit by bit."""
+    logits = torch.randn((90,), generator=generator) * 3
+    targets, weight = (torch.rand((90,), generator=generator).round(decimals=1) for _ in range(2))
+    expected = loss.assert_agrees(backend, logits[:, None], targets[:, None], weight=weight[:, None])
+    for shape in ((90,), (1, 90), (3, 5, 6)):
+        values = [value.view(shape) for value in (logits, targets, weight)]
+        got = loss.evaluate(backend, *values[:2], weight=values[2])
+        assert got.losses == expected.losses and torch.equal(got.gradient.flatten(), expected.gradient.flatten())
+        assert got.gradient.shape == shape
+        loss.assert_agrees(backend, *values[:2], weight=values[2], class_weight=torch.ones(shape[-1]))
+        with use_backend(backend.name):
+            losses = loss.function(*(value.to(backend.device) for value in values[:2]), reduction="none")
+        assert losses.shape == shape
+        assert_within(losses.double().sum().cpu(), loss.evaluate(backend, *values[:2]).losses[0], 1e-5 * losses.double().sum().cpu(), "sum")
+
+
 @pytest.mark.slow_interpreter
 @PLAIN
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0, 3.5])

@@ -51,6 +51,11 @@ class Levels(NamedTuple):
     def first(self) -> Tensor:
         return self.levels[0].given
 
+    def as_elements(self) -> "Levels":
+        """Rows as elements of a single class, for what treats all classes alike."""
+        levels = [level._replace(logits=level.logits.view(-1, 1), rows=(level.given.numel(),)) for level in self.levels]
+        return self._replace(levels=levels, num_classes=1)
+
     def restore(self, outputs: Sequence[Tensor]) -> Tensor | list[Tensor]:
         """Outputs in the shape of the operators' levels as the logits were given."""
         restored = [_restore(level, output) for level, output in zip(self.levels, outputs, strict=True)]
@@ -158,7 +163,7 @@ def _permute(value: Tensor, before: str, after: str) -> Tensor:
 
 def _restore(level: Level, output: Tensor) -> Tensor:
     if not level.order:
-        return output
+        return output.view(level.given.shape)
     in_head = "BCAS" if level.order in ("BCAS", "BSCA") else "BACS"
     named = _permute(output.view([level.sizes[name] for name in level.order]), level.order, in_head)
     if level.order[1] != "S":
@@ -222,7 +227,7 @@ def _read_value(levels: Levels, name: str, level: Level, value: Tensor, per_row:
         if per_row and shape == level.rows:
             return _checks.contiguous(value), True
         if per_element and shape == level.given.shape:
-            return _checks.contiguous(value), False
+            return _checks.contiguous(value).view(level.logits.shape), False
         wanted = [level.rows] * per_row + [tuple(level.given.shape)] * per_element
     else:
         batch, places, anchors, classes = (level.sizes[letter] for letter in "BSAC")

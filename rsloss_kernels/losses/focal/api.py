@@ -96,7 +96,7 @@ def sigmoid_focal_loss(
     function = "sigmoid_focal_loss"
     levels = read_levels(function, logits, layout, num_classes)
     gamma = read_gamma(function, "gamma", gamma, levels)
-    table = arguments.class_table(levels, gamma, *read_alpha(function, alpha), class_weight, class_mask)
+    table = arguments.ClassTable(gamma, *read_alpha(function, alpha), class_weight, class_mask)
     common = (weight, reduction, avg_factor, background, ignore_index)
     return make_request(levels, targets, None, table, Modulator.FOCAL, *common).reduce(reduction)
 
@@ -131,7 +131,7 @@ def quality_focal_loss(
     """
     function = "quality_focal_loss"
     levels = read_levels(function, logits, layout, num_classes)
-    table = arguments.class_table(levels, read_gamma(function, "beta", beta, levels), 1.0, 1.0, class_weight, class_mask)
+    table = arguments.ClassTable(read_gamma(function, "beta", beta, levels), 1.0, 1.0, class_weight, class_mask)
     common = (weight, reduction, avg_factor, background, ignore_index)
     return make_request(levels, targets, quality, table, Modulator.QUALITY, *common).reduce(reduction)
 
@@ -170,7 +170,7 @@ def varifocal_loss(
     function = "varifocal_loss"
     levels = read_levels(function, logits, layout, num_classes)
     gamma, alpha = read_gamma(function, "gamma", gamma, levels), arguments.read_number(function, "alpha", alpha)
-    table = arguments.class_table(levels, gamma, 1.0, alpha, class_weight, class_mask)
+    table = arguments.ClassTable(gamma, 1.0, alpha, class_weight, class_mask)
     modulator = Modulator.VARIFOCAL if iou_weighted else Modulator.VARIFOCAL_UNWEIGHTED
     common = (weight, reduction, avg_factor, background, ignore_index)
     return make_request(levels, targets, quality, table, modulator, *common).reduce(reduction)
@@ -180,7 +180,7 @@ def make_request(
     levels: Levels,
     targets: Tensor | Sequence[Tensor],
     quality: Tensor | Sequence[Tensor] | None,
-    class_table: Tensor,
+    table: arguments.ClassTable | Tensor,
     modulator: int,
     weight: Tensor | Sequence[Tensor] | None,
     reduction: str,
@@ -191,11 +191,15 @@ def make_request(
     **normalising: float,
 ) -> Request:
     """`name_of_targets`: of `arguments.read_targets`; `normalising`: options of `arguments.read_reduction`."""
+    if isinstance(table, arguments.ClassTable):
+        if table.is_uniform and arguments.has_few_rows(levels, targets, weight):
+            levels = levels.as_elements()
+        table = table.of(levels)
     normalizer, scale = arguments.read_reduction(levels, reduction, avg_factor, **normalising)
     targets, qualities = arguments.read_targets(levels, targets, quality, background, name_of_targets)
     ignored = arguments.read_ignore_index(levels.function, ignore_index)
     weights, first = arguments.read_weights(levels, weight), background == "first"
-    return Request(levels, targets, qualities, weights, class_table, normalizer, modulator, first, ignored, scale)
+    return Request(levels, targets, qualities, weights, table, normalizer, modulator, first, ignored, scale)
 
 
 def read_gamma(function: str, name: str, gamma: float | Tensor, levels: Levels) -> float | Tensor:

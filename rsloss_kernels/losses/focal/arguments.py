@@ -5,6 +5,7 @@ Logits and what comes with them as losses/levels.py has it; README.md has what t
 import functools
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from rsloss_kernels.losses import levels as reading
 from rsloss_kernels.losses.levels import Levels, read_values
 
 REDUCTIONS = ("none", "mean", "sum")
+FEW_ROWS = 16  # from which on a row of the class table costs nothing beside the elements of its class
 
 
 def read_targets(
@@ -131,27 +133,42 @@ def as_double(value: Tensor) -> Tensor:
     return value if value.dtype == torch.float64 else value.double()
 
 
-def class_table(
-    levels: Levels,
-    gamma: float | Tensor,
-    positive: float | Tensor,
-    negative: float | Tensor,
-    class_weight: Tensor | Sequence[float] | None = None,
-    class_mask: Tensor | Sequence[bool] | None = None,
-) -> Tensor:
-    """float64 [3, C] of `gamma`, `a` and `b`: numbers, or float64 [C]."""
-    function, like = levels.function, levels.logits[0]
-    parts = (gamma, positive, negative)
-    if class_weight is None and class_mask is None and not any(isinstance(part, Tensor) for part in parts):
-        return table_of_numbers(levels.num_classes, parts, like)
-    factor = like.new_ones(levels.num_classes, dtype=torch.float64)
-    if class_weight is not None:
-        factor = read_class_vector(function, "class_weight", class_weight, levels)
-    if class_mask is not None:
-        is_kept = read_class_vector(function, "class_mask", class_mask, levels) != 0
-        factor = torch.where(is_kept, factor, 0.0)
-    rows = [part if isinstance(part, Tensor) else torch.full_like(factor, part) for part in parts]
-    return torch.stack([rows[0], rows[1] * factor, rows[2] * factor])
+class ClassTable(NamedTuple):
+    """How elements are weighted and modulated by class: numbers, or float64 [C]."""
+
+    gamma: float | Tensor
+    positive: float | Tensor
+    negative: float | Tensor
+    class_weight: Tensor | Sequence[float] | None = None
+    class_mask: Tensor | Sequence[bool] | None = None
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all classes are alike."""
+        return self.class_weight is None and self.class_mask is None and not any(isinstance(part, Tensor) for part in self[:3])
+
+    def of(self, levels: Levels) -> Tensor:
+        """float64 [3, C], the rows of the operators."""
+        function, like, parts = levels.function, levels.logits[0], self[:3]
+        if self.is_uniform:
+            return table_of_numbers(levels.num_classes, parts, like)
+        factor = like.new_ones(levels.num_classes, dtype=torch.float64)
+        if self.class_weight is not None:
+            factor = read_class_vector(function, "class_weight", self.class_weight, levels)
+        if self.class_mask is not None:
+            is_kept = read_class_vector(function, "class_mask", self.class_mask, levels) != 0
+            factor = torch.where(is_kept, factor, 0.0)
+        rows = [part if isinstance(part, Tensor) else torch.full_like(factor, part) for part in parts]
+        return torch.stack([rows[0], rows[1] * factor, rows[2] * factor])
+
+
+def has_few_rows(levels: Levels, targets: object, weight: object) -> bool:
+    """Whether a table of all classes would cost about as much as the elements, 1-D logits above all, and nothing belongs to rows."""
+    first = levels.levels[0]
+    if levels.is_list or first.order or levels.num_rows >= FEW_ROWS:
+        return False
+    per_element = [targets] if weight is None else [targets, weight]
+    return all(isinstance(value, Tensor) and value.shape == first.given.shape for value in per_element) and targets.is_floating_point()
 
 
 def table_of_numbers(num_classes: int, parts: tuple[float, ...], like: Tensor) -> Tensor:

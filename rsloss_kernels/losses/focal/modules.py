@@ -86,7 +86,7 @@ class _SigmoidLoss(nn.Module):
             levels,
             targets,
             quality,
-            *self._table(levels),
+            *self._table(),
             _as_published(levels, weight),
             reduction,
             None if reduction == "none" else avg_factor,
@@ -103,8 +103,8 @@ class _SigmoidLoss(nn.Module):
             raise ValueError(f"{name}: layout must be 'rows' with reduction 'none', which sums over the classes, got {self.layout!r}")
         return [level.sum(-1) for level in losses] if levels.is_list else losses.sum(-1)
 
-    def _table(self, levels: Levels) -> tuple[Tensor, int]:
-        """The class table and the modulator."""
+    def _table(self) -> tuple[arguments.ClassTable, int]:
+        """How classes weigh, and the modulator."""
         raise NotImplementedError
 
     def _split(self, target: object) -> tuple[object, object]:
@@ -164,8 +164,8 @@ class SigmoidFocalLoss(_SigmoidLoss):
         self.gamma = arguments.read_number("SigmoidFocalLoss", "gamma", gamma)
         self.alpha = arguments.read_number("SigmoidFocalLoss", "alpha", alpha, least=None)
 
-    def _table(self, levels: Levels) -> tuple[Tensor, int]:
-        return arguments.class_table(levels, self.gamma, *api.read_alpha("SigmoidFocalLoss", self.alpha)), Modulator.FOCAL
+    def _table(self) -> tuple[arguments.ClassTable, int]:
+        return arguments.ClassTable(self.gamma, *api.read_alpha("SigmoidFocalLoss", self.alpha)), Modulator.FOCAL
 
     def _split(self, target: object) -> tuple[object, None]:
         return target, None
@@ -205,8 +205,8 @@ class QualityFocalLoss(_SigmoidLoss):
         super().__init__(use_sigmoid, activated, reduction, loss_weight, background, ignore_index, layout, num_classes)
         self.beta = arguments.read_number("QualityFocalLoss", "beta", beta)
 
-    def _table(self, levels: Levels) -> tuple[Tensor, int]:
-        return arguments.class_table(levels, self.beta, 1.0, 1.0), Modulator.QUALITY
+    def _table(self) -> tuple[arguments.ClassTable, int]:
+        return arguments.ClassTable(self.beta, 1.0, 1.0), Modulator.QUALITY
 
 
 class VarifocalLoss(_SigmoidLoss):
@@ -243,6 +243,6 @@ class VarifocalLoss(_SigmoidLoss):
         self.gamma = arguments.read_number("VarifocalLoss", "gamma", gamma)
         self.iou_weighted = iou_weighted
 
-    def _table(self, levels: Levels) -> tuple[Tensor, int]:
+    def _table(self) -> tuple[arguments.ClassTable, int]:
         modulator = Modulator.VARIFOCAL if self.iou_weighted else Modulator.VARIFOCAL_UNWEIGHTED
-        return arguments.class_table(levels, self.gamma, 1.0, self.alpha), modulator
+        return arguments.ClassTable(self.gamma, 1.0, self.alpha), modulator
