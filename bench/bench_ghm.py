@@ -16,14 +16,14 @@ sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from bench import element_targets, ghm_problems, loss_bench  # noqa: E402
+from bench import element_targets, ghm_problems, harness, loss_bench  # noqa: E402
 from bench.ghm_problems import BOXES, CLASSES, MU, Case, Inputs  # noqa: E402
 from bench.peers.ghm import PublishedGHMC, PublishedGHMR, ghm_truth  # noqa: E402
 from bench.providers import Forward, Provider, focal_providers, peer  # noqa: E402
 from rsloss_kernels import ghm_classification_loss, ghm_regression_loss  # noqa: E402
 
 PUBLISHED, SMOOTH_L1 = "MMDetection's", "smooth L1, eager"
-COPY = loss_bench.COPY
+COPY = harness.COPY
 TARGETS = element_targets.Targets(
     cpu_speed=[
         ((CLASSES, 10**6, 10, "dense"), {PUBLISHED: 1 / 15, COPY: 2.5}),

@@ -17,7 +17,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.nn.functional import cross_entropy  # noqa: E402
 
-from bench import element_targets, group_softmax_problems, loss_bench  # noqa: E402
+from bench import element_targets, group_softmax_problems, harness, loss_bench  # noqa: E402
 from bench.group_softmax_problems import Case, Inputs  # noqa: E402
 from bench.peers.group_softmax import PublishedGroupSoftmax, group_softmax_truth  # noqa: E402
 from bench.providers import Forward, Provider, peer  # noqa: E402
@@ -28,7 +28,7 @@ SIZES = [(512,), (2048,)]
 TARGETS = element_targets.Targets(
     # Sampling included.
     cpu_speed=[
-        (entry, {PUBLISHED: 1 / 16, loss_bench.COPY: 2.0, PLAIN: None}) for entry in (*SIZES, (512, "instances"), (2048, "instances"))
+        (entry, {PUBLISHED: 1 / 16, harness.COPY: 2.0, PLAIN: None}) for entry in (*SIZES, (512, "instances"), (2048, "instances"))
     ],
     cuda_speed=[((8192,), 1.5)],
     memory=SIZES,

@@ -20,9 +20,11 @@ from bench.peers.bucketed import bucketed_rank_sort_loss  # noqa: E402
 from bench.peers.published_loop import published_rank_sort  # noqa: E402
 from bench.peers.vectorised import compiled_rank_sort, vectorised_rank_sort  # noqa: E402
 from bench.providers import COMPILED_FOCAL, FOCAL, peer  # noqa: E402
+from bench.targets import Aim  # noqa: E402
 from rsloss_kernels import rank_sort_loss  # noqa: E402
 
 DELTA = 0.5
+OWN_FOCAL = f"{field.OWN_FOCAL} [cpp]"
 
 
 def _call(logits, inputs, **options):
@@ -57,10 +59,17 @@ TARGETS = ranking_targets.Targets(
         ("trained", 200, 10**5, {FOCAL: 0.50}),
         ("trained", 20000, 10**6, {FOCAL: 1.5}),
     ),
+    warm_speed=(
+        ("trained", 1000, 10**6, {FOCAL: 0.14, COMPILED_FOCAL: 0.40, OWN_FOCAL: Aim(1.0)}),
+        ("init", 1000, 10**6, {FOCAL: 0.22, COMPILED_FOCAL: 0.60, OWN_FOCAL: Aim(1.4)}),
+    ),
     cuda_speed=(("trained", 1000, 2 * 10**6, None, 40.0), ("trained", 3000, 2 * 10**7, COMPILED_FOCAL, 2.0)),
     reference_to_loop=0.25,
     scale=(
         ranking_scale.narrow_type,
+        ranking_scale.kept_outputs,
+        ranking_scale.tiny_call,
+        ranking_scale.import_of_the_package,
         ranking_scale.equal_segments,
         ranking_scale.many_positives,
         ranking_scale.two_processes,

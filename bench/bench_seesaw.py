@@ -14,14 +14,14 @@ from torch import Tensor  # noqa: E402
 from torch.nn.functional import cross_entropy  # noqa: E402
 
 import rsloss_kernels  # noqa: E402
-from bench import element_targets, loss_bench, seesaw_problems, targets  # noqa: E402
+from bench import element_targets, harness, loss_bench, seesaw_problems, targets  # noqa: E402
 from bench.peers.seesaw import PublishedSeesaw, seesaw_truth  # noqa: E402
 from bench.providers import Forward, Provider, peer  # noqa: E402
 from bench.seesaw_problems import Case, Inputs  # noqa: E402
 from rsloss_kernels import SeesawLoss, seesaw_loss  # noqa: E402
 
 PUBLISHED, PLAIN = "published Seesaw", "plain softmax, eager"
-LIMITS = {PUBLISHED: 1 / 5, PLAIN: None, loss_bench.COPY: None}
+LIMITS = {PUBLISHED: 1 / 5, PLAIN: None, harness.COPY: None}
 SIZES = {"cpu": [(512,), (2048,)], "cuda": [(8192,)]}
 
 

@@ -17,7 +17,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import rsloss_kernels  # noqa: E402
-from bench import element_targets, loss_bench, smooth_l1_problems  # noqa: E402
+from bench import element_targets, harness, loss_bench, smooth_l1_problems  # noqa: E402
 from bench.providers import Forward, Provider  # noqa: E402
 from bench.smooth_l1_problems import BETA, Case, Inputs  # noqa: E402
 from rsloss_kernels import smooth_l1_loss  # noqa: E402
@@ -25,9 +25,9 @@ from rsloss_kernels import smooth_l1_loss  # noqa: E402
 EAGER, COMPILED = "smooth L1, eager", "smooth L1, torch.compile"
 TARGETS = element_targets.Targets(
     cpu_speed=[
-        ((4096, "dense"), {EAGER: None, COMPILED: None, loss_bench.COPY: None}),
-        ((10**6, "dense"), {EAGER: None, COMPILED: None, loss_bench.COPY: 2.0}),
-        ((10**7, "dense"), {EAGER: 1 / 4, COMPILED: None, loss_bench.COPY: 2.0}),
+        ((4096, "dense"), {EAGER: None, COMPILED: None, harness.COPY: None}),
+        ((10**6, "dense"), {EAGER: None, COMPILED: None, harness.COPY: 2.0}),
+        ((10**7, "dense"), {EAGER: 1 / 4, COMPILED: None, harness.COPY: 2.0}),
     ],
     cuda_speed=[((2 * 10**7, "dense"), 1.5)],
     memory=[(size, "dense") for size in (4096, 10**6, 10**7)],

@@ -13,7 +13,7 @@ LIMITS = 1e-7, 2e-6
 class Targets:
     """What a loss promises, by entries of its problems.
 
-    cpu_speed: (entry, {what it is compared to: largest ratio, None: told only}).
+    cpu_speed, warm_speed: (entry, {what it is compared to: largest ratio, None: told only}); see --cache.
     cuda_speed: captured; (entry, largest ratio to the copy). Their memory is measured on CUDA.
     memory: on a CPU; at most the gradient and a MiB.
     accuracy: to LIMITS.
@@ -24,6 +24,7 @@ class Targets:
     cuda_speed: Sequence[tuple[tuple, float]]
     memory: Sequence[tuple]
     accuracy: Sequence[tuple]
+    warm_speed: Sequence[tuple[tuple, Mapping[str, float | None]]] = ()
     further: Callable[[argparse.Namespace, targets.Rows], None] = lambda arguments, report: None
 
 
@@ -37,8 +38,9 @@ def check(loss, promised: Targets, arguments: argparse.Namespace) -> list[dict]:
         targets.captured(loss, arguments, report, cases)
     else:
         compiled, sizes = ["cpp"], promised.memory
-        for entry, limits in promised.cpu_speed:
-            compare(loss, "cpp", make_case(arguments, *entry), limits, arguments, report)
+        for cache, rows in (("cold", promised.cpu_speed), ("warm", promised.warm_speed)):
+            for entry, limits in rows:
+                compare(loss, "cpp", make_case(arguments, *entry), limits, targets.changed(arguments, cache=cache), report)
         promised.further(arguments, report)
     memory_and_accuracy(loss, compiled, sizes, promised.accuracy, arguments, report)
     return report.close()
@@ -50,7 +52,7 @@ def compare(loss, backend: str, case, limits: Mapping[str, float | None], argume
     timings, _ = targets.time_case(loss, arguments, case, [ours, *limits])
     for other, limit in limits.items():
         got = timings[ours].ratio_to(timings[other]) if ours in timings else None
-        report(f"{ours}, {case.title}", limit, f"x {other}", got, missing or targets.medians(timings, ours, other))
+        report(f"{ours}, {case.title}, {arguments.cache}", limit, f"x {other}", got, missing or targets.medians(timings, ours, other))
 
 
 def memory_and_accuracy(

@@ -11,6 +11,7 @@ import gc
 import os
 import platform
 import re
+import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ WARM_UP_SECONDS = 0.2
 MAX_WARM_UPS = 5
 L2_FLUSH_BYTES = 256 << 20
 SLEEP_CYCLES = 200_000
+COPY = "copy floor"
 
 
 @dataclass
@@ -88,7 +90,16 @@ class Draws:
 
 
 class _CpuClock:
+    """`cold`: the call before was another's, which left the caches full of its own. Else it is this workload's, uncounted."""
+
+    def __init__(self, cold: bool):
+        self.cold = cold
+
     def sample(self, workload: Workload) -> float:
+        if not self.cold:
+            if workload.prepare is not None:
+                workload.prepare()
+            workload.call()
         if workload.prepare is not None:
             workload.prepare()
         start = time.perf_counter()
@@ -163,7 +174,7 @@ def measure(
     A workload whose warm-up call takes the whole budget has that call as its only sample. One that raises has its reason in
     `failure`.
     """
-    clock = _CudaClock(capture, cold) if device == "cuda" else _CpuClock()
+    clock = _CudaClock(capture, cold) if device == "cuda" else _CpuClock(cold)
     timings = {workload.name: Timing() for workload in workloads}
     active = []
     with _no_garbage_collection():
@@ -224,7 +235,7 @@ def copy_floor(moved_bytes: int, device: str, working_set: int | None = None) ->
         if rest:
             target[:rest].copy_(source[:rest])
 
-    return Workload("copy floor", copy)
+    return Workload(COPY, copy)
 
 
 def peak_extra_bytes(call: Callable[[], object], device: str) -> int | None:
@@ -257,6 +268,29 @@ def peak_extra_bytes(call: Callable[[], object], device: str) -> int | None:
 
 
 MEMORY_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+# The C library keeps all memory that it once had, in huge pages. Once `keep_memory` has given it enough, no output needs new pages.
+KEPT_ENVIRONMENT = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+}
+
+
+def keep_memory(size: int) -> None:
+    """Under KEPT_ENVIRONMENT: `size` bytes, touched, from which later tensors are cut. What stands behind them keeps them apart."""
+    whole = torch.ones(size, dtype=torch.uint8)
+    keep_memory.border = torch.ones(64)
+    del whole
+
+
+def page_faults(call: Callable[[], object], calls: int = 5) -> int:
+    """Of one call, the median: pages that the system had to find for it."""
+    counts = []
+    for _ in range(calls):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        call()
+        counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    return int(statistics.median(counts))
 
 
 def _status_bytes(key: str) -> int:

@@ -59,7 +59,7 @@ class Case(problems.Case):
 
 
 @dataclass
-class Inputs:
+class Inputs(problems.Inputs):
     """`targets` and `quality` as the loss takes them; `dense` holds the same targets element by element for the peers.
 
     The regression loss of a positive is one minus its quality.

@@ -41,6 +41,7 @@ STYLES = {
     "smooth L1, torch.compile": ("#6fbf8f", "X", ":"),
     "focal, eager": ("#1f7a4d", "P", ":"),
     "focal, torch.compile": ("#6fbf8f", "X", ":"),
+    "sigmoid_focal_loss [cpp]": ("#0f5132", "D", "-."),
     "copy floor": ("#777777", ".", "-."),
 }
 OTHER = ("#333333", "x", "-")
@@ -61,7 +62,7 @@ def axes_of(loss: str) -> dict[str, tuple[str, str]]:
 
 def style(provider: str) -> tuple[str, str, str]:
     """Ours are named `function [backend]`, with segments `function [backend], form`."""
-    if not is_ours(provider):
+    if provider in STYLES or not is_ours(provider):
         return STYLES.get(provider, OTHER)
     backend, _, form = provider.partition("[")[2].partition("]")
     return OURS.get(backend, OTHER[0]), *FORMS_OF_OURS.get(form.removeprefix(", "), OTHER[1:])

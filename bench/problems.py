@@ -21,6 +21,10 @@ class Case:
 class Inputs:
     """Of a case, with the tensor `logits` that has a gradient, and `given()`, the tensors that the loss reads."""
 
+    @property
+    def elements(self) -> int:
+        return self.logits.numel()
+
     def _given_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.given())
 
@@ -70,7 +74,9 @@ class Problems:
             return self.quick, [entry for entry in self.quick if entry in self.memory]
         return self.full, self.memory
 
-    def grid(self, loss, arguments: argparse.Namespace) -> tuple[list, list]:
-        """The cases for speed, and those of them for memory."""
-        speed, memory = ([self.make_case(arguments, *entry) for entry in entries] for entries in self.entries(loss, arguments))
-        return speed, memory
+    def grid(self, loss, arguments: argparse.Namespace) -> dict[str, list]:
+        """The cases by what is measured. Counts and profiles take the short grid, where there is no own one."""
+        speed, memory = self.entries(loss, arguments)
+        short = self.own(arguments) or self.quick
+        grids = {"speed": speed, "memory": memory, "syncs": short, "launches": short, "profile": short}
+        return {name: [self.make_case(arguments, *entry) for entry in entries] for name, entries in grids.items()}

@@ -29,9 +29,14 @@ def workload(provider: Provider, inputs, mode: str) -> Workload:
     return differentiated(provider.name, provider.bind(inputs), inputs.logits, mode)
 
 
-def differentiated(name: str, forward: Forward, logits: Tensor, mode: str = "full") -> Workload:
+def leaves_of(logits: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+    """The same numbers, to be differentiated; levels stay apart."""
+    return logits.detach().clone().requires_grad_() if isinstance(logits, Tensor) else [leaves_of(level) for level in logits]
+
+
+def differentiated(name: str, forward: Forward, logits: Tensor | list[Tensor], mode: str = "full") -> Workload:
     """forward: the losses with their graph; backward: the gradient from a fresh graph; full: both, as a training step."""
-    leaf = logits.detach().clone().requires_grad_()
+    leaf = leaves_of(logits)
     if mode == "forward":
         return Workload(name, lambda: forward(leaf))
     if mode == "full":

@@ -12,8 +12,9 @@ from bench.logits import Case, Inputs
 from bench.loss_bench import OfOperator
 from bench.problems import Problems
 from bench.providers import Forward, Provider, focal_providers
+from rsloss_kernels import _backends
 
-LOOP = "published loop"
+LOOP, OWN_FOCAL = "published loop", "sigmoid_focal_loss"
 
 # Largest P*N, and P*P, that a peer is given: seconds per call for the loop, memory for the broadcast.
 LOOP_PAIRS = {"cpu": 6e9, "cuda": 1.1e10}
@@ -65,7 +66,7 @@ class RankingLoss(OfOperator):
         """Every usable backend of ours, then the peers. With segments: ours in both forms, and what it costs without them."""
         backends = self.backends(case.device)
         if case.segments == 1:
-            return [self._ours(backend) for backend in backends] + list(self.peers) + FOCAL_PROVIDERS
+            return [self._ours(backend) for backend in backends] + list(self.peers) + FOCAL_PROVIDERS + [own_focal(case.device)]
         ours = [provider for backend in backends for provider in self._segmented(backend)]
         return ours + FOCAL_PROVIDERS
 
@@ -124,3 +125,13 @@ def binary(inputs: Inputs) -> Tensor:
 
 
 FOCAL_PROVIDERS = focal_providers(binary)
+
+
+def own_focal(device: str) -> Provider:
+    """This library's focal loss: two passes over the logits, and nothing that a ranking does."""
+
+    def bind(inputs: Inputs) -> Forward:
+        targets = binary(inputs)
+        return lambda logits: (rsloss_kernels.sigmoid_focal_loss(logits, targets, reduction="sum"),)
+
+    return Provider(f"{OWN_FOCAL} [{_backends.resolve('focal_forward', device)}]", bind)

@@ -1,9 +1,13 @@
-"""Rows that must hold about scale: 16-bit logits, segments, very many positives, two processes. On a CPU, the compiled backend."""
+"""Rows that must hold beyond the plain comparison: 16-bit logits, segments, very many positives, two processes, outputs whose memory is
+kept, and what a call and the import cost apart from the data. On a CPU, the compiled backend."""
+import statistics
+import subprocess
+import sys
 from dataclasses import replace
 
-from bench import loss_bench, ranking_targets, targets, world
+from bench import harness, measures, ranking_targets, targets, world
 from bench.logits import make_inputs
-from bench.providers import differentiated
+from bench.providers import COMPILED_FOCAL, differentiated
 from bench.ranking_problems import PROBLEMS
 
 BACKEND = "cpp"
@@ -27,6 +31,44 @@ def narrow_type(loss, arguments, report) -> None:
 
     title = f"{loss.name(BACKEND)}, {replace(case, dtype=narrow).title}"
     _report_ratio(loss, arguments, report, build, relevant, title, narrow, wide, 0.5, f"x its {wide} time")
+    for distribution in ("trained", "init"):
+        case = replace(PROBLEMS.make_case(arguments, distribution, 1000, 10**6), dtype=narrow)
+        _report_time(loss, arguments, report, case, "warm", 1e9 / (case.positives + case.negatives), 0.35, "ns per element")
+
+
+def tiny_call(loss, arguments, report) -> None:
+    """What a call costs where there is next to nothing to compute."""
+    case = PROBLEMS.make_case(arguments, "trained", 10, 1000)
+    _report_time(loss, arguments, report, case, "warm", 1e6, 70.0, "us")
+
+
+IMPORT = "import torch, time; start = time.perf_counter(); import rsloss_kernels; print(time.perf_counter() - start)"
+IMPORTS = 5
+
+
+def import_of_the_package(loss, arguments, report) -> None:
+    """Beyond torch, in processes of their own."""
+    runs = [subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True) for _ in range(IMPORTS)]
+    seconds = [float(run.stdout) for run in runs]
+    report("import rsloss_kernels after torch", 0.3, "s", statistics.median(seconds), f"{min(seconds):.3g} to {max(seconds):.3g} s")
+
+
+def kept_outputs(loss, arguments, report) -> None:
+    """Outputs as large as the logits whose pages the system need not find anew: the C library keeps the others' memory as this
+    library keeps its own, both in huge pages. The page faults that are left are told."""
+    case = PROBLEMS.make_case(arguments, "trained", 1000, 10**7)
+    names, got, note = [loss.name(BACKEND), COMPILED_FOCAL], None, loss.why_not(BACKEND, case.device)
+    if note is None:
+        try:
+            told = measures.alone(arguments, "times", harness.KEPT_ENVIRONMENT, case, names, arguments.budget)
+            ours, other = (harness.Timing(told[name][0]) for name in names)
+            # A page in a thousand that the outputs have.
+            is_kept = all(faults < 1e-3 * 4 * case.negatives / 4096 for _, faults in told.values())
+            got = ours.ratio_to(other) if is_kept else None
+            note = "; ".join(f"{statistics.median(told[name][0]) * 1e3:.4g} ms, {told[name][1]} page faults" for name in names)
+        except Exception as error:  # the other rows must still be measured
+            note = f"{type(error).__name__}: {error}".strip().splitlines()[-1]
+    report(f"{names[0]}, {case.title}, memory of outputs kept, warm", 0.30, f"x {COMPILED_FOCAL}", got, note)
 
 
 def equal_segments(loss, arguments, report) -> None:
@@ -52,20 +94,7 @@ def equal_segments(loss, arguments, report) -> None:
 
 def many_positives(loss, arguments, report) -> None:
     """As many positives as a batch of crowded images has, and as many as negatives."""
-    case = PROBLEMS.make_case(arguments, "trained", 10**5, 10**6)
-    relevant = []
-
-    def build(seed):
-        inputs = make_inputs(replace(case, seed=seed))
-        relevant.append(inputs.relevant(loss.delta))
-        return [differentiated("ours", loss.forward(inputs, BACKEND), inputs.logits)]
-
-    got, note = None, loss.why_not(BACKEND, case.device)
-    if note is None:
-        timing = loss_bench.time_draws(arguments, build)["ours"]
-        got = None if timing.failure else timing.median * 1e3
-        note = timing.failure or ranking_targets.told_relevant(relevant)
-    report(f"{loss.name(BACKEND)}, {case.title}", 100.0, "ms", got, note)
+    _report_time(loss, arguments, report, PROBLEMS.make_case(arguments, "trained", 10**5, 10**6), "cold", 1e3, 100.0, "ms")
     ranking_targets.memory(loss, BACKEND, ("trained", 10**6, 10**6), arguments, report, limit=1.5e9)
 
 
@@ -84,10 +113,26 @@ def two_processes(loss, arguments, report) -> None:
     report(f"{loss.name(BACKEND)}, {case.title}, 2 processes (gloo)", None, "x one process", got, note)
 
 
+def _report_time(loss, arguments, report, case, cache: str, scale: float, limit: float, unit: str) -> None:
+    """Seconds times `scale`."""
+    relevant, got, note = [], None, loss.why_not(BACKEND, case.device)
+
+    def build(seed):
+        inputs = make_inputs(replace(case, seed=seed))
+        relevant.append(inputs.relevant(loss.delta))
+        return [differentiated("ours", loss.forward(inputs, BACKEND), inputs.logits)]
+
+    if note is None:
+        timing = measures.time_draws(targets.changed(arguments, cache=cache), build)["ours"]
+        got = None if timing.failure else timing.median * scale
+        note = timing.failure or ranking_targets.told_relevant(relevant)
+    report(f"{loss.name(BACKEND)}, {case.title}, {cache}", limit, unit, got, note)
+
+
 def _report_ratio(loss, arguments, report, build, relevant, title, ours, other, limit, unit) -> None:
     got, note = None, loss.why_not(BACKEND, arguments.device)
     if note is None:
-        timings = loss_bench.time_draws(arguments, build)
+        timings = measures.time_draws(targets.changed(arguments, cache="cold"), build)
         got = timings[ours].ratio_to(timings[other])
         note = f"{targets.medians(timings, ours, other)}; {ranking_targets.told_relevant(relevant)}"
-    report(title, limit, unit, got, note)
+    report(f"{title}, cold", limit, unit, got, note)

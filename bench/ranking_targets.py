@@ -18,7 +18,7 @@ LIMITS = 1e-7, 1e-6  # of the losses, of the gradient
 class Targets:
     """What a loss promises.
 
-    cpu_speed: (distribution, P, N, {provider to compare with: largest ratio of ours to it}).
+    cpu_speed, warm_speed: (distribution, P, N, {provider to compare with: largest ratio of ours to it, None: told only}); see --cache.
     reference_to_loop: largest ratio of the plain PyTorch backend to the published loop, on the first problem of cpu_speed.
     cuda_speed: captured; (distribution, P, N, provider or None, limit): microseconds, or the ratio to the provider.
     scale: further rows, functions of (loss, arguments, report), on a CPU.
@@ -26,6 +26,7 @@ class Targets:
 
     cpu_speed: tuple
     cuda_speed: tuple
+    warm_speed: tuple = ()
     reference_to_loop: float | None = None
     scale: tuple[Callable, ...] = ()
 
@@ -37,7 +38,8 @@ def check(loss: field.RankingLoss, promised: Targets, arguments: argparse.Namesp
         _cuda_speed(loss, promised.cuda_speed, arguments, report)
         compiled, sizes = ["cuda", "triton"], promised.cuda_speed
     else:
-        _cpu_speed(loss, promised, arguments, report)
+        _cpu_speed(loss, promised.cpu_speed, targets.changed(arguments, cache="cold"), report, promised.reference_to_loop)
+        _cpu_speed(loss, promised.warm_speed, targets.changed(arguments, cache="warm"), report)
         for rows_of_scale in promised.scale:
             rows_of_scale(loss, arguments, report)
         compiled, sizes = ["cpp"], promised.cpu_speed
@@ -50,20 +52,20 @@ def check(loss: field.RankingLoss, promised: Targets, arguments: argparse.Namesp
     return report.close()
 
 
-def _cpu_speed(loss, promised, arguments, report) -> None:
+def _cpu_speed(loss, rows, arguments, report, reference_to_loop: float | None = None) -> None:
     ours, reference = loss.name("cpp"), loss.name("reference")
     missing = loss.why_not("cpp", "cpu")
-    for number, (*size, limits) in enumerate(promised.cpu_speed):
-        with_reference = number == 0 and promised.reference_to_loop is not None
+    for number, (*size, limits) in enumerate(rows):
+        with_reference = number == 0 and reference_to_loop is not None
         timings, title, relevant = _time(loss, arguments, size, [ours, *limits] + [reference] * with_reference, False)
         for name, limit in limits.items():
             got = timings[ours].ratio_to(timings[name]) if ours in timings else None
             note = missing or f"{targets.medians(timings, ours, name)}; {relevant}"
-            report(f"{ours}, {title}", limit, f"x {name}", got, note)
+            report(f"{ours}, {title}, {arguments.cache}", limit, f"x {name}", got, note)
         if with_reference:
             got = timings[reference].ratio_to(timings[field.LOOP])
             note = f"{targets.medians(timings, reference, field.LOOP)}; {relevant}"
-            report(f"{reference}, {title}", promised.reference_to_loop, f"x {field.LOOP}", got, note)
+            report(f"{reference}, {title}, {arguments.cache}", reference_to_loop, f"x {field.LOOP}", got, note)
 
 
 def _cuda_speed(loss, rows, arguments, report) -> None:
@@ -77,7 +79,7 @@ def _cuda_speed(loss, rows, arguments, report) -> None:
             if timing and not timing.failure:
                 got = timing.median * 1e6 if other is None else timing.ratio_to(timings[other])
             unit = "us" if other is None else f"x {other}"
-            report(f"{ours}, {title}, captured", limit, unit, got, note or f"{targets.medians(timings, ours)}; {relevant}")
+            report(f"{ours}, {title}, captured, {arguments.cache}", limit, unit, got, note or f"{targets.medians(timings, ours)}; {relevant}")
 
 
 def _time(loss, arguments, size, names: list[str], capture: bool) -> tuple[dict[str, harness.Draws], str, str]:

@@ -57,6 +57,9 @@ def tables(folder: pathlib.Path) -> str:
         if "memory" in sections:
             parts.append("Peak memory of forward + backward beyond the inputs, MiB:\n")
             parts.append(_by_problem(document["loss"], sections["memory"]["records"], lambda record: _number(_mebibytes(record))))
+        for name in ("syncs", "launches"):
+            if name in sections:
+                parts.append(_counts(document["loss"], sections[name]["records"]))
         if "targets" in sections:
             parts.append(_targets(sections["targets"]["records"]))
         if "distance" in sections:
@@ -77,6 +80,9 @@ def headlines(folder: pathlib.Path) -> str:
         if "memory" in sections:
             words = "Peak memory of forward + backward beyond the inputs, MiB"
             parts.append(_multiples(document["loss"], words, sections["memory"]["records"], _mebibytes))
+        for name in ("syncs", "launches"):
+            if name in sections:
+                parts.append(_largest_counts(document["loss"], sections[name]["records"]))
         if "targets" in sections:
             records = sections["targets"]["records"]
             failed = [record for record in records if not record["passed"]]
@@ -133,6 +139,22 @@ def _multiples(loss: str, words: str, records: list[dict], value: Callable[[dict
     records = [record | {"relevant": None} for record in records if record["provider"] != "copy floor"]
     records.sort(key=lambda record: record["provider"] != ours)
     return f"{words} of `{ours}`, and how many times as much the others take:\n\n{_by_problem(loss, records, cell)}"
+
+
+def _count(record: dict) -> str:
+    return "-" if record["forward"] is None else f"{record['forward']:,} + {record['backward']:,}"
+
+
+def _counts(loss: str, records: list[dict]) -> str:
+    return f"{records[0]['counted'].capitalize()}, forward + backward:\n\n{_by_problem(loss, records, _count)}"
+
+
+def _largest_counts(loss: str, records: list[dict]) -> str:
+    """One sentence, of the first problem with the most elements."""
+    largest = max(records, key=lambda record: record["elements"])
+    chosen = [record for record in records if all(record[name] == largest[name] for name in results.problem(loss))]
+    told = ", ".join(f"`{record['provider']}` {_count(record)}" for record in chosen if record["forward"] is not None)
+    return f"{largest['counted'].capitalize()} for {largest['elements']:,} elements, forward + backward: {told}.\n"
 
 
 def _by_problem(loss: str, records: list[dict], cell: Callable[[dict], str]) -> str:

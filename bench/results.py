@@ -68,6 +68,8 @@ PROBLEMS = {
     "smooth_l1": SMOOTH_L1_PROBLEM,
 }
 CASE_FIELDS = {"elements": int, "provider": str, "skipped": OPTIONAL_TEXT}
+# What is counted differs between a CPU and CUDA, see counts.py.
+COUNT_FIELDS = {"counted": str, "forward": (int, type(None)), "backward": (int, type(None))}
 FIELDS = {
     "speed": CASE_FIELDS
     | {
@@ -84,6 +86,8 @@ FIELDS = {
         "ratio_to_focal": OPTIONAL_NUMBER,
     },
     "memory": CASE_FIELDS | {"extra_bytes": OPTIONAL_NUMBER, "bytes_per_element": OPTIONAL_NUMBER},
+    "syncs": CASE_FIELDS | COUNT_FIELDS,
+    "launches": CASE_FIELDS | COUNT_FIELDS,
     "targets": {
         "target": str,
         "limit": OPTIONAL_NUMBER,
@@ -116,7 +120,7 @@ def problem(loss: str) -> dict[str, tuple]:
 
 def fields(loss: str, section: str) -> dict:
     """The fields of a record and their types."""
-    if section not in ("speed", "memory"):
+    if not CASE_FIELDS.keys() <= FIELDS[section].keys():
         return FIELDS[section]
     of_problem = {name: kind for name, (kind, _) in problem(loss).items()}
     return of_problem | FIELDS[section] | (RANKING_SPEED if section == "speed" and loss not in PROBLEMS else {})

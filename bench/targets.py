@@ -3,9 +3,13 @@ import argparse
 
 import torch
 
-from bench import harness, loss_bench
+from bench import harness, loss_bench, measures
 
 MEBIBYTE = 1 << 20
+
+
+class Aim(float):
+    """In place of a limit: told with the row, which holds without it."""
 
 
 class Rows:
@@ -16,8 +20,10 @@ class Rows:
 
     def __call__(self, target: str, limit: float | None, unit: str, got: float | None, note: str | None = None) -> None:
         """Without a limit the figure is told, and that there is one is all that must hold."""
+        if isinstance(limit, Aim):
+            target, limit = f"{target} (aim: {limit:.3g})", None
         passed = got is not None and (limit is None or got <= limit)
-        figures = {"limit": limit, "unit": unit, "got": loss_bench.rounded(got)}
+        figures = {"limit": limit, "unit": unit, "got": measures.rounded(got)}
         self.records.append({"target": target, **figures, "passed": passed, "note": note})
         figure = "none" if got is None else f"{got:.4g}"
         bound = "no limit" if limit is None else f"limit {limit:.4g}"
@@ -29,11 +35,14 @@ class Rows:
         return self.records
 
 
+def changed(arguments: argparse.Namespace, **options: object) -> argparse.Namespace:
+    return argparse.Namespace(**{**vars(arguments), **options})
+
+
 def time_case(loss, arguments, case, names: list[str], capture: bool = False) -> tuple[dict[str, harness.Draws], list[dict]]:
     """Timings of the providers named so, beside the copy; printed. And their records."""
-    chosen = argparse.Namespace(**{**vars(arguments), "providers": names})
-    records, timings = loss_bench.measure_speed(loss, chosen, case, "full", capture)
-    loss_bench.show(records, f"{case.title}, full{', captured' if capture else ''}")
+    records, timings = measures.measure_speed(loss, changed(arguments, providers=names), case, "full", capture)
+    loss_bench.show(records, f"{case.title}, full{', captured' if capture else ''}, {arguments.cache}")
     return timings, records
 
 
@@ -46,8 +55,7 @@ def memory(loss, backend: str, case, limit: float, arguments, report: Rows) -> N
     """Peak bytes of forward + gradient beyond the inputs."""
     missing, got = loss.why_not(backend, case.device), None
     if missing is None:
-        chosen = argparse.Namespace(**{**vars(arguments), "providers": [loss.name(backend)]})
-        (record,) = loss_bench.measure_memory(loss, chosen, case)
+        (record,) = measures.measure_memory(loss, changed(arguments, providers=[loss.name(backend)]), case)
         got, missing = record["extra_bytes"], record["skipped"]
     got = None if got is None else got / MEBIBYTE
     report(f"{loss.name(backend)}, {case.title}, extra memory", limit / MEBIBYTE, "MiB", got, missing)
@@ -89,6 +97,6 @@ def captured(loss, arguments: argparse.Namespace, report: Rows, cases: list[tupl
         timings, _ = time_case(loss, arguments, case, list(names.values()), capture=True)
         for backend, ours in names.items():
             timing = timings.get(ours)
-            got = timing.ratio_to(timings[loss_bench.COPY]) if timing and not timing.failure else None
-            note = loss.why_not(backend, "cuda") or medians(timings, ours, loss_bench.COPY)
-            report(f"{ours}, {case.title}, captured", limit, f"x {loss_bench.COPY}", got, note)
+            got = timing.ratio_to(timings[harness.COPY]) if timing and not timing.failure else None
+            note = loss.why_not(backend, "cuda") or medians(timings, ours, harness.COPY)
+            report(f"{ours}, {case.title}, captured, {arguments.cache}", limit, f"x {harness.COPY}", got, note)

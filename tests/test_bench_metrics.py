@@ -1,0 +1,161 @@
+"""The benchmark's counts, profiles and rows that must hold: figures that nobody could tell from wrong ones."""
+import argparse
+import gzip
+import json
+import mmap
+import pathlib
+import sys
+import warnings
+
+import pytest
+import torch
+
+sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))
+
+from bench import bench_rank_sort, counts, element_targets, harness, measures, profiling, report, results, run, targets  # noqa: E402
+from bench import bench_focal  # noqa: E402
+from bench.providers import FOCAL  # noqa: E402
+
+TINY = ["--positives", "8", "--negatives", "400", "--seeds", "0", "--budget", "0.01", "--device", "cpu", "--threads", "1"]
+
+
+def test_reads_by_the_host_are_those_of_unknown_shape_or_value():
+    values, mask = torch.arange(4.0), torch.tensor([True, False, True, False])
+
+    def reads(call):
+        return counts.dispatched(call)[2]
+
+    assert reads(lambda: values.sum().item()) == 1
+    assert reads(lambda: bool((values > 0).any())) == 1
+    assert reads(lambda: mask.nonzero()) == 1 and reads(lambda: values.masked_select(mask)) == 1
+    assert reads(lambda: values[mask]) == 1
+    assert reads(lambda: values[torch.tensor([0, 1])]) == 0
+
+    def write(value):
+        values[mask] = value
+
+    # One value that is written through a mask is a fill, several go to the places of the mask.
+    assert reads(lambda: write(2.0)) == 0 and reads(lambda: write(torch.ones(2))) == 1
+
+
+def test_operators_below_autograd_are_counted_those_of_the_plain_backend_too():
+    leaf = torch.ones(3, requires_grad=True)
+    result, operators, _ = counts.dispatched(lambda: (leaf * 2).sum())
+    assert operators == 2
+    assert counts.dispatched(lambda: torch.autograd.grad(result, leaf))[1] == 3  # of ones_like, expand and mul
+    case = bench_rank_sort.LOSS.problems.case("trained", 5, 100)
+    inputs = bench_rank_sort.LOSS.problems.make_inputs(case)
+    forward = bench_rank_sort.LOSS.forward(inputs, "reference")
+    assert counts.dispatched(lambda: forward(inputs.logits))[1] > 20
+    if "cpp" in bench_rank_sort.LOSS.backends("cpu"):
+        forward = bench_rank_sort.LOSS.forward(inputs, "cpp")
+        assert counts.passes(forward, inputs, counts.counter("syncs", "cpu")) == (0, 0)
+        assert max(counts.passes(forward, inputs, counts.counter("launches", "cpu"))) < 6
+
+
+def test_waits_for_the_device_are_the_warnings_of_the_debug_mode(monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def call():
+        for _ in range(3):
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        warnings.warn("another matter", stacklevel=1)
+        return "result"
+
+    assert counts.waited(call) == ("result", 3) and modes == ["warn", 0]
+
+
+def test_counts_become_sections_and_tables(tmp_path):
+    box = tmp_path / "results" / "box"
+    command = ["rank_sort", *TINY, "--providers", "reference", "loop", "focal, torch", "--out", str(box)]
+    for metric in ("syncs", "launches"):
+        assert run.main([*command, "--metric", metric]) == 0
+    document = results.read(box / "rank_sort.json")
+    syncs, launches = (document["sections"][name]["records"] for name in ("syncs", "launches"))
+    of = {record["provider"]: record for record in syncs}
+    ours = "rank_sort_loss [reference]"
+    read = {name: record["forward"] for name, record in of.items()}
+    assert read[ours] > 0 and of[ours]["backward"] > 0 and read["published loop"] > 8
+    assert of["focal, torch.compile"]["skipped"] == counts.COMPILED
+    assert {record["counted"] for record in syncs} == {"reads by the host"}
+    assert min(record["forward"] for record in launches if record["forward"] is not None) > 8
+    text = report.tables(tmp_path / "results")
+    assert f"| trained | 8 | 400 | dense | float32 | {read[ours]} + {of[ours]['backward']} | {read['published loop']} + 0 | - |" in text
+    assert f"Reads by the host for 408 elements, forward + backward: `{ours}` {read[ours]} + " in report.headlines(tmp_path / "results")
+    spoiled = document["sections"]["syncs"]["records"][0]
+    spoiled["forward"] = "none"
+    with pytest.raises(ValueError, match="syncs.records"):
+        results.validate(document)
+
+
+def test_a_warm_call_follows_one_of_its_own():
+    calls = []
+    workloads = [harness.Workload(name, lambda name=name: calls.append(name), lambda name=name: calls.append(name + "'")) for name in "ab"]
+    timings = harness.measure(workloads, "cpu", budget=1, max_repetitions=2, cold=False)
+    assert [len(timing.samples) for timing in timings.values()] == [2, 2]
+    # Prepared, called, prepared and called: so also in the rounds, the second of which runs backwards.
+    assert "".join(calls).endswith("".join(2 * f"{name}'{name}" for name in "abba"))
+
+
+def test_profile_writes_a_trace_and_the_cost_of_every_operator(tmp_path):
+    command = ["rank_sort", *TINY, "--profile", "--providers", "focal, eager"]
+    with pytest.raises(SystemExit):
+        run.main(command)
+    assert run.main([*command, "--out", str(tmp_path)]) == 0
+    (table,) = tmp_path.glob("*.md")
+    text = table.read_text()
+    # Two inputs and one output of 408 floats each.
+    assert "| `aten::binary_cross_entropy_with_logits` | 1 |" in text and f"| {3 * 4 * 408:,} |" in text
+    with gzip.open(table.with_suffix(".trace.json.gz"), "rt") as file:
+        assert any(event.get("name") == "aten::sigmoid" for event in json.load(file)["traceEvents"])
+
+
+def test_views_and_untouched_memory_move_nothing():
+    with profiling.Costs() as costs:
+        torch.empty(5).expand(3, 5).t()
+        torch.ones(1).expand(1000).sum()
+    moved = {name.partition("::")[2]: operator.moved for name, operator in costs.operators.items()}
+    assert moved["empty"] == moved["expand"] == moved["t"] == 0
+    assert moved["sum"] == 4 + 4
+
+
+def test_kernels_of_a_trace_stand_below_their_operators():
+    figures = {"registers per thread": 40, "shared memory": 1024, "est. achieved occupancy %": 75}
+    launch = {"cat": "cpu_op", "name": "aten::mul", "args": {"External id": 7}}
+    kernel = {"cat": "kernel", "name": "mul_kernel", "dur": 2.0, "args": {"External id": 7, **figures}}
+    events = [launch, kernel, kernel, {"cat": "kernel", "name": "stray", "dur": 1.0, "args": {}}, {"ph": "M"}]
+    operators = {"aten::mul": profiling.Operator(calls=2, seconds=9.0, moved=8000)}
+    profiling.read_kernels(events, operators)
+    assert operators["aten::mul"].seconds == pytest.approx(4e-6)
+    text = profiling.table(operators, bandwidth=4e9, calls=2)
+    assert "| `aten::mul` | 1 | 2 | 4,000 | 2 | 50 % |  |  |  |\n| - `mul_kernel` | 1 | 2 |  |  |  | 40 | 1024 | 75 |" in text
+    assert "| `outside of operators` | 0 | 0.5 | 0 | 0 | - |" in text
+
+
+def test_an_aim_is_told_and_not_held(capsys):
+    rows = targets.Rows()
+    rows("speed", targets.Aim(1.4), "x focal", 3.0)
+    rows("speed", 1.4, "x focal", 3.0)
+    assert [row["passed"] for row in rows.close()] == [True, False]
+    assert rows.records[0]["target"] == "speed (aim: 1.4)" and rows.records[0]["limit"] is None
+
+
+def test_rows_name_the_state_of_the_caches():
+    arguments = argparse.Namespace(dtype="float32", device="cpu", seeds=[0], budget=0.01, providers=None, cache="warm")
+    case = bench_focal.LOSS.problems.make_case(arguments, "focal", 800, 10)
+    rows = targets.Rows()
+    element_targets.compare(bench_focal.LOSS, "reference", case, {FOCAL: 1000.0}, arguments, rows)
+    assert rows.records[0]["target"].endswith("index float32, warm") and rows.records[0]["passed"]
+
+
+def test_page_faults_and_the_answer_of_a_process_of_its_own(capsys):
+    with mmap.mmap(-1, 512 * mmap.PAGESIZE) as memory:
+        assert harness.page_faults(lambda: memory.write(bytes(512 * mmap.PAGESIZE)), calls=1) >= 512
+    loss = bench_rank_sort.LOSS
+    case = loss.problems.case("trained", 5, 200)
+    names = [loss.name("reference"), FOCAL]
+    measures.answer(loss, json.dumps(["times", case.as_dict(), names, 0.01, 1 << 20]))
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert list(told) == names and all(min(samples) > 0 and faults >= 0 for samples, faults in told.values())
