@@ -2,12 +2,14 @@
 
 A library goes to `<cache>/<library>-torch<version>-<hash of sources and flags>/`, is built in a folder of its own and moved
 there in one step, so that no process ever sees half a library; a file lock keeps many processes from doing the same work at once.
-The cache is TORCH_EXTENSIONS_DIR/rsloss_kernels, else XDG_CACHE_HOME/rsloss_kernels, else ~/.cache/rsloss_kernels.
+The cache is TORCH_EXTENSIONS_DIR/rsloss_kernels, else XDG_CACHE_HOME/rsloss_kernels, else ~/.cache/rsloss_kernels. A library there
+is code that this process runs: it is loaded only where nobody but its user and root can have written it.
 """
 import contextlib
 import os
 import pathlib
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -25,10 +27,39 @@ def cache() -> pathlib.Path:
 
 
 def cached(backend: str) -> pathlib.Path | None:
-    """The library of `backend` compiled earlier from these very sources and flags, or None."""
+    """The library of `backend` compiled earlier from these very sources and flags, or None.
+
+    Raises:
+        RuntimeError: others can write it, or the cache.
+    """
     stem = _build.LIBRARIES[backend]
     library = cache() / _build.fingerprint(stem) / f"{stem}.so"
-    return library if library.exists() else None
+    if not library.exists():
+        return None
+    reason = why_not_trusted(library)
+    if reason is not None:
+        raise RuntimeError(reason)
+    return library
+
+
+def why_not_trusted(path: pathlib.Path) -> str | None:
+    """None if nobody but the user of this process and root can put something in the place of `path`, in the cache, or of a folder on
+    the way to it; else the reason in words. Permissions of other systems than POSIX are not looked at."""
+    if os.name != "posix":
+        return None
+    path = path.resolve()
+    own = cache().resolve()
+    for part in (path, *path.parents):
+        status = part.stat()
+        mode = stat.S_IMODE(status.st_mode)
+        in_cache = part == own or own in part.parents
+        if in_cache and status.st_uid not in (0, os.geteuid()):
+            return f"{part} belongs to user {status.st_uid}, not to the user of this process, {os.geteuid()}"
+        # On the way to the cache a group may write, as its administrators chose; of a sticky folder nobody moves others' entries.
+        others = 0o022 if in_cache else 0o002 if not mode & stat.S_ISVTX else 0
+        if mode & others:
+            return f"{part} can be written by other users (mode {mode:04o}): remove it, or run `chmod go-w {part}`"
+    return None
 
 
 def why_not(backend: str) -> str | None:
@@ -47,7 +78,10 @@ def compiled(backend: str) -> pathlib.Path:
         raise RuntimeError(reason)
     try:
         target = cache() / _build.fingerprint(_build.LIBRARIES[backend])
-        target.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        reason = why_not_trusted(target.parent)
+        if reason is not None:
+            raise RuntimeError(f"the cache folder cannot be used ({reason})")
         with _only_one(target.with_name(target.name + ".lock")):
             if cached(backend) is None:
                 _compile(_build.LIBRARIES[backend], target)
@@ -70,7 +104,8 @@ def _compile(stem: str, target: pathlib.Path) -> None:
             tail = "\n".join(done.stdout.splitlines()[-ERROR_LINES:])
             raise RuntimeError(f"compiling {stem} failed with exit code {done.returncode}:\n{tail}")
         shutil.rmtree(target, ignore_errors=True)
-        fresh.chmod(0o755)
+        for made in (fresh, *fresh.rglob("*")):
+            made.chmod(0o755)
         fresh.rename(target)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)

@@ -46,7 +46,7 @@ def tree(tmp_path_factory) -> pathlib.Path:
         if (ROOT / name).is_dir():
             ignored = shutil.ignore_patterns("*.so", "__pycache__", "results", "out")
             shutil.copytree(ROOT / name, target / name, ignore=ignored)
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "CONTRIBUTING.md", "Makefile"):
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "CONTRIBUTING.md", "SECURITY.md", "Makefile"):
         shutil.copy(ROOT / name, target / name)
     return target
 

@@ -1,0 +1,91 @@
+"""A library in the cache is code that will run: only what nobody else can have written is loaded."""
+import os
+import pathlib
+import re
+
+import pytest
+
+from rsloss_kernels import _build, _ext, _jit
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="permissions as POSIX has them")
+
+
+@pytest.fixture
+def library(tmp_path, monkeypatch) -> pathlib.Path:
+    """A file where the library compiled from these sources would lie."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    folder = _jit.cache() / _build.fingerprint("_ops_cpu")
+    folder.mkdir(parents=True)
+    for made in (folder.parent.parent, folder.parent, folder):
+        made.chmod(0o700)
+    file = folder / "_ops_cpu.so"
+    file.write_bytes(b"")
+    file.chmod(0o755)
+    return file
+
+
+def test_what_the_user_alone_can_write_is_found(library):
+    assert _jit.cached("cpp") == library
+
+
+@pytest.mark.parametrize("mode", [0o775, 0o757])
+@pytest.mark.parametrize("depth", [0, 1, 2], ids=["library", "folder", "cache"])
+def test_what_others_can_write_is_not_loaded(library, depth, mode):
+    part = [library, *library.parents][depth]
+    part.chmod(mode)
+    with pytest.raises(RuntimeError, match=rf"{re.escape(str(part))} can be written by other users \(mode {mode:04o}\): .*chmod go-w"):
+        _jit.cached("cpp")
+    reason = _ext._from_cache("cpp", "it was not compiled")
+    assert "its cache cannot be used" in reason and str(part) in reason
+
+
+def test_a_folder_that_everyone_can_write_must_be_sticky(library):
+    way = library.parents[2]
+    way.chmod(0o777)
+    with pytest.raises(RuntimeError, match="can be written by other users"):
+        _jit.cached("cpp")
+    way.chmod(0o1777)
+    assert _jit.cached("cpp") == library
+
+
+def test_what_belongs_to_another_user_is_not_loaded(library, monkeypatch):
+    # Root's own files are trusted, so the user must be neither.
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    owner = library.stat().st_uid
+    if owner == 0:
+        assert _jit.cached("cpp") == library
+        stat = pathlib.Path.stat
+        monkeypatch.setattr(pathlib.Path, "stat", lambda path, **options: _owned_by(stat(path, **options), 54321))
+        owner = 54321
+    with pytest.raises(RuntimeError, match=f"belongs to user {owner}, not to the user of this process, 12345"):
+        _jit.cached("cpp")
+
+
+def _owned_by(status: os.stat_result, user: int) -> os.stat_result:
+    return os.stat_result([user if place == 4 else value for place, value in enumerate(status)])
+
+
+def test_nothing_is_compiled_into_a_cache_that_others_can_write(library, monkeypatch):
+    library.unlink()
+    _jit.cache().chmod(0o777)
+    monkeypatch.setattr(_jit, "_compile", lambda *_: pytest.fail("compiled"))
+    with pytest.raises(RuntimeError, match="the cache folder cannot be used .*can be written by other users"):
+        _jit.compiled("cpp")
+
+
+def test_a_new_cache_is_the_users_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "fresh"))
+    before = os.umask(0o002)
+    try:
+
+        def pretend(stem, target):
+            target.mkdir()
+            (target / f"{stem}.so").write_bytes(b"")
+            for made in (target, target / f"{stem}.so"):
+                made.chmod(0o755)
+
+        monkeypatch.setattr(_jit, "_compile", pretend)
+        assert _jit.compiled("cpp").exists()
+    finally:
+        os.umask(before)
+    assert _jit.cache().stat().st_mode & 0o777 == 0o700
