@@ -165,7 +165,10 @@ class ClassTable(NamedTuple):
 def has_few_rows(levels: Levels, targets: object, weight: object) -> bool:
     """Whether a table of all classes would cost about as much as the elements, 1-D logits above all, and nothing belongs to rows."""
     first = levels.levels[0]
-    if levels.is_list or first.order or levels.num_rows >= FEW_ROWS:
+    if levels.is_list or first.order:
+        return False
+    # A graph serves any number of rows, 1-D logits apart.
+    if first.rows and (torch.compiler.is_compiling() or levels.num_rows >= FEW_ROWS):
         return False
     per_element = [targets] if weight is None else [targets, weight]
     return all(isinstance(value, Tensor) and value.shape == first.given.shape for value in per_element) and targets.is_floating_point()
