@@ -56,7 +56,7 @@ def call(function, *arguments) -> str | None:
     return text.value.decode() if function(*converted, text) else None
 
 
-@pytest.mark.parametrize("fault", ["divergent_barrier", "divergent_warp", "divergent_syncwarp", "too_many_threads"])
+@pytest.mark.parametrize("fault", ["divergent_barrier", "divergent_warp", "divergent_syncwarp", "too_many_threads", "impatient"])
 def test_emulator_reports_what_would_hang(faults, fault):
     out = torch.zeros(64, dtype=torch.int32)
     assert call(getattr(faults, fault), out)
@@ -265,6 +265,41 @@ def test_two_processes_compute_the_bits_of_one(finalize, dtype, generator):
         assert all(torch.equal(one, other) for one, other in zip(own_losses, losses, strict=True))
         (own,) = backward([logits], mask, table, own_lines, counts, None, 1, upstream, upstream)
         assert torch.equal(own, gradient[first:last])
+
+
+@contextlib.contextmanager
+def launched_with(is_programmatic: bool, blocks_per_processor: int, most_replicas: int) -> Iterator[None]:
+    """csrc/common/launch_options.h"""
+    change = ctypes.CDLL(str(build.build())).rsloss_set_launch_options
+    change.restype, change.argtypes = ctypes.c_bool, (ctypes.c_bool, ctypes.c_int, ctypes.c_int)
+    assert change(is_programmatic, blocks_per_processor, most_replicas)
+    try:
+        yield
+    finally:
+        assert not change(True, 3, 1) and not change(True, 1, 0) and change(False, 1, 32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_ways_to_launch_give_the_same_bits(dtype, generator):
+    """What bench/gpu_variants.py compares: bins and gradients by search (float32) and by value; with early starts every kernel
+    behind the first waits for the one before it, or the emulator throws."""
+    size = 20_000 if dtype == torch.float32 else 1 << 20
+    logits = [(torch.randn(size, generator=generator) * 2).to(dtype)]
+    targets = [torch.where(torch.rand(size, generator=generator) < 400 / size, torch.rand(size, generator=generator), 0.0)]
+    finalizers = FINALIZERS if dtype == torch.float32 else {"rank_sort_finalize": (False,)}
+    found = []
+    for options in ((False, 1, 32), (True, 1, 32), (False, 2, 32), (False, 1, 1), (True, 2, 4)):
+        with launched_with(*options):
+            results = [tables("cuda", logits, targets, [], 1024, 0.5)[-1]]
+            for finalize, own in finalizers.items():
+                pipeline = harness.Pipeline(
+                    CUDA, logits, targets, capacity=1024, finalize=finalize, finalize_options=own, num_segments=1
+                )
+                result = pipeline.run()
+                results += [torch.stack(list(result.losses)), result.gradient]
+        found.append(results)
+        for one, other in zip(results, found[0], strict=True):
+            assert torch.equal(one, other), options
 
 
 def launches() -> int:

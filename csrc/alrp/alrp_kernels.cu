@@ -20,6 +20,7 @@ struct LocalisationTables {
 // Reads 16 bytes of cached memory per pair and 16 + sizeof(T) per bin of the window, writes 40 bytes per positive.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 4) alrp_pairs_kernel(LocalisationTables<T> t) {
+  wait_for_previous_kernel();
   const Sweep<T>& sweep = t.sweep;
   const int valid = sweep.valid();
   const double* centre = sweep.logit();
@@ -61,7 +62,7 @@ cudaError_t launch_typed(const FinalizeArguments& arguments, void* classificatio
   RSL_RETURN_IF_ERROR(launch_sweep<T>(tables.sweep, arguments.stream));
   if (arguments.capacity > 0) {
     RSL_RETURN_IF_ERROR(
-        launch(alrp_pairs_kernel<T>, warp_grid(arguments.capacity, limits), kThreads, 0, arguments.stream, tables));
+        launch_dependent(alrp_pairs_kernel<T>, warp_grid(arguments.capacity, limits), kThreads, 0, arguments.stream, tables));
   }
   RSL_RETURN_IF_ERROR(
       launch_losses<T>(tables.sweep, tables.error, nullptr, static_cast<T*>(classification), nullptr, arguments.stream));

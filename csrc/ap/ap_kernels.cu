@@ -26,6 +26,7 @@ struct AveragePrecisionTables {
 // Reads 8 bytes of cached memory per positive and 16 + sizeof(T) per bin of the window, writes 16 bytes per positive.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 4) average_precision_errors_kernel(AveragePrecisionTables<T> t) {
+  wait_for_previous_kernel();
   const Sweep<T>& sweep = t.sweep;
   const int valid = sweep.valid();
   const double* centre = sweep.logit();
@@ -50,6 +51,7 @@ __global__ void __launch_bounds__(kThreads, 4) average_precision_errors_kernel(A
 template <class T>
 __global__ void __launch_bounds__(kLargeBlock, 1)
     average_precision_interpolate_kernel(AveragePrecisionTables<T> t, bool is_interpolated) {
+  wait_for_previous_kernel();
   __shared__ double scratch[kLargeBlock / kWarp];
   __shared__ Run runs[kLargeBlock / kWarp];
   const Sweep<T>& sweep = t.sweep;
@@ -83,10 +85,10 @@ cudaError_t launch_typed(const FinalizeArguments& arguments, bool interpolated, 
   const AveragePrecisionTables<T> tables(arguments, &memory);
   RSL_RETURN_IF_ERROR(launch_sweep<T>(tables.sweep, arguments.stream));
   if (arguments.capacity > 0) {
-    RSL_RETURN_IF_ERROR(launch(average_precision_errors_kernel<T>, warp_grid(arguments.capacity, limits), kThreads, 0,
-                               arguments.stream, tables));
-    RSL_RETURN_IF_ERROR(launch(average_precision_interpolate_kernel<T>, ceil_div(arguments.capacity, kLargeBlock), kLargeBlock,
-                               0, arguments.stream, tables, interpolated));
+    RSL_RETURN_IF_ERROR(launch_dependent(average_precision_errors_kernel<T>, warp_grid(arguments.capacity, limits), kThreads, 0,
+                                         arguments.stream, tables));
+    RSL_RETURN_IF_ERROR(launch_dependent(average_precision_interpolate_kernel<T>, ceil_div(arguments.capacity, kLargeBlock),
+                                         kLargeBlock, 0, arguments.stream, tables, interpolated));
   }
   RSL_RETURN_IF_ERROR(
       launch_losses<T>(tables.sweep, tables.interpolated, nullptr, static_cast<T*>(loss), nullptr, arguments.stream));

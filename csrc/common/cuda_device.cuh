@@ -22,6 +22,15 @@ inline int64_t resident_grid(int64_t blocks, const DeviceLimits& limits) {
   return std::min<int64_t>(blocks, static_cast<int64_t>(limits.processors) * kBlocksPerProcessor);
 }
 
+// The first thing that a kernel does that is launched by launch_dependent: lets the kernel behind it start, and waits until all
+// kernels before it have ended and what they wrote can be read. Nothing where kernels follow one another anyway.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if defined(RSL_CUDA_EMULATOR) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900)
+  cudaTriggerProgrammaticLaunchCompletion();
+  cudaGridDependencySynchronize();
+#endif
+}
+
 __device__ __forceinline__ int64_t grid_thread() { return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; }
 __device__ __forceinline__ int64_t grid_threads() { return static_cast<int64_t>(gridDim.x) * blockDim.x; }
 __device__ __forceinline__ int grid_warp() { return static_cast<int>(grid_thread() / kWarp); }

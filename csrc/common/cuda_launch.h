@@ -7,6 +7,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "common/launch_options.h"
+
 #ifdef RSL_CUDA_EMULATOR
 #include "cuda_emulator.h"
 #else
@@ -29,16 +31,26 @@ enum class Type : int { kHalf, kBFloat16, kFloat, kDouble, kInt32, kInt64 };
 
 inline bool is_16_bit(Type type) { return type == Type::kHalf || type == Type::kBFloat16; }
 
-// Enqueues `kernel` on `stream`; arguments convert to the kernel's parameters. Shared memory above 48 KiB is an opt-in, and the
-// static part of a kernel, below 1 KiB in each, counts too.
-template <class... Parameters, class... Arguments>
+// Shared memory above 48 KiB is an opt-in, and the static part of a kernel, below 1 KiB in each, counts too.
+template <class... Parameters>
+cudaError_t allow_shared(void (*kernel)(Parameters...), size_t shared_bytes) {
+  if (shared_bytes <= 47 * 1024) return cudaSuccess;
+  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              static_cast<int>(shared_bytes));
+}
+
+// Enqueues `kernel` on `stream`; arguments convert to the kernel's parameters. is_dependent: the kernel begins with
+// wait_for_previous_kernel(), so that it may start before the one that was enqueued before it has ended.
+template <bool is_dependent = false, class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), int64_t grid, int block, size_t shared_bytes, cudaStream_t stream,
                    Arguments... arguments) {
-  if (shared_bytes > 47 * 1024) {
-    RSL_RETURN_IF_ERROR(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                             static_cast<int>(shared_bytes)));
-  }
+  RSL_RETURN_IF_ERROR(allow_shared(kernel, shared_bytes));
+  cudaLaunchAttribute programmatic = {};
+  programmatic.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  programmatic.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
+  config.attrs = &programmatic;
+  config.numAttrs = is_dependent && launch_options.is_programmatic ? 1 : 0;
   config.gridDim = dim3(static_cast<unsigned>(grid));
   config.blockDim = dim3(static_cast<unsigned>(block));
   config.dynamicSmemBytes = shared_bytes;
@@ -46,9 +58,14 @@ cudaError_t launch(void (*kernel)(Parameters...), int64_t grid, int block, size_
   return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
 }
 
+template <class... Parameters, class... Arguments>
+cudaError_t launch_dependent(void (*kernel)(Parameters...), int64_t grid, int block, size_t shared_bytes, cudaStream_t stream,
+                             Arguments... arguments) {
+  return launch<true>(kernel, grid, block, shared_bytes, stream, arguments...);
+}
+
 struct DeviceLimits {
-  int processors;  // streaming multiprocessors
-  int threads_per_processor;
+  int processors;            // streaming multiprocessors
   int shared_per_block;      // bytes of dynamic shared memory that one block may opt in to
   int shared_per_processor;  // bytes
 };
@@ -57,7 +74,6 @@ inline cudaError_t device_limits(DeviceLimits* limits) {
   int device;
   RSL_RETURN_IF_ERROR(cudaGetDevice(&device));
   RSL_RETURN_IF_ERROR(cudaDeviceGetAttribute(&limits->processors, cudaDevAttrMultiProcessorCount, device));
-  RSL_RETURN_IF_ERROR(cudaDeviceGetAttribute(&limits->threads_per_processor, cudaDevAttrMaxThreadsPerMultiProcessor, device));
   RSL_RETURN_IF_ERROR(cudaDeviceGetAttribute(&limits->shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   return cudaDeviceGetAttribute(&limits->shared_per_processor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
 }

@@ -26,6 +26,7 @@ struct RankSortTables {
 // Reads 16 bytes of cached memory per pair and per bin of the window, writes 48 bytes per positive.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 4) rank_sort_pairs_kernel(RankSortTables<T> t) {
+  wait_for_previous_kernel();
   const Sweep<T>& sweep = t.sweep;
   const int valid = sweep.valid();
   const double* centre = sweep.logit();
@@ -66,6 +67,7 @@ __global__ void __launch_bounds__(kThreads, 4) rank_sort_pairs_kernel(RankSortTa
 // Reads 24 bytes of cached memory per pair, 16 per open window, writes 48 + 48 bytes per column of the capacity.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 4) rank_sort_tables_kernel(RankSortTables<T> t) {
+  wait_for_previous_kernel();
   const Sweep<T>& sweep = t.sweep;
   const int valid = sweep.valid();
   const double* centre = sweep.logit();
@@ -94,10 +96,10 @@ cudaError_t launch_typed(const FinalizeArguments& arguments, void* ranking, void
   const RankSortTables<T> tables(arguments, &memory);
   const int64_t grid = warp_grid(arguments.capacity, limits);
   RSL_RETURN_IF_ERROR(launch_sweep<T>(tables.sweep, arguments.stream));
-  if (grid > 0) RSL_RETURN_IF_ERROR(launch(rank_sort_pairs_kernel<T>, grid, kThreads, 0, arguments.stream, tables));
+  if (grid > 0) RSL_RETURN_IF_ERROR(launch_dependent(rank_sort_pairs_kernel<T>, grid, kThreads, 0, arguments.stream, tables));
   RSL_RETURN_IF_ERROR(launch_losses<T>(tables.sweep, tables.ranking_error, tables.sorting_error, static_cast<T*>(ranking),
                                        static_cast<T*>(sorting), arguments.stream));
-  return grid > 0 ? launch(rank_sort_tables_kernel<T>, grid, kThreads, 0, arguments.stream, tables) : cudaSuccess;
+  return grid > 0 ? launch_dependent(rank_sort_tables_kernel<T>, grid, kThreads, 0, arguments.stream, tables) : cudaSuccess;
 }
 
 }  // namespace

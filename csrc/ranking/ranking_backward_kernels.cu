@@ -29,6 +29,7 @@ template <class Element, int kVector, bool kSegmented>
 __global__ void __launch_bounds__(kLargeBlock, 1)
     ranking_backward_kernel(BackwardLevel level, const double* lines, const int64_t* counts, int64_t capacity,
                             SegmentTable segments, const Arithmetic<Element>* upstream, int shared_bytes) {
+  wait_for_previous_kernel();
   using T = Arithmetic<Element>;
   RSL_DYNAMIC_SHARED(memory);
   if (counts[kFound] > capacity) {
@@ -60,6 +61,7 @@ template <class Element>
 __global__ void __launch_bounds__(kThreads, 4)
     ranking_scatter_kernel(const double* table, const int64_t* counts, int64_t capacity, const Arithmetic<Element>* grad_first,
                            const Arithmetic<Element>* grad_second, int64_t elements, int64_t first_index, Element* gradients) {
+  wait_for_previous_kernel();
   if (counts[kFound] > capacity) return;
   const double first = grad_first == nullptr ? 0 : *grad_first;
   const double second = grad_second == nullptr ? 0 : *grad_second;
@@ -100,7 +102,6 @@ cudaError_t launch_backward_typed(const BackwardLevel* levels, int num_levels, c
       RSL_RETURN_IF_ERROR(launch_value_backward<Element>(levels, num_levels, lines, counts, capacity, first, table, stream));
     }
   }
-  const int64_t shared = std::min<int64_t>(limits.shared_per_block, lines_shared_bytes<T>(2 * capacity));
   const int64_t scatter_grid = resident_grid(ceil_div(capacity, kThreads), limits);
   for (int i = 0; i < num_levels; ++i) {
     const BackwardLevel& level = levels[i];
@@ -109,13 +110,16 @@ cudaError_t launch_backward_typed(const BackwardLevel* levels, int num_levels, c
       const bool is_vector = is_aligned(level.logits) && is_aligned(level.gradient);
       const auto kernel = is_vector ? backward_kernel<Element, kFullVector<Element>>(num_segments > 1)
                                     : backward_kernel<Element, 1>(num_segments > 1);
-      const int64_t grid = stream_grid(level.elements, is_vector ? kFullVector<Element> : 1, shared, limits);
-      RSL_RETURN_IF_ERROR(launch(kernel, grid, kLargeBlock, shared, stream, level, lines, counts, capacity, segments, first,
-                                 static_cast<int>(shared)));
+      StreamShape shape;
+      RSL_RETURN_IF_ERROR(stream_shape(kernel, level.elements, is_vector ? kFullVector<Element> : 1,
+                                       lines_shared_bytes<T>(2 * capacity), true, limits, &shape));
+      RSL_RETURN_IF_ERROR(launch_dependent(kernel, shape.grid, shape.threads, shape.shared, stream, level, lines, counts,
+                                           capacity, segments, first, static_cast<int>(shape.shared)));
     }
     if (scatter_grid == 0) continue;
-    RSL_RETURN_IF_ERROR(launch(ranking_scatter_kernel<Element>, scatter_grid, kThreads, 0, stream, gradients, counts, capacity,
-                               first, second, level.elements, level.first_index, static_cast<Element*>(level.gradient)));
+    RSL_RETURN_IF_ERROR(launch_dependent(ranking_scatter_kernel<Element>, scatter_grid, kThreads, 0, stream, gradients, counts,
+                                         capacity, first, second, level.elements, level.first_index,
+                                         static_cast<Element*>(level.gradient)));
   }
   return cudaSuccess;
 }

@@ -60,6 +60,7 @@ template <class Element, int kVector, bool kSegmented>
 __global__ void __launch_bounds__(kLargeBlock, 1)
     ranking_bin_kernel(LogitsLevel level, const int64_t* counts, int64_t capacity, Breakpoints<Arithmetic<Element>> breakpoints,
                        double widest, int shared_bytes, int64_t* bins) {
+  wait_for_previous_kernel();
   using T = Arithmetic<Element>;
   RSL_DYNAMIC_SHARED(memory);
   int64_t* const bin_counts = bins + 1;
@@ -148,16 +149,18 @@ cudaError_t launch_bin_typed(const LogitsLevel* levels, int num_levels, Type log
                                        stream);
     }
   }
-  const int64_t shared = std::min<int64_t>(limits.shared_per_block, bin_shared_bytes<T>(2 * capacity, kMaxReplicas));
+  const int64_t most_shared = bin_shared_bytes<T>(2 * capacity, launch_options.most_replicas);
   for (int i = 0; i < num_levels; ++i) {
     const LogitsLevel& level = levels[i];
     if (level.elements == 0) continue;
     const bool is_vector = is_aligned(level.logits);
     const auto kernel =
         is_vector ? bin_kernel<Element, kFullVector<Element>>(num_segments > 1) : bin_kernel<Element, 1>(num_segments > 1);
-    const int64_t stream_blocks = stream_grid(level.elements, is_vector ? kFullVector<Element> : 1, shared, limits);
-    RSL_RETURN_IF_ERROR(launch(kernel, stream_blocks, kLargeBlock, shared, stream, level, counts, capacity, tables.breakpoints,
-                               widest, static_cast<int>(shared), bins));
+    StreamShape shape;
+    RSL_RETURN_IF_ERROR(
+        stream_shape(kernel, level.elements, is_vector ? kFullVector<Element> : 1, most_shared, true, limits, &shape));
+    RSL_RETURN_IF_ERROR(launch_dependent(kernel, shape.grid, shape.threads, shape.shared, stream, level, counts, capacity,
+                                         tables.breakpoints, widest, static_cast<int>(shape.shared), bins));
   }
   return cudaSuccess;
 }

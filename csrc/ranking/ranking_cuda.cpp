@@ -161,3 +161,9 @@ STABLE_TORCH_LIBRARY_IMPL(rsloss_kernels, RSL_CUDA_KEY, m) {
 }
 
 }  // namespace rsloss
+
+bool rsloss_set_launch_options(bool is_programmatic, int blocks_per_processor, int most_replicas) {
+  if (blocks_per_processor < 1 || blocks_per_processor > 2 || most_replicas < 1 || most_replicas > 32) return false;
+  rsloss::launch_options = {is_programmatic, blocks_per_processor, most_replicas};
+  return true;
+}

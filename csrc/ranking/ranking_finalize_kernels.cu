@@ -16,6 +16,7 @@ __device__ __forceinline__ Value range_sum(int first, int last, Value* scratch, 
 // Reads the counts before the tile and in it, 8 bytes each, and writes as much.
 template <class T>
 __global__ void __launch_bounds__(kLargeBlock, 1) ranking_before_slot_kernel(Sweep<T> sweep) {
+  wait_for_previous_kernel();
   __shared__ int64_t scratch[kLargeBlock / kWarp];
   const int slots = 2 * sweep.valid();
   const int first = static_cast<int>(blockIdx.x) * kLargeBlock;
@@ -34,6 +35,7 @@ template <class T>
 __global__ void __launch_bounds__(kLargeBlock, 1)
     ranking_losses_kernel(Sweep<T> sweep, const double* first_error, const double* second_error, T* first_loss,
                           T* second_loss) {
+  wait_for_previous_kernel();
   __shared__ double scratch[kLargeBlock / kWarp];
   __shared__ Run runs[kLargeBlock / kWarp];
   const int valid = sweep.valid();
@@ -64,6 +66,7 @@ __global__ void __launch_bounds__(kLargeBlock, 1)
 // Reads 24 bytes per window that is open at a breakpoint, writes 48 + 48 bytes per column of the capacity.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 4) ranking_tables_kernel(Sweep<T> sweep) {
+  wait_for_previous_kernel();
   const int valid = sweep.valid();
   for (int i = grid_warp(); i < valid; i += grid_warps()) write_lines_of(sweep, i);
   write_remaining(sweep, 1);
@@ -75,7 +78,8 @@ template <class T>
 cudaError_t launch_sweep(const Sweep<T>& sweep, cudaStream_t stream) {
   RSL_RETURN_IF_ERROR(
       launch_breakpoints<T>(sweep.ranked, sweep.counts, sweep.capacity, sweep.delta, sweep.breakpoints, stream));
-  return launch(ranking_before_slot_kernel<T>, ceil_div(2 * sweep.capacity + 1, kLargeBlock), kLargeBlock, 0, stream, sweep);
+  return launch_dependent(ranking_before_slot_kernel<T>, ceil_div(2 * sweep.capacity + 1, kLargeBlock), kLargeBlock, 0, stream,
+                          sweep);
 }
 
 template <class T>
@@ -83,7 +87,8 @@ cudaError_t launch_losses(const Sweep<T>& sweep, const double* first_error, cons
                           cudaStream_t stream) {
   // At least one block, which writes the losses.
   const int64_t tiles = std::max<int64_t>(1, ceil_div(sweep.capacity, kLargeBlock));
-  return launch(ranking_losses_kernel<T>, tiles, kLargeBlock, 0, stream, sweep, first_error, second_error, first, second);
+  return launch_dependent(ranking_losses_kernel<T>, tiles, kLargeBlock, 0, stream, sweep, first_error, second_error, first,
+                          second);
 }
 
 template <class T>
@@ -91,7 +96,7 @@ cudaError_t launch_tables(const Sweep<T>& sweep, cudaStream_t stream) {
   if (sweep.capacity == 0) return cudaSuccess;
   DeviceLimits limits;
   RSL_RETURN_IF_ERROR(device_limits(&limits));
-  return launch(ranking_tables_kernel<T>, warp_grid(sweep.capacity, limits), kThreads, 0, stream, sweep);
+  return launch_dependent(ranking_tables_kernel<T>, warp_grid(sweep.capacity, limits), kThreads, 0, stream, sweep);
 }
 
 template cudaError_t launch_sweep<float>(const Sweep<float>&, cudaStream_t);

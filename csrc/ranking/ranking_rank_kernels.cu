@@ -48,6 +48,7 @@ struct Records {
 template <bool kSegmented>
 __global__ void __launch_bounds__(kThreads, 4)
     ranking_rank_kernel(Records positives, const int64_t* counts, double* sorted, double* ranked, int64_t* bins) {
+  wait_for_previous_kernel();
   const int64_t capacity = positives.capacity;
   const int used = used_columns(counts, capacity);
   const double* logit = positives.table + kLogit * capacity;
@@ -92,6 +93,7 @@ __global__ void __launch_bounds__(kThreads, 4)
 // log2(width) cached records and moves 32 bytes per record.
 __global__ void __launch_bounds__(kThreads, 4)
     ranking_merge_kernel(Records runs, const int64_t* counts, int width, double* merged) {
+  wait_for_previous_kernel();
   const int used = used_columns(counts, runs.capacity);
   for (int i = static_cast<int>(grid_thread()); i < used; i += static_cast<int>(grid_threads())) {
     const int run = i / width;
@@ -110,6 +112,7 @@ __global__ void __launch_bounds__(kThreads, 4)
 __global__ void __launch_bounds__(kThreads, 4)
     ranking_offsets_kernel(const double* segment_of, const double* logit, const int64_t* counts, int64_t capacity,
                            SegmentTable segments) {
+  wait_for_previous_kernel();
   const int used = used_columns(counts, capacity);
   for (int g = static_cast<int>(grid_thread()); g <= segments.count; g += static_cast<int>(grid_threads())) {
     segments.offsets[g] = partition_point(
@@ -124,6 +127,7 @@ template <class T, bool kSegmented>
 __global__ void __launch_bounds__(kThreads, 4)
     ranking_breakpoints_kernel(const double* ranked, const int64_t* counts, int64_t capacity, double delta,
                                Breakpoints<T> breakpoints) {
+  wait_for_previous_kernel();
   const SegmentTable& segments = breakpoints.segments;
   const int valid = kSegmented ? segments.offsets[segments.count] : valid_positives(ranked, counts, capacity);
   if (!kSegmented && grid_thread() == 0) {
@@ -171,12 +175,13 @@ cudaError_t launch_rank(const double* positives, const int64_t* counts, int64_t 
   // A warp per positive; at least one block, because the bins have an entry without any capacity.
   const int64_t grid = std::max<int64_t>(1, resident_grid(ceil_div(capacity, kWarpsPerBlock), limits));
   const auto kernel = num_segments > 1 ? ranking_rank_kernel<true> : ranking_rank_kernel<false>;
-  RSL_RETURN_IF_ERROR(launch(kernel, grid, kThreads, 0, stream, Records{positives, capacity}, counts, sorted, ranked, bins));
+  RSL_RETURN_IF_ERROR(
+      launch_dependent(kernel, grid, kThreads, 0, stream, Records{positives, capacity}, counts, sorted, ranked, bins));
   int64_t width = kRankTile;
   for (int64_t merge = 0; merge < merges; ++merge, width *= 2) {
     double* const merged = sorted == ranked ? other : ranked;
-    RSL_RETURN_IF_ERROR(launch(ranking_merge_kernel, resident_grid(ceil_div(capacity, kThreads), limits), kThreads, 0, stream,
-                               Records{sorted, capacity}, counts, width, merged));
+    RSL_RETURN_IF_ERROR(launch_dependent(ranking_merge_kernel, resident_grid(ceil_div(capacity, kThreads), limits), kThreads, 0,
+                                         stream, Records{sorted, capacity}, counts, width, merged));
     sorted = merged;
   }
   return cudaSuccess;
@@ -187,7 +192,7 @@ cudaError_t launch_segment_offsets(const double* segment_of, const double* logit
   DeviceLimits limits;
   RSL_RETURN_IF_ERROR(device_limits(&limits));
   const int64_t grid = resident_grid(ceil_div(static_cast<int64_t>(segments.count) + 1, kThreads), limits);
-  return launch(ranking_offsets_kernel, grid, kThreads, 0, stream, segment_of, logit, counts, capacity, segments);
+  return launch_dependent(ranking_offsets_kernel, grid, kThreads, 0, stream, segment_of, logit, counts, capacity, segments);
 }
 
 template <class T>
@@ -201,7 +206,7 @@ cudaError_t launch_breakpoints(const double* ranked, const int64_t* counts, int6
   const auto kernel = is_segmented ? ranking_breakpoints_kernel<T, true> : ranking_breakpoints_kernel<T, false>;
   // A thread per positive of the capacity; without any, the table of segments is written all the same.
   const int64_t grid = std::max<int64_t>(1, ceil_div(capacity, kThreads));
-  return launch(kernel, grid, kThreads, 0, stream, ranked, counts, capacity, delta, breakpoints);
+  return launch_dependent(kernel, grid, kThreads, 0, stream, ranked, counts, capacity, delta, breakpoints);
 }
 
 template cudaError_t launch_breakpoints<float>(const double*, const int64_t*, int64_t, double, Breakpoints<float>,

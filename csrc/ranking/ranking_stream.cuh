@@ -219,13 +219,39 @@ struct Lines {
   }
 };
 
-// One block per processor, or as many as its threads and shared memory hold: tables are set up once per block and the logits
-// are walked in strides of the grid. Small inputs take a block per kUnroll groups of threads.
-inline int64_t stream_grid(int64_t elements, int vector, int64_t shared_bytes, const DeviceLimits& limits) {
-  // A block's own bookkeeping takes 1 KiB of the processor's shared memory.
-  const int64_t resident = std::max<int64_t>(
-      1, std::min<int64_t>(limits.threads_per_processor / kLargeBlock, limits.shared_per_processor / (shared_bytes + 1024)));
-  return std::min(ceil_div(elements, static_cast<int64_t>(vector) * kUnroll * kLargeBlock), limits.processors * resident);
+// How a pass over the logits is launched: tables are set up once per block and the logits are walked in strides of the grid.
+struct StreamShape {
+  int threads;
+  int64_t shared;  // bytes
+  int64_t grid;
+};
+
+// One block per processor, as the registers of kLargeBlock threads allow, or what launch_options ask for where all of them fit.
+// Small inputs take a block per kUnroll groups of threads. most_shared: bytes that more memory would not be of use beyond;
+// may_split: the kernel takes what it gets.
+template <class... Parameters>
+cudaError_t stream_shape(void (*kernel)(Parameters...), int64_t elements, int vector, int64_t most_shared, bool may_split,
+                         const DeviceLimits& limits, StreamShape* shape) {
+  constexpr int kSplitBlock = 768;
+  int64_t resident = 1;
+  // Whole chunks of 16 bytes, as kernels store them.
+  const auto at_most = [=](int64_t bytes) { return std::min<int64_t>(bytes / 16 * 16, most_shared); };
+  *shape = {kLargeBlock, at_most(limits.shared_per_block), 0};
+  if (may_split && launch_options.blocks_per_processor > 1) {
+    const int wanted = launch_options.blocks_per_processor;
+    // A block's own bookkeeping takes 1 KiB of the processor's shared memory.
+    const int64_t shared = at_most(limits.shared_per_processor / wanted - 1024);
+    int fitting;
+    RSL_RETURN_IF_ERROR(allow_shared(kernel, shared));
+    RSL_RETURN_IF_ERROR(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&fitting, kernel, kSplitBlock, shared));
+    if (fitting >= wanted) {
+      *shape = {kSplitBlock, shared, 0};
+      resident = wanted;
+    }
+  }
+  shape->grid = std::min(ceil_div(elements, static_cast<int64_t>(vector) * kUnroll * shape->threads),
+                         static_cast<int64_t>(limits.processors) * resident);
+  return cudaSuccess;
 }
 
 inline bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }

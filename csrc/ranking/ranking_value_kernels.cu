@@ -34,8 +34,14 @@ __device__ __forceinline__ Element element_of(uint32_t key) {
 
 // Writes 256 KiB.
 __global__ void __launch_bounds__(kThreads, 4) ranking_clear_kernel(uint32_t* histogram) {
+  wait_for_previous_kernel();
   for (int64_t key = grid_thread(); key < kValues; key += grid_threads()) histogram[key] = 0;
 }
+
+// As many as one thread stores at once.
+struct alignas(16) Words {
+  uint32_t at[4];
+};
 
 // Streams the logits (2 + 1/8 bytes per element). The values from the first edge on are counted in shared memory as far as
 // there is room, the rest in global memory; an increment by one is combined inside of a warp by the hardware.
@@ -43,6 +49,7 @@ template <class Element, int kVector>
 __global__ void __launch_bounds__(kLargeBlock, 1)
     ranking_histogram_kernel(LogitsLevel level, Breakpoints<float> breakpoints, int shared_bytes, uint32_t* histogram,
                              int64_t* bins) {
+  wait_for_previous_kernel();
   RSL_DYNAMIC_SHARED(memory);
   uint32_t* const shared = reinterpret_cast<uint32_t*>(memory);
   // Without an edge every comparison fails.
@@ -50,7 +57,7 @@ __global__ void __launch_bounds__(kLargeBlock, 1)
   const uint32_t base = key_of(narrowed<Element>(first));
   const uint32_t room = static_cast<uint32_t>(shared_bytes) / sizeof(uint32_t);
   const uint32_t window = kValues - base < room ? kValues - base : room;
-  for (uint32_t k = threadIdx.x; k < window; k += blockDim.x) shared[k] = 0;
+  for (uint32_t k = threadIdx.x; k < (window + 3) / 4; k += blockDim.x) reinterpret_cast<Words*>(shared)[k] = {};
   __syncthreads();
   unsigned nans = 0;
   stream_negatives<Element, kVector, OneSegment>(level, [&](Element element, const OneSegment&) {
@@ -77,6 +84,7 @@ template <class Element>
 __global__ void __launch_bounds__(kThreads, 4)
     ranking_distribute_kernel(const uint32_t* histogram, const int64_t* counts, int64_t capacity,
                               Breakpoints<float> breakpoints, double widest, int64_t* bins) {
+  wait_for_previous_kernel();
   const FixedPoint<float> fixed_point(widest, counts);
   const BisectLocator<float, float> locator = {breakpoints.edges, 2 * valid_positives(breakpoints.segments)};
   for (int64_t key = grid_thread(); key < kValues; key += grid_threads()) {
@@ -97,6 +105,7 @@ template <class Element>
 __global__ void __launch_bounds__(kThreads, 4)
     ranking_value_table_kernel(const double* lines, const int64_t* counts, int64_t capacity, const float* upstream,
                                Element* table) {
+  wait_for_previous_kernel();
   const float factor = upstream == nullptr ? 0 : *upstream;
   const Lines<float, double, BisectLocator<float, double>> of = {
       {lines, 2 * used_columns(counts, capacity)}, lines + kValue * 2 * capacity, lines + kSlope * 2 * capacity};
@@ -111,18 +120,27 @@ template <class Element, int kVector>
 __global__ void __launch_bounds__(kLargeBlock, 1)
     ranking_look_up_kernel(BackwardLevel level, const int64_t* counts, int64_t capacity, const Element* table,
                            int shared_bytes) {
+  wait_for_previous_kernel();
   RSL_DYNAMIC_SHARED(memory);
-  if (shared_bytes > 0) {
-    Element* const copy = reinterpret_cast<Element*>(memory);
-    for (int k = threadIdx.x; k < kValues; k += blockDim.x) copy[k] = table[k];
-    __syncthreads();
-    table = copy;
-  }
   const bool is_overflow = counts[kFound] > capacity;
   const Element other = narrowed<Element>(is_overflow ? NAN : 0.0f);
-  stream_gradient<Element, kVector, OneSegment>(level, [=](Element element, bool is_negative, const OneSegment&) {
-    return is_negative && !is_overflow ? table[bits_of(element)] : other;
-  });
+  const auto look_up_in = [&](const Element* values) {
+    stream_gradient<Element, kVector, OneSegment>(level, [=](Element element, bool is_negative, const OneSegment&) {
+      return is_negative && !is_overflow ? values[bits_of(element)] : other;
+    });
+  };
+  // Two passes in the code, so that each knows which memory it reads.
+  if (shared_bytes == 0) {
+    look_up_in(table);
+    return;
+  }
+  using Chunk = Pack<Element, kFullVector<Element>>;
+  Chunk* const chunks = reinterpret_cast<Chunk*>(memory);
+  for (int k = threadIdx.x; k < kValues / kFullVector<Element>; k += blockDim.x) {
+    chunks[k] = reinterpret_cast<const Chunk*>(table)[k];
+  }
+  __syncthreads();
+  look_up_in(reinterpret_cast<const Element*>(memory));
 }
 
 }  // namespace
@@ -133,21 +151,22 @@ cudaError_t launch_value_bin(const LogitsLevel* levels, int num_levels, const in
                              cudaStream_t stream) {
   DeviceLimits limits;
   RSL_RETURN_IF_ERROR(device_limits(&limits));
-  const int64_t shared = std::min<int64_t>(limits.shared_per_block, kValues * sizeof(uint32_t));
   const int64_t grid = resident_grid(kValues / kThreads, limits);
-  RSL_RETURN_IF_ERROR(launch(ranking_clear_kernel, grid, kThreads, 0, stream, histogram));
+  RSL_RETURN_IF_ERROR(launch_dependent(ranking_clear_kernel, grid, kThreads, 0, stream, histogram));
   for (int i = 0; i < num_levels; ++i) {
     const LogitsLevel& level = levels[i];
     if (level.elements == 0) continue;
     const bool is_vector = is_aligned(level.logits);
     const auto kernel =
         is_vector ? ranking_histogram_kernel<Element, kFullVector<Element>> : ranking_histogram_kernel<Element, 1>;
-    const int64_t blocks = stream_grid(level.elements, is_vector ? kFullVector<Element> : 1, shared, limits);
-    RSL_RETURN_IF_ERROR(
-        launch(kernel, blocks, kLargeBlock, shared, stream, level, breakpoints, static_cast<int>(shared), histogram, bins));
+    StreamShape shape;
+    RSL_RETURN_IF_ERROR(stream_shape(kernel, level.elements, is_vector ? kFullVector<Element> : 1, kValues * sizeof(uint32_t),
+                                     true, limits, &shape));
+    RSL_RETURN_IF_ERROR(launch_dependent(kernel, shape.grid, shape.threads, shape.shared, stream, level, breakpoints,
+                                         static_cast<int>(shape.shared), histogram, bins));
   }
-  return launch(ranking_distribute_kernel<Element>, grid, kThreads, 0, stream, histogram, counts, capacity, breakpoints, widest,
-                bins);
+  return launch_dependent(ranking_distribute_kernel<Element>, grid, kThreads, 0, stream, histogram, counts, capacity,
+                          breakpoints, widest, bins);
 }
 
 template <class Element>
@@ -156,8 +175,8 @@ cudaError_t launch_value_backward(const BackwardLevel* levels, int num_levels, c
   DeviceLimits limits;
   RSL_RETURN_IF_ERROR(device_limits(&limits));
   const int64_t grid = resident_grid(kValues / kThreads, limits);
-  RSL_RETURN_IF_ERROR(
-      launch(ranking_value_table_kernel<Element>, grid, kThreads, 0, stream, lines, counts, capacity, upstream, table));
+  RSL_RETURN_IF_ERROR(launch_dependent(ranking_value_table_kernel<Element>, grid, kThreads, 0, stream, lines, counts, capacity,
+                                       upstream, table));
   const int64_t table_bytes = kValues * static_cast<int64_t>(sizeof(Element));
   const int64_t shared = table_bytes <= limits.shared_per_block ? table_bytes : 0;
   for (int i = 0; i < num_levels; ++i) {
@@ -165,9 +184,11 @@ cudaError_t launch_value_backward(const BackwardLevel* levels, int num_levels, c
     if (level.elements == 0) continue;
     const bool is_vector = is_aligned(level.logits) && is_aligned(level.gradient);
     const auto kernel = is_vector ? ranking_look_up_kernel<Element, kFullVector<Element>> : ranking_look_up_kernel<Element, 1>;
-    const int64_t blocks = stream_grid(level.elements, is_vector ? kFullVector<Element> : 1, shared, limits);
+    StreamShape shape;
     RSL_RETURN_IF_ERROR(
-        launch(kernel, blocks, kLargeBlock, shared, stream, level, counts, capacity, table, static_cast<int>(shared)));
+        stream_shape(kernel, level.elements, is_vector ? kFullVector<Element> : 1, shared, false, limits, &shape));
+    RSL_RETURN_IF_ERROR(launch_dependent(kernel, shape.grid, shape.threads, shape.shared, stream, level, counts, capacity,
+                                         table, static_cast<int>(shape.shared)));
   }
   return cudaSuccess;
 }

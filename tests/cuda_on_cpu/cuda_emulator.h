@@ -8,6 +8,7 @@
 //                               without a barrier is missing in one of the two orders
 //   RSL_EMULATOR_PROCESSORS     what the device reports, default 2
 //   RSL_EMULATOR_SHARED_BYTES   per block, default 99 KiB
+//   RSL_EMULATOR_LAST_BLOCKS    of grids of more than 4096 blocks only so many of the last ones run: ends of huge tensors
 #pragma once
 
 #include <dlfcn.h>
@@ -55,10 +56,19 @@ enum cudaDeviceAttr {
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
   cudaDevAttrMaxSharedMemoryPerMultiprocessor
 };
+enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    int programmaticStreamSerializationAllowed;
+  } val;
+};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes;
   cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
 };
 
 // Set for the fiber that runs.
@@ -83,7 +93,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
       *value = cuda_emulator::environment("RSL_EMULATOR_PROCESSORS", 2);
       break;
     case cudaDevAttrMaxThreadsPerMultiProcessor:
-      *value = 1024;
+      *value = 2048;
       break;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
       *value = shared;
@@ -95,6 +105,15 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   return cudaSuccess;
 }
 inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+// As if no kernel were short of registers.
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int threads, size_t shared_bytes) {
+  int shared, most_threads;
+  cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerMultiprocessor, 0);
+  cudaDeviceGetAttribute(&most_threads, cudaDevAttrMaxThreadsPerMultiProcessor, 0);
+  *blocks = std::min(most_threads / threads, static_cast<int>(shared / (shared_bytes + 1024)));
+  return cudaSuccess;
+}
 
 // ---- fibers
 // ----------------------------------------------------------------------------------------------------------------------
@@ -135,6 +154,8 @@ struct Block {
   ucontext_t starter;
   int current = -1;
   int threads = 0;
+
+  int64_t waits = 0;  // threads of all blocks that waited for the kernel before this one
 
   Warp& warp() { return warps[current / kWarpSize]; }
   unsigned lane() const { return static_cast<unsigned>(current) % kWarpSize; }
@@ -232,8 +253,9 @@ inline void run_block(bool reverse) {
   }
 }
 
-inline void run_grid(dim3 grid, dim3 shape, size_t shared_bytes, const std::function<void()>& kernel) {
+inline void run_grid(dim3 grid, dim3 shape, size_t shared_bytes, bool may_start_early, const std::function<void()>& kernel) {
   Block& b = block;
+  b.waits = 0;
   const int threads = static_cast<int>(shape.x * shape.y * shape.z);
   if (static_cast<int>(b.fibers.size()) < threads) b.fibers.resize(threads);
   for (int i = 0; i < threads; ++i) {
@@ -252,11 +274,16 @@ inline void run_grid(dim3 grid, dim3 shape, size_t shared_bytes, const std::func
   if (b.dynamic_bytes != shared_bytes || !b.dynamic_shared) b.dynamic_shared.reset(new unsigned char[shared_bytes]);
   b.dynamic_bytes = shared_bytes;
   const unsigned blocks = grid.x * grid.y * grid.z;
-  for (unsigned k = 0; k < blocks; ++k) {
-    const unsigned i = reverse ? blocks - 1 - k : k;
+  const unsigned last = static_cast<unsigned>(environment("RSL_EMULATOR_LAST_BLOCKS", 0));
+  const unsigned left_out = last > 0 && blocks > 4096 ? blocks - last : 0;
+  for (unsigned k = 0; k < blocks - left_out; ++k) {
+    const unsigned i = reverse ? blocks - 1 - k : k + left_out;
     std::memset(b.dynamic_shared.get(), 0xcd, shared_bytes);
     blockIdx = {i % grid.x, i / grid.x % grid.y, i / (grid.x * grid.y)};
     run_block(reverse);
+  }
+  if (may_start_early && b.waits != static_cast<int64_t>(blocks - left_out) * threads) {
+    throw std::runtime_error("cuda_emulator: threads of a kernel that may start early do not wait for the one before it");
   }
 }
 
@@ -313,7 +340,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   if (!is_valid) return cudaErrorInvalidConfiguration;
   const std::lock_guard<std::mutex> alone(cuda_emulator::one_launch);
   ++cuda_emulator::launches;
-  cuda_emulator::run_grid(grid, shape, config->dynamicSmemBytes, [=] { kernel(arguments...); });
+  const bool may_start_early = config->numAttrs > 0 && config->attrs->val.programmaticStreamSerializationAllowed != 0;
+  cuda_emulator::run_grid(grid, shape, config->dynamicSmemBytes, may_start_early, [=] { kernel(arguments...); });
   return cudaSuccess;
 }
 
@@ -324,6 +352,8 @@ using std::isfinite;
 using std::isinf;
 using std::isnan;
 
+inline void cudaTriggerProgrammaticLaunchCompletion() {}
+inline void cudaGridDependencySynchronize() { ++cuda_emulator::block.waits; }
 inline void __syncthreads() { cuda_emulator::block_barrier(); }
 
 // An exchange of nothing.

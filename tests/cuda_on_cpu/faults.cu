@@ -31,6 +31,11 @@ __global__ void divergent_syncwarp_kernel(int* out) {
   out[threadIdx.x] = 1;
 }
 
+__global__ void impatient_kernel(int* out) {
+  if (threadIdx.x > 0) wait_for_previous_kernel();
+  out[threadIdx.x] = 1;
+}
+
 // A table of one bin too few.
 __global__ void past_the_table_kernel(int* out, int count) {
   RSL_DYNAMIC_SHARED(shared);
@@ -70,6 +75,10 @@ int divergent_warp(int* out, char* text) {
 }
 int divergent_syncwarp(int* out, char* text) {
   return report([=] { return launch(divergent_syncwarp_kernel, 1, 64, 0, nullptr, out); }, text);
+}
+int impatient(int* out, char* text) {
+  launch_options.is_programmatic = true;
+  return report([=] { return launch_dependent(impatient_kernel, 1, 64, 0, nullptr, out); }, text);
 }
 int past_the_table(int* out, int count, char* text) {
   return report([=] { return launch(past_the_table_kernel, 1, 64, count * sizeof(int), nullptr, out, count); }, text);
