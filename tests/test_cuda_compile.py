@@ -111,7 +111,11 @@ ARCHITECTURES = tuple(PROCESSORS)
 # Instructions that no kernel may have: local memory; loops of compare-and-swap, which 64-bit and floating atomics in shared memory
 # are; accesses that find out at run time whether an address is shared. Looked for where the instruction set changed last.
 DISASSEMBLED = ("sm_90", "sm_120")
-FORBIDDEN = {"local memory": r"LDL|STL", "compare-and-swap": r"ATOM\S*\.CAS\S*", "generic addresses": r"(?:LD|ST|ATOM)(?:\.E|\.U|\.S|\.1|\.6)\S*"}
+FORBIDDEN = {
+    "local memory": r"(?:LDL|STL)\S*",
+    "compare-and-swap": r"ATOM\S*\.CAS\S*",
+    "generic addresses": r"(?:LD|ST|ATOM)(?:\.E|\.U|\.S|\.1|\.6)\S*",
+}
 # float64 arithmetic in the passes over float32 and narrower logits that must not wait for it.
 FORBIDDEN_DOUBLES = r"D(?:ADD|MUL|FMA|SETP|MNMX)\S*"
 WITHOUT_DOUBLES = ("ranking_mask_kernel", "ranking_histogram_kernel", "ranking_look_up_kernel", "ranking_backward_kernel")
