@@ -45,6 +45,11 @@ leave_out() {
   summary+="$(printf '%-34s %4d s  %s' "$1" 0 "FAIL ($2)")"$'\n'
 }
 
+# pass_over NAME REASON: a stage that takes what not every machine has or allows; told, not counted.
+pass_over() {
+  summary+="$(printf '%-34s %4d s  %s' "$1" 0 "passed over ($2)")"$'\n'
+}
+
 environment() {
   nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv || return 1
   "$python" -c 'import sys, torch, triton; print(sys.version); print("torch", torch.__version__, "triton", triton.__version__)
@@ -120,33 +125,60 @@ narrow_types() {
   done
 }
 
+# The few figures that decide: warps at work, conflicts in shared memory, issue slots, memory. Counters may be closed to users.
+kernel_profile() {
+  local metrics="gpu__time_duration.sum,sm__warps_active.avg.pct_of_peak_sustained_active"
+  metrics+=",l1tex__data_bank_conflicts_pipe_lsu_mem_shared.sum,sm__inst_issued.avg.pct_of_peak_sustained_active"
+  metrics+=",dram__throughput.avg.pct_of_peak_sustained_elapsed,launch__registers_per_thread,launch__shared_mem_per_block"
+  local log="$out/ncu.log" status=0
+  mkdir -p "$out/gpu"
+  "$ncu" --profile-from-start off --kernel-name 'regex:ranking_|rank_sort_' --metrics "$metrics" --csv --log-file "$log" \
+    "$python" bench/gpu_latency.py --once || status=$?
+  if grep -q ERR_NVGPUCTRPERM "$log"; then
+    echo "the counters of this GPU are closed to this user"
+    rm -f "$log"
+    return 0
+  fi
+  grep -v '^==' "$log" > "$out/gpu/ranking_kernels.csv" && rm -f "$log"
+  head -n 3 "$out/gpu/ranking_kernels.csv"
+  return "$status"
+}
+
 plots() {
   "$python" bench/plot.py "$out/rank_sort.json" "$out/ghm.json"
 }
 
 # `timeout` runs programs, not functions: every stage is a fresh bash that knows them.
 export python out
-export -f environment build tests sanitizer benchmark must_show narrow_types plots
+export -f environment build tests sanitizer benchmark must_show narrow_types kernel_profile plots
 inside() { stage "$1" "$2" bash -c "$3"; }
 
 compute_sanitizer="$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null || true)"
-export compute_sanitizer
+ncu="$(command -v ncu || ls /usr/local/cuda/bin/ncu 2>/dev/null || true)"
+export compute_sanitizer ncu
 
-inside "environment" 15 environment
-inside "build" 115 build
-LINES_SHOWN=60 inside "capture, replay, no host sync" 65 '"$python" bench/gpu_capture.py'
-inside "very many positives" 25 '"$python" bench/gpu_capture.py --many'
-inside "tests, cuda and triton required" 105 'tests cuda,triton'
+inside "environment" 12 environment
+inside "build" 105 build
+LINES_SHOWN=60 inside "capture, replay, no host sync" 55 '"$python" bench/gpu_capture.py'
+inside "very many positives" 20 '"$python" bench/gpu_capture.py --many'
+inside "tests, cuda and triton required" 100 'tests cuda,triton'
+LINES_SHOWN=120 inside "ways to launch" 55 '"$python" bench/gpu_variants.py --out "$out/gpu"'
+LINES_SHOWN=40 inside "host, replays, own focal" 25 '"$python" bench/gpu_latency.py --out "$out/gpu"'
 if [ -n "$compute_sanitizer" ]; then
-  inside "compute-sanitizer memcheck" 45 'sanitizer memcheck'
-  inside "compute-sanitizer racecheck" 40 'sanitizer racecheck'
+  inside "compute-sanitizer memcheck" 38 'sanitizer memcheck'
+  inside "compute-sanitizer racecheck" 30 'sanitizer racecheck'
 else
   leave_out "compute-sanitizer" "not installed"
 fi
-LINES_SHOWN=90 inside "rows that must hold" 60 must_show
-inside "benchmark" 60 benchmark
-LINES_SHOWN=60 inside "16-bit logits" 20 narrow_types
-inside "plots" 10 plots
+LINES_SHOWN=90 inside "rows that must hold" 50 must_show
+inside "benchmark" 30 benchmark
+LINES_SHOWN=60 inside "16-bit logits" 15 narrow_types
+if [ -n "$ncu" ]; then
+  inside "profile of the ranking kernels" 20 kernel_profile
+else
+  pass_over "profile of the ranking kernels" "ncu is not installed"
+fi
+inside "plots" 5 plots
 
 printf '\n=== results in %s after %d s\n' "$out" "$((SECONDS - begin))" | tee -a "$log"
 "$python" - "$out"/{rank_sort,ghm,focal,group_softmax,seesaw,smooth_l1}.json <<'PYTHON' 2>&1 | tee -a "$log"
