@@ -120,6 +120,26 @@ def _sweep_variants(common, impl) -> dict[str, list[dict]]:
     }
 
 
+def _value_variants(common, values) -> dict[str, list[dict]]:
+    """Many 16-bit logits, by value."""
+    streams = [
+        {
+            **{"logits_ptr": logit, "table_ptr": logit, "results_ptr": logit, "negatives_ptr": "u8", "size": size},
+            **{"edges_ptr": "fp32", "lines_ptr": "fp64", "counts_ptr": "i64", "sizes_ptr": "i32", "histogram_ptr": "i32"},
+            **{"bins_ptr": "i64", "copies_ptr": "i64", "grad_first_ptr": grad},
+        }
+        for logit, size, grad in (("bf16", "i32", "fp32"), ("fp16", "i32", None), ("bf16", "i64", None))
+    ]
+    histogram = {"QUARTER": values.QUARTER, "BLOCK": values.HISTOGRAM_BLOCK["cuda"], "num_warps": values.HISTOGRAM_WARPS}
+    table = _tabled(common)
+    return {
+        "value_histogram_kernel": [{**variant, **histogram} for variant in streams],
+        "value_bins_kernel": [{**streams[number], **table, "IS_STEP": is_step} for number, is_step in enumerate(ANY_FLAG)],
+        "value_table_kernel": [{**variant, **table} for variant in streams[:2]],
+        "value_gradient_kernel": [{**variant, **_streamed(common), "num_warps": table["num_warps"]} for variant in streams],
+    }
+
+
 def _finalize_variants(common, impl) -> dict[str, list[dict]]:
     tables = {
         **{name: "fp64" for name in ("ranked_ptr", "edges_ptr", "terms_ptr", "gradients_ptr", "lines_ptr")},
@@ -334,8 +354,10 @@ def _variants() -> dict[str, list[dict]]:
     common, binning, finalize = (
         importlib.import_module(f"rsloss_kernels.losses.ranking.triton_{name}") for name in ("common", "bin", "finalize")
     )
+    values = importlib.import_module("rsloss_kernels.losses.ranking.triton_values")
     return {
         **_collect_variants(common),
+        **_value_variants(common, values),
         **_sweep_variants(common, binning),
         **_finalize_variants(common, finalize),
         **_ghm_variants(ghm),

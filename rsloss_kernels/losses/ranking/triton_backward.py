@@ -1,4 +1,5 @@
-"""`ranking_backward` as Triton kernels: one pass over the logits for the negatives, then one over the positives."""
+"""`ranking_backward` as Triton kernels: one pass over the logits for the negatives, then one over the positives. Many 16-bit logits:
+triton_values.py."""
 import torch
 import triton
 import triton.language as tl
@@ -21,13 +22,10 @@ from rsloss_kernels.losses.ranking.triton_common import (
     stream_block,
     table_block,
 )
+from rsloss_kernels.losses.ranking.triton_lines import line_gradient, upstream_of
+from rsloss_kernels.losses.ranking.triton_values import is_by_value, look_up
 from rsloss_kernels.losses.ranking.triton_windows import write_ranges
 from rsloss_kernels.losses.triton_common import launching_on, rounded_to
-
-
-@triton.jit
-def upstream_of(grad_ptr):
-    return tl.load(grad_ptr).to(tl.float64)
 
 
 @triton.jit(do_not_specialize=PLAIN_INTEGERS)
@@ -67,17 +65,7 @@ def negative_gradient_kernel(
     index = count_not_above(edges_ptr, first_slot, value, slots, top, is_negative, none)
     # The last breakpoint at or below the element; -1 where there is none.
     index = tl.where(is_negative & (index > 0), first_slot + index - 1, -1)
-    on_line = index >= 0
-    edge = tl.load(edges_ptr + index, mask=on_line, other=0.0)
-    distance = tl.where(tl.abs(value) < float("inf"), value.to(tl.float64) - edge.to(tl.float64), 0.0)
-    slope = tl.load(lines_ptr + 2 * used + index, mask=on_line, other=0.0)
-    gradient = tl.load(lines_ptr + used + index, mask=on_line, other=0.0) + slope * distance
-    upstream = 0.0
-    if grad_first_ptr is not None:
-        upstream = upstream_of(grad_first_ptr)
-    gradient = tl.where(value == value, gradient * upstream, float("nan"))
-    # After an overflow everything is NaN.
-    gradient = tl.where(is_negative, gradient, 0.0) + tl.where(tl.load(counts_ptr) > capacity, float("nan"), 0.0)
+    gradient = line_gradient(value, index, is_negative, edges_ptr, lines_ptr, counts_ptr, grad_first_ptr, capacity)
     tl.store(results_ptr + start + lane, rounded_to(gradient, results_ptr.dtype.element_ty), mask=inside)
 
 
@@ -117,14 +105,18 @@ def ranking_backward(
     results = [torch.empty_like(level) for level in logits]
     edges = lines[0].to(reference.arithmetic_type(logits[0].dtype))
     segmented = segment_form(segments, num_segments) != "whole"
+    top = largest_power_of_two(2 * capacity)
+    by_value = is_by_value(logits, segments, num_segments)
     first_byte = offset = 0
     with launching_on(gradients):
+        if by_value:
+            look_up(logits, negatives, edges, lines, counts, grad_first, results, capacity, top)
         # Invalid positives and padding have the segment `num_segments`, behind all.
         ranges = write_ranges(gradients[3], None, num_segments) if segmented else None
         levels = zip(logits, results, segment_arguments(logits, segments, num_segments), strict=True)
         for level, result, in_segments in levels:
             size, block = level.numel(), stream_block(level.numel(), device)
-            if size:
+            if size and not by_value:
                 negative_gradient_kernel[triton.cdiv(size, block),](
                     logits_ptr=level,
                     negatives_ptr=negatives[first_byte:],
@@ -136,7 +128,7 @@ def ranking_backward(
                     results_ptr=result,
                     size=size,
                     capacity=capacity,
-                    top=largest_power_of_two(2 * capacity),
+                    top=top,
                     DOUBLE=level.dtype == torch.float64,
                     BLOCK=block,
                     **in_segments,

@@ -1,5 +1,5 @@
 """`ranking_bin` as Triton kernels: ranks by comparing all pairs of positives, slots of the breakpoints by binary search, then
-one pass over the logits with integer atomics into copies of the bins.
+one pass over the logits with integer atomics into copies of the bins. Many 16-bit logits: triton_values.py.
 """
 import torch
 import triton
@@ -13,7 +13,6 @@ from rsloss_kernels.losses.ranking.triton_common import (
     TABLE_WARPS,
     arithmetic,
     count_not_above,
-    offset_bits,
     power_up_to,
     read_negatives,
     segment_arguments,
@@ -24,8 +23,10 @@ from rsloss_kernels.losses.ranking.triton_common import (
     table_block,
     width_exponent,
 )
+from rsloss_kernels.losses.ranking.triton_lines import add_to_bins
+from rsloss_kernels.losses.ranking.triton_values import bin_by_value, is_by_value
 from rsloss_kernels.losses.ranking.triton_windows import write_breakpoints
-from rsloss_kernels.losses.triton_common import launching_on, power_of_two
+from rsloss_kernels.losses.triton_common import launching_on
 
 # Copies of the bins share this many entries of a count and a sum, where the positives are few and so the bins contended.
 SHARED_BINS = 1 << 14
@@ -123,14 +124,8 @@ def bin_kernel(
     wanted = is_negative & (value >= lowest)
     none = tl.zeros([BLOCK // 8, 8], tl.int32)
     index = first_slot + count_not_above(edges_ptr, first_slot, value, slots, top, wanted, none)
-    tl.atomic_add(bins_ptr + index, tl.full([BLOCK // 8, 8], 1, tl.int64), mask=wanted, sem="relaxed")
-    if not IS_STEP:
-        bits = offset_bits(counts_ptr, DOUBLE)
-        left = tl.load(edges_ptr + index - 1, mask=wanted, other=0.0)
-        offset = (value.to(tl.float64) - left.to(tl.float64)) * power_of_two(bits - exponent)
-        most = power_of_two(bits) - 1
-        offset = tl.where(offset > 0, tl.where(offset < most, offset, most), 0.0)
-        tl.atomic_add(bins_ptr + used + 1 + index, offset.to(tl.int64), mask=wanted, sem="relaxed")
+    one = tl.full([BLOCK // 8, 8], 1, tl.int64)
+    add_to_bins(bins_ptr, used, counts_ptr, edges_ptr, index, value, one, wanted, exponent, DOUBLE, IS_STEP)
 
 
 @triton.jit(do_not_specialize=PLAIN_INTEGERS)
@@ -174,10 +169,13 @@ def ranking_bin(logits, negatives, positives, counts, segments, num_segments, de
                 *(positives, counts, ranked, capacity), SEGMENTED=segmented, TILE=tile, RUN=run, num_warps=TABLE_WARPS
             )
         _, sizes, ranges = write_breakpoints(ranked, edges, num_segments, segmented, delta, double)
+        by_value = is_by_value(logits, segments, num_segments)
+        if by_value:
+            bin_by_value(logits, negatives, edges, sizes, counts, copies, width_exponent(delta), delta == 0)
         first_byte = 0
         for level, in_segments in zip(logits, segment_arguments(logits, segments, num_segments), strict=True):
             size, block = level.numel(), stream_block(level.numel(), device)
-            if size:
+            if size and not by_value:
                 bin_kernel[triton.cdiv(size, block),](
                     logits_ptr=level,
                     negatives_ptr=negatives[first_byte:],
