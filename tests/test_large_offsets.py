@@ -37,6 +37,9 @@ def untouched(*shape: int, dtype: torch.dtype) -> Tensor:
     # Named from Python 3.13 on; the number is that of Linux.
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
     memory = mmap.mmap(-1, count * torch.empty((), dtype=dtype).element_size(), flags=flags)
+    # Pages that are only read are then one large page of zeros.
+    with contextlib.suppress(OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype, count=count).view(shape)
 
 
