@@ -1,6 +1,7 @@
 """Measures one problem of a loss: the times of all providers in turns, and the peak memory of each. Returns records of a results file."""
 import argparse
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -123,6 +124,23 @@ def memory_here(loss, case, name: str) -> int | None:
     return harness.peak_extra_bytes(work.call, case.device)
 
 
+def memory_of_each(loss, case, larger: list[dict], name: str) -> list[int | str | None]:
+    """Of `case` and of others like it: each in a child of this process, which has computed nothing yet. Text: why there is none."""
+    context = multiprocessing.get_context("fork")
+    found = []
+    for each in [case, *(loss.problems.case(**fields) for fields in larger)]:
+        here, there = context.Pipe(duplex=False)
+        child = context.Process(target=lambda each=each, there=there: there.send(memory_here(loss, each, name)))
+        child.start()
+        there.close()
+        try:
+            found.append(here.recv())
+        except EOFError:
+            found.append("the process ended without a figure")
+        child.join()
+    return found
+
+
 def named(loss, case, name: str) -> Provider:
     return next(provider for provider in loss.providers(case) if provider.name == name)
 
@@ -137,7 +155,7 @@ def times_and_faults(loss, case, names: list[str], budget: float, kept: int = 1 
 
 
 # What a process of its own can be asked for.
-ALONE = {"memory": memory_here, "times": times_and_faults}
+ALONE = {"memory": memory_here, "memories": memory_of_each, "times": times_and_faults}
 
 
 def alone(arguments: argparse.Namespace, what: str, environment: dict[str, str], case, *others: object) -> object:

@@ -1,8 +1,10 @@
-"""Draws the speed section of a results file: time against N, P, the number of segments and that of bins, one line per provider.
+"""Draws a results file. Its speed section: time against N, P, the number of segments and that of bins, one line per provider; the
+sections of scaling.py: time and memory against one size, with the exponents.
 
     python bench/plot.py bench/results/<machine>/rank_sort.json
 
-Writes <loss>_time_against_n.png, _p.png and so on beside the file, as far as it holds two problems that differ in that alone.
+Writes <loss>_time_against_n.png, _p.png and so on, or scaling_against_n.png, beside the file, as far as it holds two problems that
+differ in that alone.
 """
 import argparse
 import pathlib
@@ -15,7 +17,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))
 
-from bench import results  # noqa: E402
+from bench import exponents, results  # noqa: E402
 
 # Ours in strong blues with filled markers, the field in warm tones, focal in greens, the floor in grey: told apart without
 # colour by marker and dash as well.
@@ -131,14 +133,49 @@ def draw(document: dict, axis: str, path: pathlib.Path) -> bool:
     return True
 
 
+def draw_growth(document: dict, section: str, path: pathlib.Path) -> bool:
+    """Time and memory against one size, a line for each problem and provider; False, and no picture, without two sizes."""
+    part = document["sections"][section]
+    panels = {figure: exponents.lines(part["records"], figure) for figure in exponents.FIGURES}
+    panels = {figure: lines for figure, lines in panels.items() if any(len(points) > 1 for points in lines.values())}
+    if not panels:
+        return False
+    problems = list(dict.fromkeys(record["problem"] for record in part["records"]))
+    figure, plots = plt.subplots(1, len(panels), figsize=(6.2 * len(panels), 6), squeeze=False, layout="constrained")
+    for plot, (name, lines) in zip(plots[0], panels.items(), strict=True):
+        for key, points in lines.items():
+            problem, provider = key
+            _, _, dash = style(provider)
+            colour = plt.get_cmap("tab10")(problems.index(problem))
+            fitted = exponents.fit(points)
+            told = f"{provider}: {problem}" + (f", exponent {fitted.exponent:.2f}" if fitted else "")
+            plot.plot(*zip(*points, strict=True), dash, color=colour, marker=style(provider)[1], label=told)
+        plot.set(xscale="log", yscale="log", xlabel=exponents.AXES[section], ylabel=exponents.FIGURES[name])
+        plot.grid(which="major", color="#dddddd", linewidth=0.8)
+        plot.set_axisbelow(True)
+        plot.spines[["top", "right"]].set_visible(False)
+        plot.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False, fontsize=8)
+    machine, threads = document["machine"], part["settings"]["threads"]
+    where = f"{machine['cpu']}, {threads} threads, torch {machine['torch']}"
+    figure.suptitle(f"forward + backward, float32; {where}", fontsize=10, x=0.01, ha="left")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return True
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=pathlib.Path)
     for file in parser.parse_args(argv).files:
         document = results.read(file)
-        if "speed" not in document["sections"]:
-            parser.error(f"{file} holds no speed section")
-        for axis in axes_of(document["loss"]):
+        growing = [section for section in exponents.AXES if section in document["sections"]]
+        if "speed" not in document["sections"] and not growing:
+            parser.error(f"{file} holds neither a speed section nor one of a growing size")
+        for section in growing:
+            path = file.with_name(f"{document['loss']}_{section}.png")
+            if draw_growth(document, section, path):
+                print(path)
+        for axis in axes_of(document["loss"]) if "speed" in document["sections"] else ():
             path = file.with_name(f"{document['loss']}_time_against_{axis}.png")
             if draw(document, axis, path):
                 print(path)

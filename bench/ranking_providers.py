@@ -1,6 +1,6 @@
 """A ranking loss as its benchmark sees it: how to call it, who else takes part, and for which problems each is left out."""
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -15,6 +15,7 @@ from bench.providers import Forward, Provider, focal_providers
 from rsloss_kernels import _backends
 
 LOOP, OWN_FOCAL = "published loop", "sigmoid_focal_loss"
+PER_SEGMENT = ", a call per segment"
 
 # Largest P*N, and P*P, that a peer is given: seconds per call for the loop, memory for the broadcast.
 LOOP_PAIRS = {"cpu": 6e9, "cuda": 1.1e10}
@@ -68,7 +69,7 @@ class RankingLoss(OfOperator):
         if case.segments == 1:
             return [self._ours(backend) for backend in backends] + list(self.peers) + FOCAL_PROVIDERS + [own_focal(case.device)]
         ours = [provider for backend in backends for provider in self._segmented(backend)]
-        return ours + FOCAL_PROVIDERS
+        return ours + [_per_segment(peer) for peer in self.peers if peer.name == LOOP] + FOCAL_PROVIDERS
 
     def _ours(self, backend: str, name: str | None = None, **options) -> Provider:
         def why_not(case: Case) -> str | None:
@@ -86,24 +87,31 @@ class RankingLoss(OfOperator):
 
     def _segmented(self, backend: str) -> list[Provider]:
         name, count = self.name(backend), lambda inputs: inputs.case.segments
-
-        def loop(inputs: Inputs) -> Forward:
-            parts = [inputs.share(number, inputs.case.segments) for number in range(inputs.case.segments)]
-
-            def forward(logits: Tensor) -> tuple[Tensor, ...]:
-                pieces = logits.chunk(len(parts))
-                calls = [self.outputs(piece, part, backend) for piece, part in zip(pieces, parts, strict=True)]
-                return tuple(torch.stack(losses).mean() for losses in list(zip(*calls, strict=True))[: self.num_losses])
-
-            return forward
-
-        is_long = lambda case: f"{case.segments} calls" if case.segments > LOOP_SEGMENTS else None  # noqa: E731
         return [
             self._ours(backend, f"{name}, chunks", segments=count),
             self._ours(backend, f"{name}, row ids", segments=lambda inputs: inputs.segment_ids, num_segments=count),
             self._ours(backend, f"{name}, without segments"),
-            Provider(f"{name}, a call per segment", loop, is_long, can_capture=False),
+            _per_segment(self._ours(backend)),
         ]
+
+
+def _per_segment(provider: Provider) -> Provider:
+    """One call for each of the equal segments; the losses are means over them."""
+
+    def bind(inputs: Inputs) -> Forward:
+        parts = [inputs.share(number, inputs.case.segments) for number in range(inputs.case.segments)]
+        forwards = [provider.bind(part) for part in parts]
+
+        def forward(logits: Tensor) -> tuple[Tensor, ...]:
+            calls = [one(piece) for one, piece in zip(forwards, logits.chunk(len(parts)), strict=True)]
+            return tuple(torch.stack(losses).mean() for losses in zip(*calls, strict=True))
+
+        return forward
+
+    def why_not(case: Case) -> str | None:
+        return f"{case.segments} calls" if case.segments > LOOP_SEGMENTS else provider.why_not(case)
+
+    return replace(provider, name=f"{provider.name}{PER_SEGMENT}", bind=bind, why_not=why_not, is_ours=False, can_capture=False)
 
 
 def limit(what: str, limits: dict[str, float]) -> Callable[[Case], str | None]:

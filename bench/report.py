@@ -17,7 +17,9 @@ from collections.abc import Callable, Iterator
 BENCH = pathlib.Path(__file__).resolve().parent
 sys.path.append(str(BENCH.parent))
 
-from bench import results  # noqa: E402
+from bench import exponents, results  # noqa: E402
+from bench import tables_of_sizes as of_sizes  # noqa: E402
+from bench.tables_of_sizes import number  # noqa: E402
 
 # In the order of the tables; other losses follow by name.
 TITLES = {
@@ -30,11 +32,15 @@ TITLES = {
     "seesaw": "Seesaw loss",
     "smooth_l1": "Smooth L1 loss",
     "bucketed": "Bucketed against exact Rank & Sort loss",
+    "maps": "Levels of a head as they come",
+    "whole_step": "What a loss takes of a training step",
+    "scaling": "How time and memory grow",
 }
 BUCKETED = (
     "The bucketed loss (ECCV 2024) sorts all logits and takes the negatives between two neighbouring positives as so many of their mean "
     "logit. For delta above 0 that is another loss. Against the exact one in float64, the worst of {worst_of}:\n"
 )
+OF_STEP = {"heads": of_sizes.heads, "steps": of_sizes.steps}
 FILES = [BENCH.parent / "README.md", BENCH / "results" / "README.md"]
 
 
@@ -56,7 +62,7 @@ def tables(folder: pathlib.Path) -> str:
             parts.append(_speed(document["loss"], sections["speed"]["records"]))
         if "memory" in sections:
             parts.append("Peak memory of forward + backward beyond the inputs, MiB:\n")
-            parts.append(_by_problem(document["loss"], sections["memory"]["records"], lambda record: _number(_mebibytes(record))))
+            parts.append(_by_problem(document["loss"], sections["memory"]["records"], lambda record: number(_mebibytes(record))))
         for name in ("syncs", "launches"):
             if name in sections:
                 parts.append(_counts(document["loss"], sections[name]["records"]))
@@ -64,6 +70,8 @@ def tables(folder: pathlib.Path) -> str:
             parts.append(_targets(sections["targets"]["records"]))
         if "distance" in sections:
             parts.append(_distance(sections["distance"]))
+        parts += [of_sizes.growth(name, sections[name]["records"]) for name in exponents.AXES if name in sections]
+        parts += [make(sections[name]["records"]) for name, make in OF_STEP.items() if name in sections]
     return "\n".join(parts)
 
 
@@ -91,6 +99,9 @@ def headlines(folder: pathlib.Path) -> str:
                 parts.append(_targets(failed))
         if "distance" in sections:
             parts.append(_worst_distances(sections["distance"]))
+        grown = {name: sections[name]["records"] for name in exponents.AXES if name in sections}
+        parts += [of_sizes.growth_in_short(grown)] if grown else []
+        parts += [make(sections[name]["records"]) for name, make in OF_STEP.items() if name in sections]
     return "\n".join(parts)
 
 
@@ -110,7 +121,7 @@ def _speed(loss: str, records: list[dict]) -> str:
             part = [record for record in chosen if (record.get("segments", 1) > 1) == is_segmented]
             if part:
                 parts.append(f"{title}, median milliseconds:\n")
-                parts.append(_by_problem(loss, part, lambda record: _number(record["median_ms"])))
+                parts.append(_by_problem(loss, part, lambda record: number(record["median_ms"])))
     return "\n".join(parts)
 
 
@@ -133,8 +144,8 @@ def _multiples(loss: str, words: str, records: list[dict], value: Callable[[dict
     def cell(record: dict) -> str:
         base, own = of_ours.get(problem(record)), value(record)
         if record["provider"] == ours or None in (base, own):
-            return _number(own if record["provider"] == ours else None)
-        return f"{_number(own / base)} x"
+            return number(own if record["provider"] == ours else None)
+        return f"{number(own / base)} x"
 
     records = [record | {"relevant": None} for record in records if record["provider"] != "copy floor"]
     records.sort(key=lambda record: record["provider"] != ours)
@@ -215,12 +226,6 @@ def _worst_distances(section: dict) -> str:
 def _errors(record: dict) -> str:
     errors = [f"{record[name]:.1e}" for name in ("ranking_loss", "gradient_l2", "gradient_largest")]
     return f"{' | '.join(errors)} | {record['gradient_cosine']:.5f}"
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def splice(text: str, folder: pathlib.Path) -> str:

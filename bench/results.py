@@ -1,11 +1,14 @@
 """The file that a benchmark writes, `results/<machine>/<loss>.json`: one fixed schema, checked when written and when read.
 
-A document holds the machine and up to four sections, `speed`, `memory`, `targets` and `distance` (of the bucketed loss to the
-exact one), each with its own settings and records. What a problem is differs between ranking losses and GHM.
+A document holds the machine and sections, each with its own settings and records: `speed`, `memory`, `syncs`, `launches` and
+`targets` of a loss, `distance` (of the bucketed loss to the exact one), and what scaling.py and whole_step.py measure over several
+losses. What a problem is differs between the losses.
 A run replaces the sections that it measured; sections of another machine or other versions are dropped, never mixed.
 """
 import json
 import pathlib
+
+from bench import exponents
 
 SCHEMA = 2
 NUMBER = (int, float)
@@ -68,6 +71,8 @@ PROBLEMS = {
     "smooth_l1": SMOOTH_L1_PROBLEM,
 }
 CASE_FIELDS = {"elements": int, "provider": str, "skipped": OPTIONAL_TEXT}
+# Their records say which problem of the loss they are about.
+OF_PROBLEMS = ("speed", "memory", "syncs", "launches")
 # What is counted differs between a CPU and CUDA, see counts.py.
 COUNT_FIELDS = {"counted": str, "forward": (int, type(None)), "backward": (int, type(None))}
 FIELDS = {
@@ -107,6 +112,15 @@ FIELDS = {
         "gradient_cosine": NUMBER,
     },
 }
+# Time and memory against one size of the problem, see scaling.py.
+SCALING_FIELDS = {"problem": str, "x": int, "provider": str, "skipped": OPTIONAL_TEXT}
+SCALING_FIELDS |= dict.fromkeys(("repetitions", "median_ms", "q1_ms", "q3_ms", "extra_bytes"), OPTIONAL_NUMBER)
+FIELDS |= dict.fromkeys(exponents.AXES, SCALING_FIELDS)
+# What a loss takes of a training step, see whole_step.py.
+FIELDS["heads"] = {"head": str, "loss": str, "elements": int, "role": str, "provider": str, "skipped": OPTIONAL_TEXT, "repetitions": int}
+FIELDS["heads"] |= dict.fromkeys(("median_ms", "q1_ms", "q3_ms"), OPTIONAL_NUMBER)
+FIELDS["steps"] = dict.fromkeys(("model", "images", "loss", "provider"), str) | {"rows": int, "positives": int}
+FIELDS["steps"] |= dict.fromkeys(("step_ms", "loss_ms"), NUMBER)
 # Of problems of a ranking loss: the fraction of negatives that can reach a positive, per draw.
 RANKING_SPEED = {"relevant": list}
 SETTING_FIELDS = {"date": str, "threads": int, "seeds": list, "budget_s": NUMBER, "foreign_load": OPTIONAL_NUMBER, "cache": str}
@@ -120,7 +134,7 @@ def problem(loss: str) -> dict[str, tuple]:
 
 def fields(loss: str, section: str) -> dict:
     """The fields of a record and their types."""
-    if not CASE_FIELDS.keys() <= FIELDS[section].keys():
+    if section not in OF_PROBLEMS:
         return FIELDS[section]
     of_problem = {name: kind for name, (kind, _) in problem(loss).items()}
     return of_problem | FIELDS[section] | (RANKING_SPEED if section == "speed" and loss not in PROBLEMS else {})
