@@ -34,15 +34,22 @@ def test_lesser_processors(capability):
     run_tests(*map(str, tests), "-k", "cpp", RSLOSS_CPU_CAPABILITY=capability)
 
 
+# GCC 12 takes the undefined halves of its own AVX-512 intrinsics for variables that were never set.
+# Not optimised: three paths of vectors, checked everywhere, take the optimiser minutes.
+SANITIZED = ("-O0", "-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-psabi")
+
+
+def install(folder: pathlib.Path, name: str, sanitize: bool, *flags: str) -> None:
+    """The package with a library compiled for this test."""
+    shutil.copytree(PACKAGE, folder / "rsloss_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    sources = sorted((ROOT / "csrc").glob("*/*_cpu.cpp"))
+    library = build.compile_library(name, sources, sanitize=sanitize, flags=[*SANITIZED, *flags])
+    shutil.copy(library, folder / "rsloss_kernels" / "_ops_cpu.so")
+
+
 @pytest.mark.parametrize("capability", ["avx512", "plain"])
 def test_sanitizers_find_nothing(tmp_path, capability):
-    shutil.copytree(PACKAGE, tmp_path / "rsloss_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    sources = sorted((ROOT / "csrc").glob("*/*_cpu.cpp"))
-    # GCC 12 takes the undefined halves of its own AVX-512 intrinsics for variables that were never set.
-    # Not optimised: three paths of vectors, checked everywhere, take the optimiser minutes.
-    flags = ["-O0", "-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-psabi"]
-    library = build.compile_library("ops_cpu", sources, sanitize=True, flags=flags)
-    shutil.copy(library, tmp_path / "rsloss_kernels" / "_ops_cpu.so")
+    install(tmp_path, "ops_cpu", True)
     # The tests below would pass with the installed library too: it must be this one that a process in this folder loads.
     script = "import rsloss_kernels; print([line.split()[-1] for line in open('/proc/self/maps') if '_ops_cpu' in line][0])"
     environment = {**build.sanitizer_environment(), "RSLOSS_CPU_CAPABILITY": capability}
@@ -53,3 +60,36 @@ def test_sanitizers_find_nothing(tmp_path, capability):
     run_tests(
         *map(str, tests), "-k", selection, cwd=tmp_path, RSLOSS_CPU_CAPABILITY=capability, **build.sanitizer_environment()
     )
+
+
+RACE = """
+#include <thread>
+int shared = 0;
+int main() {
+  std::thread one([] { ++shared; }), two([] { ++shared; });
+  one.join(), two.join();
+}
+"""
+
+
+def test_no_two_threads_race(tmp_path):
+    """Every loss under the sanitizer of threads. Each task has a thread of its own: it does not see those of torch's pool."""
+    runtime = subprocess.run(["g++", "-print-file-name=libtsan.so"], capture_output=True, text=True, check=True).stdout.strip()
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": runtime,
+        "TSAN_OPTIONS": "exitcode=66:ignore_noninstrumented_modules=1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(tmp_path),
+    }
+    # The sanitizer does not know every arrangement of a process's memory.
+    fixed = [shutil.which("setarch"), "-R"] if shutil.which("setarch") else []
+    (tmp_path / "race.cpp").write_text(RACE)
+    subprocess.run(["g++", "-fsanitize=thread", "-g1", "race.cpp", "-o", "race"], cwd=tmp_path, check=True)
+    control = subprocess.run([*fixed, "./race"], cwd=tmp_path, capture_output=True, text=True, env={**environment, "LD_PRELOAD": ""})
+    assert control.returncode == 66 and "data race" in control.stderr, "the sanitizer does not see a race here"
+    install(tmp_path, "ops_cpu_threads", False, "-fsanitize=thread", "-DRSL_OWN_THREADS")
+    program = [*fixed, sys.executable, str(ROOT / "tests" / "threads_at_work.py"), str(tmp_path / "rsloss_kernels")]
+    done = subprocess.run(program, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    report = done.stdout + done.stderr
+    assert done.returncode == 0 and done.stdout.endswith("done\n") and "ThreadSanitizer" not in report, report[-8000:]

@@ -5,6 +5,10 @@
 
 #include <algorithm>
 #include <cstdint>
+#ifdef RSL_OWN_THREADS
+#include <thread>
+#include <vector>
+#endif
 
 namespace rsloss {
 
@@ -28,9 +32,16 @@ void run_tasks(int64_t tasks, const Body& body) {
     body(int64_t{0});
     return;
   }
+#ifdef RSL_OWN_THREADS
+  // For a sanitizer of threads, which sees these start and end, but not those of a pool that was compiled without it.
+  std::vector<std::thread> threads;
+  for (int64_t task = 0; task < tasks; ++task) threads.emplace_back([&body, task] { body(task); });
+  for (std::thread& thread : threads) thread.join();
+#else
   torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) body(task);
   });
+#endif
 }
 
 // First item of `task` when `items` are dealt evenly among `tasks`.

@@ -1,0 +1,76 @@
+"""Every loss with several threads inside each call, and from two Python threads at a time: what a sanitizer of threads looks at.
+
+Takes the folder of the package whose library it must be. Prints "done" at the end. Sizes give each pass several tasks; ragged ones make
+neighbours share cache lines.
+"""
+import pathlib
+import sys
+import threading
+
+import torch
+
+import rsloss_kernels as r
+
+THREADS = 4
+ROWS, CLASSES = 2003, 80  # 160,240 elements: nine of the smallest parts
+
+
+def inputs(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Generator]:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(ROWS, CLASSES, generator=generator) - 4
+    labels = torch.where(torch.rand(ROWS, generator=generator) < 0.1, torch.randint(0, CLASSES, (ROWS,), generator=generator), CLASSES)
+    return logits, labels, generator
+
+
+def losses(seed: int) -> None:
+    logits, labels, generator = inputs(seed)
+    quality = torch.rand(ROWS, generator=generator)
+    dense = torch.nn.functional.one_hot(labels, CLASSES + 1)[:, :CLASSES].float()
+    state = torch.rand(CLASSES, generator=generator)
+    groups = r.ClassGroups.from_counts(torch.arange(1, CLASSES + 1) * 20)
+    grouped = torch.randn(ROWS, groups.num_logits, generator=generator)
+    keys = torch.Generator().manual_seed(seed)
+    images, counts = torch.arange(ROWS) % 7, torch.rand(CLASSES + 1, generator=generator).double() * 100
+    calls = {
+        "ranking": (logits, lambda x: sum(r.rank_sort_loss(x, labels, quality))),
+        "ranking, dense": (logits, lambda x: sum(r.rank_sort_loss(x, dense))),
+        "segments": (logits, lambda x: sum(r.rank_sort_loss(x, labels, quality, segments=images, num_segments=7))),
+        "AP": (logits, lambda x: r.average_precision_loss(x, labels)),
+        "aLRP": (logits, lambda x: r.alrp_loss(x, labels, quality).classification),
+        "GHM-C": (logits, lambda x: r.ghm_classification_loss(x, labels)),
+        "GHM-C, dense": (logits, lambda x: r.ghm_classification_loss(x, dense, bins=30)),
+        "GHM-R": (logits, lambda x: r.ghm_regression_loss(x, torch.zeros_like(x))),
+        "focal": (logits, lambda x: r.sigmoid_focal_loss(x, labels, reduction="sum")),
+        "focal, each": (logits, lambda x: r.sigmoid_focal_loss(x, dense, gamma=1.5).mean()),
+        "EFL": (logits, lambda x: r.equalized_focal_loss(x, labels, state).loss),
+        "group softmax": (grouped, lambda x: r.group_softmax_loss(x, (labels + 1) % (CLASSES + 1), groups, generator=keys).sum()),
+        "Seesaw": (torch.randn(ROWS, CLASSES + 2, generator=generator), lambda x: sum(r.seesaw_loss(x, labels, counts))),
+        "smooth L1": (logits, lambda x: r.smooth_l1_loss(x, torch.zeros_like(x), 0.5)),
+    }
+    for dtype in (torch.float32, torch.bfloat16):
+        for name, (values, loss) in calls.items():
+            leaf = values.to(dtype, copy=True).requires_grad_()
+            loss(leaf).backward()
+            assert leaf.grad is not None and leaf.grad.isfinite().all(), name
+    # By the bits of 16-bit logits, from a quarter of a million elements on; many positives.
+    many = torch.randn(300_000, generator=generator).to(torch.bfloat16).requires_grad_()
+    sum(r.rank_sort_loss(many, (torch.rand(300_000, generator=generator) - 0.99).clamp(min=0))).backward()
+    many_positives = torch.randn(40_000, generator=generator).requires_grad_()
+    sum(r.rank_sort_loss(many_positives, torch.rand(40_000, generator=generator).round())).backward()
+
+
+def main(package: pathlib.Path) -> None:
+    with open("/proc/self/maps") as maps:
+        assert str(package.resolve() / "_ops_cpu.so") in maps.read(), "another library is loaded"
+    torch.set_num_threads(THREADS)
+    losses(0)
+    callers = [threading.Thread(target=losses, args=(seed,)) for seed in (1, 2)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    print("done")
+
+
+if __name__ == "__main__":
+    main(pathlib.Path(sys.argv[1]))
