@@ -40,7 +40,7 @@ REFERENCE = [
     ("negatives counted from above the breakpoint", RANKING_PY, "is_negative &= value >= lowest", "is_negative &= value > lowest", RANKING),
     ("gradient at infinity is NaN", RANKING_PY, "offset = torch.where(value.isinf(), 0.0, value - edges[clamped])", "offset = value - edges[clamped]", RANKING),
     ("upstream gradients swapped", RANKING_PY, "of_positive = gradients[1] * upstream[0] + gradients[2] * upstream[1]", "of_positive = gradients[1] * upstream[1] + gradients[2] * upstream[0]", "tests/test_ranking_autograd.py tests/test_rank_sort.py"),
-    ("overflow of the capacity passes in silence", RANKING_PY, "if counts[0] > gradients.shape[1]:", "if counts[0] > gradients.shape[1] + 1:", "tests/test_ops.py tests/test_ranking_edge_cases.py tests/test_ranking_autograd.py"),
+    ("overflow of the capacity passes in silence", RANKING_PY, "if counts[0] > gradients.shape[1]:", "if counts[0] > gradients.shape[1] + 1:", "tests/test_ranking_edge_cases.py tests/test_ranking_autograd.py"),
     ("NaN among negatives is not told", SWEEP_PY, "| (bins[0, 0] > 0) | invalid.any()", "| invalid.any()", RANKING),
     ("mean over positives, not segments", SWEEP_PY, "self.share = 1 / (sizes[number].double() * max(sizes.numel(), 1))", "self.share = 1 / torch.full_like(sizes[number].double(), size)", "tests/test_segments.py"),
     ("half of the window forgotten", SWEEP_PY, "torch.where(inside > 0, 0.5 * inside + distance / (2 * self.delta), 0.0)", "torch.where(inside > 0, distance / (2 * self.delta), 0.0)", RANKING),
