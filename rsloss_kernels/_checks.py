@@ -102,6 +102,10 @@ def contiguous(value: Tensor) -> Tensor:
     return value if value.is_contiguous() else value.contiguous()
 
 
+def is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def is_number(value: object) -> bool:
     # The two first: an abstract class is slow to ask.
     return type(value) in (float, int) or (isinstance(value, numbers.Real) and not isinstance(value, bool))

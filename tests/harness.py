@@ -258,6 +258,7 @@ class Pipeline:
     quality: list[Tensor] = dataclasses.field(default_factory=list)
     delta: float = 0.5
     capacity: int | None = None
+    maps: bool = False
     background_first: bool = False
     segments: Tensor | None = None
     num_segments: int = 1
@@ -276,6 +277,7 @@ class Pipeline:
             self.segments,
             self.num_segments,
             self.capacity,
+            self.maps,
             self.background_first,
         )
 

@@ -108,11 +108,11 @@ def test_the_order_of_threads_changes_nothing(case):
 
 
 def tables(
-    backend: str, logits, targets, quality, capacity, delta, background_first=False, segments=None, num_segments=1
+    backend: str, logits, targets, quality, capacity, delta, background_first=False, segments=None, num_segments=1, maps=False
 ) -> tuple[torch.Tensor, ...]:
     """Everything that the operators of the forward pass return up to the bins."""
     collect, bin_ = (_library.operator(name, backend) for name in ("ranking_collect", "ranking_bin"))
-    positives, negatives, counts = collect(logits, targets, quality, segments, num_segments, capacity, background_first)
+    positives, negatives, counts = collect(logits, targets, quality, segments, num_segments, capacity, maps, background_first)
     return positives, negatives, counts, *bin_(logits, negatives, positives, counts, segments, num_segments, delta)
 
 
@@ -149,6 +149,27 @@ def test_tables_are_those_of_the_reference(dtype, settings, generator):
                 wanted = tables("reference", *arguments)
                 with emulated(**settings):
                     assert_same_bits(tables("cuda", *arguments), wanted)
+
+
+@pytest.mark.parametrize("settings", [{}, {"reverse": "1", "processors": "7"}], ids=str)
+def test_tables_of_maps_are_those_of_the_reference(settings, generator):
+    """Planes shorter and longer than a word of the mask, and than the words of a warp; ends inside of them; labels that mean nothing."""
+    classes, shapes = 5, [(2, 15, 7, 9), (1, 5, 3), (3, 5, 0), (1, 10, 1, 1), (2, 5, 64), (1, 5, 40, 63), (2, 10, 31)]
+    logits = [torch.randn(shape, generator=generator) for shape in shapes]
+    rows = [(shape[0], shape[1] // classes, *shape[2:]) for shape in shapes]
+    labels = [torch.randint(-6, 8, row, generator=generator) for row in rows]
+    labels[0], labels[5] = labels[0].int(), torch.where(torch.rand(rows[5], generator=generator) < 0.98, 5, labels[5])
+    labels[4].view(-1)[:2] = torch.tensor([2**63 - 1, -(2**63)])
+    quality = [torch.rand(row, generator=generator).half() for row in rows]
+    chunk = torch.randint(-1, 8, (len(labels[0].view(-1)) * classes, 1), generator=generator, dtype=torch.int32)
+    for capacity, background_first in ((3, True), (3000, False)):
+        arguments = (logits, labels, quality, capacity, 0.25, background_first, None, 1, True)
+        with emulated(**settings):
+            assert_same_bits(tables("cuda", *arguments), tables("reference", *arguments))
+    # An id for each element: what no segment holds leaves the mask here too.
+    arguments = (logits[:1], labels[:1], quality[:1], 500, 0.25, False, chunk, 7, True)
+    with emulated(**settings):
+        assert_same_bits(tables("cuda", *arguments), tables("reference", *arguments))
 
 
 FINALIZERS = {
@@ -253,7 +274,7 @@ def test_two_processes_compute_the_bits_of_one(finalize, dtype, generator):
     pieces, sums, results = [(0, 1000), (1000, 1000), (1000, 3001)], torch.zeros_like(bins), []
     for first, last in pieces:
         logits = whole[first:last].clone()
-        _, mask, _ = _library.operator("ranking_collect", "cuda")([logits], [targets[first:last]], [], None, 1, 400, False)
+        _, mask, _ = _library.operator("ranking_collect", "cuda")([logits], [targets[first:last]], [], None, 1, 400, False, False)
         moved = positives.clone()
         moved[3] -= first
         own_ranked, own_bins = bin_([logits], mask, moved, counts, None, 1, delta)

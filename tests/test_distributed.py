@@ -52,6 +52,21 @@ def test_losses_and_gradients_are_those_of_one_process(results, name, world):
 
 
 @SEVERAL
+def test_maps_of_all_processes_are_ranked_together(results, world):
+    parts = of_world(results, world, "maps")
+    whole = parts[0]["whole"]
+    for name, loss in whole["losses"].items():
+        for part in parts:
+            assert_bitwise(part["own"]["losses"][name], loss, f"{name} loss")
+        joined = torch.cat([part["own"]["gradients"][name] for part in parts])
+        assert_bitwise(joined, whole["gradients"][name], f"{name} gradient")
+    for name, rank in whole["ranks"].items():
+        assert rank.count_nonzero() > 4
+        joined, wanted = torch.cat([part["own"]["ranks"][name] for part in parts]), rank
+        assert joined.shape == wanted.shape and torch.allclose(joined, wanted, rtol=1e-12, atol=0)
+
+
+@SEVERAL
 @pytest.mark.parametrize("name", [*worker.OVERFLOWS, "wrong number"])
 def test_overflow_of_any_process_is_nan_on_all(results, name, world):
     for part in of_world(results, world, name):

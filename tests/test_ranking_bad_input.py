@@ -215,7 +215,7 @@ def test_debug_checks_look_at_the_quality_of_positives_only(backend, monkeypatch
 # --- the operators themselves ---
 
 OPERATOR_ARGUMENTS = {
-    "ranking_collect": ["logits", "targets", "quality", "segments", "num_segments", "max_positives", "background_first"],
+    "ranking_collect": ["logits", "targets", "quality", "segments", "num_segments", "max_positives", "maps", "background_first"],
     "ranking_bin": ["logits", "negatives", "positives", "counts", "segments", "num_segments", "delta"],
     "rank_sort_finalize": [
         "logits", "negatives", "ranked", "counts", "bins", "segments", "num_segments", "delta", "gradient_scale", "upstream_parity",
@@ -246,7 +246,7 @@ def _operator_arguments(backend, form: str) -> dict:
     arguments = {
         "logits": pipeline.logits, "targets": pipeline.targets, "quality": pipeline.quality, "positives": positives,
         "negatives": negatives, "counts": counts, "ranked": ranked, "bins": bins, "gradients": gradients, "lines": lines,
-        "segments": None, "num_segments": 1, "max_positives": 12, "background_first": False, "delta": 0.5, "gradient_scale": 1.0,
+        "segments": None, "num_segments": 1, "max_positives": 12, "maps": False, "background_first": False, "delta": 0.5, "gradient_scale": 1.0,
         "upstream_parity": False, "interpolated": True, "grad_first": torch.ones_like(ranking), "grad_second": torch.ones_like(ranking),
     }  # fmt: skip
     for operator in ALL:

@@ -170,7 +170,7 @@ def test_sums_leave_room_for_the_elements_of_all_processes(backend, dtype, log_e
     logits = [torch.tensor([0.0, 0.9], dtype=dtype, device=backend.device)]
     targets = [torch.tensor([1.0, 0.0], device=backend.device)]
     collect, bin_negatives = (_library.operator(name, backend.name) for name in ("ranking_collect", "ranking_bin"))
-    positives, negatives, counts = collect(logits, targets, [], None, 1, 1, False)
+    positives, negatives, counts = collect(logits, targets, [], None, 1, 1, False, False)
     counts[2] = 2**log_elements
     bins = bin_negatives(logits, negatives, positives, counts, None, 1, 1.0)[1].cpu()
     assert bins[0].tolist() == [0, 1, 0]

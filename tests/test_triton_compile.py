@@ -61,7 +61,8 @@ def _collect_variants(common) -> dict[str, list[dict]]:
     """For every kernel its variants: pointer types (None: the argument is None), wider integers, constants, warps."""
     mask, record = [], []
     for target in (*FLOATS, "i32", "i64"):
-        kinds = _choices(IS_DENSE=(target in FLOATS,), BACKGROUND_FIRST=(False,) if target in FLOATS else ANY_FLAG)
+        is_dense = target in FLOATS
+        kinds = _choices(IS_DENSE=(is_dense,), IS_MAP=(False,) if is_dense else ANY_FLAG, BACKGROUND_FIRST=(False,) if is_dense else ANY_FLAG)
         pointers = {"targets_ptr": target, "negatives_ptr": "u8", "block_counts_ptr": "i32", "DOUBLE": _double(target)}
         forms = FORMS if target in ("fp32", "i64") else FORMS[:1]
         mask += [{**pointers, **kind, **form, **_streamed(common)} for kind in kinds for form in forms]
@@ -75,7 +76,8 @@ def _collect_variants(common) -> dict[str, list[dict]]:
             for logit, quality in sources
             for form in (FORMS if (logit, target) in (("fp32", "fp32"), ("fp64", "i64")) else FORMS[:1])
         ]
-    mask += [{**mask[-1], **form, "size": "i64", "period": "i64"} for form in FORMS]
+    record += [{**record[-1], "IS_MAP": True}, {**record[-1], **FORMS[1], "IS_MAP": True, "places": "i64"}]
+    mask += [{**mask[-1], **form, "size": "i64", "places": "i64", "period": "i64"} for form in FORMS]
     return {"mask_kernel": mask, "record_kernel": record}
 
 

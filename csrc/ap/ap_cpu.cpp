@@ -37,10 +37,13 @@ std::tuple<Tensor, Tensor, Tensor> average_precision_finalize(Tensors logits, Te
   return {positives.loss(error), gradients, positives.lines(terms)};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> average_precision_forward(
-    Tensors logits, Tensors targets, Tensors quality, std::optional<Tensor> segments, int64_t num_segments,
-    std::optional<int64_t> max_positives, bool background_first, double delta, double gradient_scale, bool interpolated) {
-  return ranking_forward(average_precision_finalize, logits, targets, quality, segments, num_segments, max_positives,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> average_precision_forward(Tensors logits, Tensors targets, Tensors quality,
+                                                                             std::optional<Tensor> segments,
+                                                                             int64_t num_segments,
+                                                                             std::optional<int64_t> max_positives, bool maps,
+                                                                             bool background_first, double delta,
+                                                                             double gradient_scale, bool interpolated) {
+  return ranking_forward(average_precision_finalize, logits, targets, quality, segments, num_segments, max_positives, maps,
                          background_first, delta, gradient_scale, interpolated);
 }
 

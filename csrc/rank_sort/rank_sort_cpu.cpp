@@ -240,11 +240,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rank_sort_finalize(Tensors logits, Te
   return {positives.loss(ranking_error), positives.loss(sorting_error), gradients, positives.lines(terms)};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rank_sort_forward(
-    Tensors logits, Tensors targets, Tensors quality, std::optional<Tensor> segments, int64_t num_segments,
-    std::optional<int64_t> max_positives, bool background_first, double delta, double gradient_scale, bool upstream_parity) {
-  return ranking_forward(rank_sort_finalize, logits, targets, quality, segments, num_segments, max_positives, background_first,
-                         delta, gradient_scale, upstream_parity);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rank_sort_forward(Tensors logits, Tensors targets, Tensors quality,
+                                                                             std::optional<Tensor> segments,
+                                                                             int64_t num_segments,
+                                                                             std::optional<int64_t> max_positives, bool maps,
+                                                                             bool background_first, double delta,
+                                                                             double gradient_scale, bool upstream_parity) {
+  return ranking_forward(rank_sort_finalize, logits, targets, quality, segments, num_segments, max_positives, maps,
+                         background_first, delta, gradient_scale, upstream_parity);
 }
 
 }  // namespace

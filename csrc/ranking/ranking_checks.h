@@ -10,8 +10,33 @@ namespace rsloss {
 
 inline bool is_label(ScalarType type) { return type == ScalarType::Int || type == ScalarType::Long; }
 
-// Class indices have the shape of the logits without the last dimension, dense targets the whole shape.
-inline void check_collect_targets(const char* op, const Tensors& logits, const Tensors& targets, const Tensors& quality) {
+// Checked by check_collect_targets.
+inline IndexShape index_shape(const Tensor& logits, const Tensor& labels, bool maps) {
+  if (!maps) return {logits.size(logits.dim() - 1), 1};
+  int64_t places = 1;
+  for (int64_t d = 2; d < logits.dim(); ++d) places *= logits.size(d);
+  return {labels.size(1) > 0 ? logits.size(1) / labels.size(1) : 0, places};
+}
+
+// Class indices have the shape of the logits without the last dimension, [B, A, *spatial] with maps [B, A C, *spatial]; dense
+// targets have the whole shape.
+inline void check_target_shape(const char* op, const Tensor& logits, const Tensor& targets, bool maps) {
+  const bool has_labels = is_label(targets.scalar_type()), is_map = has_labels && maps;
+  const int64_t dims = logits.dim() - (has_labels && !maps ? 1 : 0);
+  bool matches = targets.dim() == dims && (!is_map || dims >= 2);
+  for (int64_t d = 0; matches && d < dims; ++d) {
+    const int64_t wanted = logits.size(d), got = targets.size(d);
+    matches = is_map && d == 1 ? wanted % (got > 0 ? got : 1) == 0 : got == wanted;
+  }
+  STD_TORCH_CHECK(matches, op, ": targets must have the shape of logits, ", shape_of(logits),
+                  !has_labels ? ", got "
+                  : is_map    ? ", [B, A C, *spatial], less C, got "
+                              : ", less its last dimension, got ",
+                  shape_of(targets));
+}
+
+inline void check_collect_targets(const char* op, const Tensors& logits, const Tensors& targets, const Tensors& quality,
+                                  bool maps) {
   STD_TORCH_CHECK(targets.size() == logits.size(), op, ": targets must hold as many tensors as logits, ", logits.size(),
                   ", got ", targets.size());
   STD_TORCH_CHECK(quality.empty() || quality.size() == logits.size(), op,
@@ -21,11 +46,7 @@ inline void check_collect_targets(const char* op, const Tensors& logits, const T
     const ScalarType type = targets[level].scalar_type();
     STD_TORCH_CHECK(is_floating(type) || is_label(type), op, ": targets must be int32, int64 or floating, got ",
                     toString(type));
-    const int64_t dims = logits[level].dim() - (is_label(type) ? 1 : 0);
-    bool matches = targets[level].dim() == dims;
-    for (int64_t d = 0; matches && d < dims; ++d) matches = targets[level].size(d) == logits[level].size(d);
-    STD_TORCH_CHECK(matches, op, ": targets must have the shape of logits, ", shape_of(logits[level]),
-                    is_label(type) ? ", less its last dimension, got " : ", got ", shape_of(targets[level]));
+    check_target_shape(op, logits[level], targets[level], maps);
     if (quality.empty()) continue;
     check_placement(op, "quality", quality[level], logits[0]);
     STD_TORCH_CHECK(is_label(type), op, ": quality must be empty with dense targets, got a tensor");

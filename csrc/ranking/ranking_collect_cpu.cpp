@@ -7,6 +7,8 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <memory>
+#include <numeric>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -31,11 +33,12 @@ namespace {
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 constexpr int64_t kScanWords = 512;
 
-// out[i] = tensor[index[i] / divisor], as double.
-void gather_elements(const Tensor& tensor, const std::vector<int64_t>& index, int64_t divisor, int64_t count, double* out) {
+// out[i] = tensor[at(index[i])], as double.
+template <class At>
+void gather_elements(const Tensor& tensor, const std::vector<int64_t>& index, int64_t count, double* out, const At& at) {
   dispatch_floating(tensor.scalar_type(), [&](auto tag) {
     const auto* data = static_cast<const decltype(tag)*>(tensor.const_data_ptr());
-    for (int64_t i = 0; i < count; ++i) out[i] = static_cast<double>(data[divisor == 1 ? index[i] : index[i] / divisor]);
+    for (int64_t i = 0; i < count; ++i) out[i] = static_cast<double>(data[at(index[i])]);
   });
 }
 
@@ -118,6 +121,104 @@ Found scan_labels(const Label* labels, int64_t rows, int64_t classes, bool backg
   return join(found);
 }
 
+uint64_t lowest_bits(int64_t count) { return count < 64 ? (uint64_t{1} << count) - 1 : ~uint64_t{0}; }
+
+// Bits of the rows of a map for its elements [outer, classes, places], from the element `first` on.
+class RowBits {
+ public:
+  // bits: [words of outer * places, one more]
+  RowBits(const uint64_t* bits, IndexShape shape, int64_t first)
+      : bits_(bits),
+        shape_(shape),
+        place_(first % shape.places),
+        column_(first / shape.places % shape.classes),
+        row_(first / (shape.places * shape.classes) * shape.places) {}
+
+  // Those of the next `count` elements, at most 64.
+  uint64_t next(int64_t count) {
+    uint64_t bits = 0;
+    for (int64_t done = 0; done < count;) {
+      const int64_t run = std::min(count - done, shape_.places - place_), at = row_ + place_;
+      uint64_t found = bits_[at / 64] >> at % 64;
+      if (at % 64 + run > 64) found |= bits_[at / 64 + 1] << (64 - at % 64);
+      bits |= (found & lowest_bits(run)) << done;
+      done += run;
+      place_ += run;
+      if (place_ < shape_.places) break;
+      place_ = 0;
+      if (++column_ < shape_.classes) continue;
+      column_ = 0;
+      row_ += shape_.places;
+    }
+    return bits;
+  }
+
+ private:
+  const uint64_t* bits_;
+  IndexShape shape_;
+  int64_t place_;
+  int64_t column_;
+  int64_t row_;  // of the first place
+};
+
+// The same of a map: two passes. The first reads every label once, not once per class, clears the bits of the positives and
+// keeps a bit per row; the second finds what was cleared, in the order of the elements, and clears ignored rows plane by plane.
+template <class Label>
+Found scan_map(const Label* labels, int64_t rows, IndexShape shape, bool background_first, uint64_t* negatives) {
+  const int64_t count = rows * shape.classes, words = mask_words(count), row_words = mask_words(rows);
+  const int64_t tasks = task_count(words, kWordsPerTask), label_tasks = std::min(tasks, row_words);
+  const Label first = background_first ? 1 : 0;
+  const Label last = static_cast<Label>(std::min<int64_t>(shape.classes - 1, std::numeric_limits<Label>::max()));
+  run_tasks(tasks, [&](int64_t task) {
+    const int64_t begin = task_begin(words, tasks, task);
+    std::memset(negatives + begin, 0xff, (task_begin(words, tasks, task + 1) - begin) * 8);
+  });
+  std::unique_ptr<uint64_t[]> kept(new uint64_t[row_words + 1]);
+  std::vector<int64_t> kept_count(label_tasks);
+  run_tasks(label_tasks, [&](int64_t task) {
+    uint64_t foreground[kScanWords];
+    const int64_t begin = task_begin(row_words, label_tasks, task), end = task_begin(row_words, label_tasks, task + 1);
+    for (int64_t word = begin; word < end; word += kScanWords) {
+      const int64_t block = std::min(kScanWords, end - word), size = std::min(block * 64, rows - word * 64);
+      RSL_ISA_CALL(scan_label_words, labels + word * 64, size, first, last, &kept[word], foreground);
+      for (int64_t i = 0; i < block; ++i) {
+        for (uint64_t bits = foreground[i]; bits != 0; bits &= bits - 1) {
+          const int64_t row = (word + i) * 64 + __builtin_ctzll(bits),
+                        plane = row / shape.places * shape.classes + labels[row] - first;
+          const int64_t index = plane * shape.places + row % shape.places;
+          __atomic_fetch_and(&negatives[index / 64], ~(uint64_t{1} << index % 64), __ATOMIC_RELAXED);
+        }
+      }
+    }
+    kept_count[task] = RSL_ISA_CALL(count_bits, &kept[begin], end - begin);
+  });
+  kept[row_words] = 0;
+  const bool has_ignored = std::accumulate(kept_count.begin(), kept_count.end(), int64_t{0}) != rows;
+  std::vector<Found> found(tasks);
+  run_tasks(tasks, [&](int64_t task) {
+    Found mine;
+    const int64_t begin = task_begin(words, tasks, task), end = task_begin(words, tasks, task + 1);
+    for (int64_t word = begin; word < end; ++word)
+      for (uint64_t bits = ~negatives[word]; bits != 0; bits &= bits - 1)
+        mine.positives.push_back(64 * word + __builtin_ctzll(bits));
+    if (has_ignored) {
+      RowBits rows_kept(kept.get(), shape, 64 * begin);
+      for (int64_t word = begin; word < end; ++word)
+        negatives[word] &= rows_kept.next(std::min<int64_t>(64, count - 64 * word));
+    }
+    if (end == words) clear_bits(negatives, count, words * 64);
+    mine.negatives = RSL_ISA_CALL(count_bits, negatives + begin, end - begin);
+    found[task] = std::move(mine);
+  });
+  return join(found);
+}
+
+template <class Label>
+Found scan_index(const Label* labels, int64_t rows, IndexShape shape, bool background_first, uint64_t* negatives) {
+  if (shape.places == 1) return scan_labels(labels, rows, shape.classes, background_first, negatives);
+  return scan_map(labels, rows, shape, background_first, negatives);
+}
+
 // Takes what belongs to no segment out of the mask and of the positives of one tensor.
 void drop_ignored(const SegmentMap& segments, size_t level, int64_t count, uint64_t* words, Found& found) {
   const int64_t tasks = task_count(mask_words(count), kWordsPerTask);
@@ -140,9 +241,9 @@ void drop_ignored(const SegmentMap& segments, size_t level, int64_t count, uint6
 
 std::tuple<Tensor, Tensor, Tensor> ranking_collect(Tensors logits, Tensors targets, Tensors quality,
                                                    std::optional<Tensor> segments, int64_t num_segments,
-                                                   std::optional<int64_t> max_positives, bool background_first) {
+                                                   std::optional<int64_t> max_positives, bool maps, bool background_first) {
   check_logits("ranking_collect", logits);
-  check_collect_targets("ranking_collect", logits, targets, quality);
+  check_collect_targets("ranking_collect", logits, targets, quality, maps);
   check_segments("ranking_collect", logits, segments, num_segments);
   const SegmentMap map(logits, segments, num_segments);
   const bool ignores_elements = map.ignores_elements();
@@ -162,11 +263,12 @@ std::tuple<Tensor, Tensor, Tensor> ranking_collect(Tensors logits, Tensors targe
     if (!is_label(target.scalar_type())) {
       found.push_back(scan_dense(target, words));
     } else {
-      const int64_t classes = logits[level].size(logits[level].dim() - 1), rows = count / classes;
+      const IndexShape shape = index_shape(logits[level], target, maps);
+      const int64_t rows = target.numel();
       found.push_back(
           target.scalar_type() == ScalarType::Int
-              ? scan_labels(static_cast<const int32_t*>(target.const_data_ptr()), rows, classes, background_first, words)
-              : scan_labels(static_cast<const int64_t*>(target.const_data_ptr()), rows, classes, background_first, words));
+              ? scan_index(static_cast<const int32_t*>(target.const_data_ptr()), rows, shape, background_first, words)
+              : scan_index(static_cast<const int64_t*>(target.const_data_ptr()), rows, shape, background_first, words));
     }
     if (ignores_elements) drop_ignored(map, level, count, words, found.back());
     words += mask_words(count);
@@ -182,10 +284,16 @@ std::tuple<Tensor, Tensor, Tensor> ranking_collect(Tensors logits, Tensors targe
     const bool dense = !is_label(targets[level].scalar_type());
     const int64_t count = std::min<int64_t>(static_cast<int64_t>(index.size()), capacity - slot);
     double *logit = records + kLogit * capacity + slot, *value = records + kQuality * capacity + slot;
-    gather_elements(logits[level], index, 1, count, logit);
-    if (dense) gather_elements(targets[level], index, 1, count, value);
-    else if (quality.empty()) std::fill(value, value + count, 1.0);
-    else gather_elements(quality[level], index, logits[level].size(logits[level].dim() - 1), count, value);
+    const auto same = [](int64_t element) { return element; };
+    gather_elements(logits[level], index, count, logit, same);
+    if (dense) {
+      gather_elements(targets[level], index, count, value, same);
+    } else if (quality.empty()) {
+      std::fill(value, value + count, 1.0);
+    } else {
+      const IndexShape shape = index_shape(logits[level], targets[level], maps);
+      gather_elements(quality[level], index, count, value, [=](int64_t element) { return shape.row(element); });
+    }
     for (int64_t i = 0; i < count; ++i) {
       if (!std::isfinite(logit[i]) || !std::isfinite(value[i])) logit[i] = kNaN;
       records[kSegment * capacity + slot + i] =

@@ -37,23 +37,76 @@ __device__ __forceinline__ WordBits dense_word(const CollectLevel& level, int64_
   return bits;
 }
 
-// Class indices: one thread reads the label of every row that reaches into the word.
+// The row and the column of an element of a map.
+class MapCursor {
+ public:
+  __device__ __forceinline__ MapCursor(const IndexShape& shape, int64_t element) : shape_(shape) {
+    const int64_t plane = divide(element, shape.places);
+    const int64_t outer = divide(plane, shape.classes);
+    place_ = element - plane * shape.places;
+    column_ = plane - outer * shape.classes;
+    first_row_ = outer * shape.places;
+  }
+  __device__ __forceinline__ int64_t row() const { return first_row_ + place_; }
+  __device__ __forceinline__ int64_t column() const { return column_; }
+  __device__ __forceinline__ void skip(int64_t elements) {
+    for (place_ += elements; place_ >= shape_.places; place_ -= shape_.places) {
+      if (++column_ < shape_.classes) continue;
+      column_ = 0;
+      first_row_ += shape_.places;
+    }
+  }
+
+ private:
+  // A division of 64 bits costs several of 32.
+  static __device__ __forceinline__ int64_t divide(int64_t a, int64_t b) {
+    return (a | b) >> 32 == 0 ? static_cast<uint32_t>(a) / static_cast<uint32_t>(b) : a / b;
+  }
+
+  const IndexShape& shape_;
+  int64_t place_;
+  int64_t column_;
+  int64_t first_row_;
+};
+
+// Class indices of a map: by a whole warp like dense targets, as neighbours have labels that are neighbours. `cursor` stands at
+// the lane's first element of the word, and behind it at that of the next word.
+template <class Label>
+__device__ __forceinline__ WordBits map_word(const CollectLevel& level, bool background_first, int64_t word,
+                                             MapCursor* cursor) {
+  const Label* labels = static_cast<const Label*>(level.targets);
+  WordBits bits = {0, 0};
+  for (int half = 0; half < kWordBits / kWarp; ++half) {
+    const bool is_inside = word * kWordBits + half * kWarp + static_cast<int>(threadIdx.x % kWarp) < level.elements;
+    const int64_t label = is_inside ? labels[cursor->row()] : -1;
+    const bool is_positive = is_inside && label == cursor->column() + (background_first ? 1 : 0);
+    const uint64_t negative = __ballot_sync(kAllLanes, label >= 0 && !is_positive);
+    const uint64_t positive = __ballot_sync(kAllLanes, is_positive);
+    bits.negative |= negative << (half * kWarp);
+    bits.positive |= positive << (half * kWarp);
+    cursor->skip(kWarp);
+  }
+  return bits;
+}
+
+// Class indices of rows: one thread reads the label of every row that reaches into the word.
 template <class Label>
 __device__ __forceinline__ WordBits label_word(const CollectLevel& level, bool background_first, int64_t word) {
   const Label* labels = static_cast<const Label*>(level.targets);
   const int64_t first = word * kWordBits;
   const int64_t last = first + kWordBits < level.elements ? first + kWordBits : level.elements;
   WordBits bits = {0, 0};
-  int64_t row = first / level.classes;
-  for (int64_t start = row * level.classes; start < last; start += level.classes, ++row) {
+  const int64_t classes = level.shape.classes;
+  int64_t row = first / classes;
+  for (int64_t start = row * classes; start < last; start += classes, ++row) {
     const int64_t label = labels[row];
     if (label < 0) continue;
     const int64_t from = start > first ? start : first;
-    const int64_t to = start + level.classes < last ? start + level.classes : last;
+    const int64_t to = start + classes < last ? start + classes : last;
     bits.negative |= bit_range(from - first, to - first);
     const int64_t column = label - (background_first ? 1 : 0);
     // A label above the classes is background; it is never used as an address.
-    if (column < 0 || column >= level.classes) continue;
+    if (column < 0 || column >= classes) continue;
     const int64_t element = start + column;
     if (element >= first && element < last) bits.positive |= uint64_t{1} << (element - first);
   }
@@ -98,6 +151,13 @@ __global__ void __launch_bounds__(kThreads, 4)
 #pragma unroll 4
       for (int other = 0; other < kWarp && word - lane + other < words; ++other) {
         const WordBits found = dense_word<Target>(level, word - lane + other);
+        if (other == lane) bits = found;
+      }
+    } else if (level.shape.places > 1) {
+      const int lane = threadIdx.x % kWarp;
+      MapCursor cursor(level.shape, (word - lane) * kWordBits + lane);
+      for (int other = 0; other < kWarp && word - lane + other < words; ++other) {
+        const WordBits found = map_word<Target>(level, background_first, word - lane + other, &cursor);
         if (other == lane) bits = found;
       }
     } else if (word < words) {
@@ -168,17 +228,23 @@ __global__ void __launch_bounds__(kThreads, 4)
     const int64_t word = tile * kTileWords + threadIdx.x;
     const bool has_others = word < words && ~level.negatives[word] != 0;
     WordBits bits = {0, 0};
-    if constexpr (kDense) {
+    if (kDense || level.shape.places > 1) {
       const int lane = threadIdx.x % kWarp;
       unsigned todo = __ballot_sync(kAllLanes, has_others);
       while (todo != 0) {
         const int other = __ffs(static_cast<int>(todo)) - 1;
         todo &= todo - 1;
-        const WordBits found = dense_word<Target>(level, word - lane + other);
+        WordBits found;
+        if constexpr (kDense) {
+          found = dense_word<Target>(level, word - lane + other);
+        } else {
+          MapCursor cursor(level.shape, (word - lane + other) * kWordBits + lane);
+          found = map_word<Target>(level, background_first, word - lane + other, &cursor);
+        }
         if (other == lane) bits = found;
       }
-    } else if (has_others) {
-      bits = label_word<Target>(level, background_first, word);
+    } else if constexpr (!kDense) {
+      if (has_others) bits = label_word<Target>(level, background_first, word);
     }
     uint64_t positive = word < words ? drop_ignored(level, word, bits).positive : 0;
     int64_t total;
@@ -190,7 +256,7 @@ __global__ void __launch_bounds__(kThreads, 4)
       if constexpr (kDense) {
         quality = widen(static_cast<const Target*>(level.targets)[element]);
       } else if (level.quality != nullptr) {
-        quality = load_as_double(level.quality, level.quality_type, element / level.classes);
+        quality = load_as_double(level.quality, level.quality_type, level.shape.row(element));
       }
       const double logit = load_as_double(level.logits, level.logits_type, element);
       const bool is_valid = isfinite(logit) && isfinite(quality);

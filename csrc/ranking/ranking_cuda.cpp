@@ -28,10 +28,10 @@ SegmentMap segment_map(const Tensors& logits, const Tensor& level, int64_t first
 
 std::tuple<Tensor, Tensor, Tensor> ranking_collect(Tensors logits, Tensors targets, Tensors quality,
                                                    std::optional<Tensor> segments, int64_t num_segments,
-                                                   std::optional<int64_t> max_positives, bool background_first) {
+                                                   std::optional<int64_t> max_positives, bool maps, bool background_first) {
   const char* op = "ranking_collect";
   check_logits(op, logits);
-  check_collect_targets(op, logits, targets, quality);
+  check_collect_targets(op, logits, targets, quality, maps);
   check_segments(op, logits, segments, num_segments);
   const CurrentStream stream(logits[0]);
   Tensor negatives = torch::stable::new_empty(logits[0], {mask_bytes(logits)}, ScalarType::Byte);
@@ -50,7 +50,7 @@ std::tuple<Tensor, Tensor, Tensor> ranking_collect(Tensors logits, Tensors targe
     level.quality_type = quality.empty() ? Type::kFloat : type_of(quality[i]);
     level.negatives = words;
     level.elements = logits[i].numel();
-    level.classes = is_label(targets[i].scalar_type()) ? logits[i].size(logits[i].dim() - 1) : 1;
+    level.shape = is_label(targets[i].scalar_type()) ? index_shape(logits[i], targets[i], maps) : IndexShape{1, 1};
     level.first_index = first_index;
     level.segments = segment_map(logits, logits[i], first_index, segments, num_segments);
     levels.push_back(level);

@@ -15,7 +15,7 @@ namespace rsloss {
 
 std::tuple<Tensor, Tensor, Tensor> ranking_collect(Tensors logits, Tensors targets, Tensors quality,
                                                    std::optional<Tensor> segments, int64_t num_segments,
-                                                   std::optional<int64_t> max_positives, bool background_first);
+                                                   std::optional<int64_t> max_positives, bool maps, bool background_first);
 std::tuple<Tensor, Tensor> ranking_bin(Tensors logits, Tensor negatives, Tensor positives, Tensor counts,
                                        std::optional<Tensor> segments, int64_t num_segments, double delta);
 
@@ -31,9 +31,9 @@ auto insert_tables(const Outputs& outputs, const Tensor& negatives, const Tensor
 template <class Finalize, class... Options>
 auto ranking_forward(const Finalize& finalize, const Tensors& logits, const Tensors& targets, const Tensors& quality,
                      const std::optional<Tensor>& segments, int64_t num_segments, std::optional<int64_t> max_positives,
-                     bool background_first, double delta, double gradient_scale, Options... options) {
+                     bool maps, bool background_first, double delta, double gradient_scale, Options... options) {
   const auto [positives, negatives, counts] =
-      ranking_collect(logits, targets, quality, segments, num_segments, max_positives, background_first);
+      ranking_collect(logits, targets, quality, segments, num_segments, max_positives, maps, background_first);
   const auto [ranked, bins] = ranking_bin(logits, negatives, positives, counts, segments, num_segments, delta);
   const auto outputs =
       finalize(logits, negatives, ranked, counts, bins, segments, num_segments, delta, gradient_scale, options...);

@@ -13,6 +13,7 @@
 #pragma once
 
 #include "common/cuda_launch.h"
+#include "ranking/ranking.h"
 
 namespace rsloss {
 
@@ -29,13 +30,13 @@ struct SegmentMap {
 struct CollectLevel {
   const void* logits;  // [elements]
   Type logits_type;
-  const void* targets;  // dense: floating [elements]; class indices: int32/int64 [elements / classes]
+  const void* targets;  // dense: floating [elements]; class indices: int32/int64 [elements / shape.classes]
   Type targets_type;
-  const void* quality;  // floating [elements / classes], or null
+  const void* quality;  // floating [elements / shape.classes], or null
   Type quality_type;
   uint64_t* negatives;  // [ceil(elements / 64)], out
   int64_t elements;
-  int64_t classes;      // read with class indices only
+  IndexShape shape;     // read with class indices only
   int64_t first_index;  // flat index of element 0 over the concatenation
   SegmentMap segments;
 };

@@ -25,6 +25,13 @@ class Level(NamedTuple):
     sizes: dict[str, int]  # of B, S, A and C; empty for rows
     rows: tuple[int, ...]  # the shape of its labels for the operators
 
+    @property
+    def counted(self) -> tuple[tuple[int, ...], int]:
+        """What stands before the dimension along which levels are put together as rows, and the rows of this one in it."""
+        if self.order:
+            return (self.sizes["B"],), self.sizes["S"] * self.sizes["A"]
+        return self.rows[:-1], self.rows[-1] if self.rows else 1
+
 
 class Levels(NamedTuple):
     """The logits of a call."""
@@ -33,11 +40,16 @@ class Levels(NamedTuple):
     levels: list[Level]
     num_classes: int
     is_list: bool
+    layout: str
     maps: bool
 
     @property
     def logits(self) -> list[Tensor]:
         return [level.logits for level in self.levels]
+
+    @property
+    def given(self) -> list[Tensor]:
+        return [level.given for level in self.levels]
 
     @property
     def numel(self) -> int:
@@ -46,6 +58,15 @@ class Levels(NamedTuple):
     @property
     def num_rows(self) -> int:
         return sum(math.prod(level.rows) for level in self.levels)
+
+    @property
+    def row_shape(self) -> tuple[int, ...] | None:
+        """Of one tensor with one number for each row of all levels; None if they have no such shape."""
+        if len(self.levels) == 1 and not self.levels[0].order:
+            return self.levels[0].rows
+        counted = [level.counted for level in self.levels]
+        before = counted[0][0]
+        return (*before, sum(rows for _, rows in counted)) if all(other == before for other, _ in counted) else None
 
     @property
     def first(self) -> Tensor:
@@ -82,9 +103,9 @@ def read_levels(
     wanted = _read_num_classes(function, given[0], layout, num_classes, of_table)
     if layout == "rows":
         levels = [_read_rows(function, level, wanted) for level in given]
-        return Levels(function, levels, wanted, is_list, False)
+        return Levels(function, levels, wanted, is_list, layout, False)
     levels = _read_maps(function, given, layout, wanted)
-    return Levels(function, levels, wanted, is_list, levels[0].order != "BSAC")
+    return Levels(function, levels, wanted, is_list, layout, levels[0].order != "BSAC")
 
 
 def _as_list(function: str, name: str, value: object) -> list[Tensor]:
@@ -103,15 +124,20 @@ def _describe(value: object) -> str:
 
 
 def _read_num_classes(function: str, first: Tensor, layout: str, num_classes: int | None, of_table: int | None) -> int:
+    check_num_classes(function, num_classes)
     if num_classes is None:
         num_classes = of_table
-    elif isinstance(num_classes, bool) or not isinstance(num_classes, int):
-        raise TypeError(f"{function}: num_classes must be an int, got {type(num_classes).__name__}")
     if num_classes is None:
         num_classes = first.shape[-1 if layout == "rows" else 1]
     if num_classes < 1:
         raise ValueError(f"{function}: num_classes must be at least 1, got {num_classes}")
     return num_classes
+
+
+def check_num_classes(function: str, num_classes: object) -> None:
+    """What can be said without logits."""
+    if num_classes is not None and not _checks.is_int(num_classes):
+        raise TypeError(f"{function}: num_classes must be an int, got {type(num_classes).__name__}")
 
 
 def _check_channels(function: str, found: int, num_classes: int, is_right: bool) -> None:
@@ -131,27 +157,31 @@ def _read_rows(function: str, level: Tensor, num_classes: int) -> Level:
 def _read_maps(function: str, given: list[Tensor], layout: str, num_classes: int) -> list[Level]:
     for level in given:
         _check_channels(function, level.shape[1], num_classes, level.shape[1] % num_classes == 0)
-    in_head = "BACS" if layout == "anchor_major" else "BCAS"
+    # With one anchor both layouts are the same.
+    in_head = "BACS" if layout == "anchor_major" or all(level.shape[1] == num_classes for level in given) else "BCAS"
     # In channels-last memory as it lies, if all levels are: the operators take one layout.
     is_last = all(level.movedim(1, -1).is_contiguous() for level in given) and not all(level.is_contiguous() for level in given)
-    order = in_head if not is_last else "BSAC" if layout == "anchor_major" or given[0].shape[1] == num_classes else "BSCA"
+    order = in_head if not is_last else "BSAC" if in_head == "BACS" else "BSCA"
     levels = []
     for level in given:
         sizes = {"B": level.shape[0], "S": math.prod(level.shape[2:]), "A": level.shape[1] // num_classes, "C": num_classes}
-        named = level.reshape([sizes[name] for name in in_head])
-        ordered = _permute(named, in_head, order).contiguous()
-        rows, elements = _operator_shapes(order, sizes)
-        levels.append(Level(level, ordered.view(elements), order, sizes, rows))
+        rows, elements = _operator_shapes(order, sizes, level)
+        if order == "BACS":
+            ordered = _checks.contiguous(level)
+        else:
+            named = level.reshape([sizes[name] for name in in_head])
+            ordered = _permute(named, in_head, order).contiguous().view(elements)
+        levels.append(Level(level, ordered, order, sizes, rows))
     return levels
 
 
-def _operator_shapes(order: str, sizes: dict[str, int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _operator_shapes(order: str, sizes: dict[str, int], level: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Of what each row has one of, and of what each element has one of."""
     batch, places, anchors, classes = (sizes[name] for name in "BSAC")
     if order == "BSAC":
         return (batch, places, anchors), (batch, places, anchors, classes)
     if order == "BACS":
-        return (batch, anchors, places), (batch, anchors * classes, places)
+        return (batch, anchors, *level.shape[2:]), tuple(level.shape)
     if order == "BCAS":
         return (batch, 1, anchors * places), (batch, classes, anchors * places)
     return (batch * places, 1, anchors), (batch * places, classes, anchors)
@@ -171,6 +201,39 @@ def _restore(level: Level, output: Tensor) -> Tensor:
     # Channels-last, as the logits.
     batch, channels, *spatial = level.given.shape
     return named.permute(0, 3, 1, 2).reshape(batch, *spatial, channels).movedim(-1, 1)
+
+
+def index_in_rows(levels: Levels, index: Tensor) -> Tensor:
+    """Flat indices over the operators' levels -> over the logits put together as rows, `[..., K, C]`: levels along K.
+
+    Indices outside come out as any numbers. int64; nothing is read on the host.
+    """
+    if levels.row_shape is None:
+        raise ValueError(
+            f"{levels.function}: levels of logits must have one shape but for their last two dimensions to be put together, got "
+            f"{' and '.join(str(list(level.given.shape)) for level in levels.levels)}"
+        )
+    columns, start, row = [], 0, 0
+    for level in levels.levels:
+        rows, anchors = level.counted[1], max(level.sizes.get("A", 1), 1)
+        columns.append((start, row, anchors, max(rows // anchors, 1)))
+        start, row = start + level.given.numel(), row + rows
+    table = _table(list(zip(*columns, strict=True)), index)
+    start, first_row, anchors, places = table[:, torch.bucketize(index, table[0, 1:], right=True)]
+    # The first letter takes what is left.
+    sizes = {"S": places, "A": anchors, "C": max(levels.num_classes, 1)}
+    coordinates, rest, order = {}, index - start, levels.levels[0].order or "BSAC"
+    for letter in order[:0:-1]:
+        coordinates[letter], rest = rest % sizes[letter], rest // sizes[letter]
+    in_image = first_row + coordinates["S"] * anchors + coordinates["A"]
+    return (rest * row + in_image) * sizes["C"] + coordinates["C"]
+
+
+def _table(numbers: list[tuple[int, ...]], like: Tensor) -> Tensor:
+    """int64, on the device of `like`. A copy from the host would wait for a GPU."""
+    if like.is_cuda or torch.compiler.is_compiling():
+        return torch.stack([torch.stack([like.new_full((), number, dtype=torch.int64) for number in row]) for row in numbers])
+    return torch.tensor(numbers, dtype=torch.int64, device=like.device)
 
 
 def read_values(
@@ -204,21 +267,14 @@ def read_values(
 
 
 def _split(levels: Levels, name: str, value: Tensor, per_row: bool, per_element: bool) -> Sequence[Tensor]:
-    # Rows of a level are counted by its last dimension but C, or by S * A; what stands before that dimension is the same everywhere.
-    def rows_of(level: Level) -> tuple[tuple[int, ...], int]:
-        if level.order:
-            return (level.sizes["B"],), level.sizes["S"] * level.sizes["A"]
-        return level.rows[:-1], level.rows[-1] if level.rows else 1
-
-    counted = [rows_of(level) for level in levels.levels]
-    before, total = counted[0][0], sum(count for _, count in counted)
-    shapes = [(*before, total)] * per_row + [(*before, total, levels.num_classes)] * per_element
-    if tuple(value.shape) not in shapes or any(other != before for other, _ in counted):
-        wanted = " or ".join(str(list(shape)) for shape in shapes)
+    of_rows = levels.row_shape
+    shapes = [] if of_rows is None else [of_rows] * per_row + [(*of_rows, levels.num_classes)] * per_element
+    if tuple(value.shape) not in shapes:
+        wanted = "".join(f" or have shape {list(shape)}" for shape in shapes)
         raise ValueError(
-            f"{levels.function}: {name} must be a list with one per level of logits, or have shape {wanted}, got {list(value.shape)}"
+            f"{levels.function}: {name} must be a list with one per level of logits{wanted}, got {list(value.shape)}"
         )
-    return value.split([count for _, count in counted], len(before))
+    return value.split([level.counted[1] for level in levels.levels], len(of_rows) - 1)
 
 
 def _read_value(levels: Levels, name: str, level: Level, value: Tensor, per_row: bool, per_element: bool) -> tuple[Tensor, bool]:
@@ -233,7 +289,7 @@ def _read_value(levels: Levels, name: str, level: Level, value: Tensor, per_row:
         batch, places, anchors, classes = (level.sizes[letter] for letter in "BSAC")
         spatial = tuple(level.given.shape[2:])
         of_rows = [(batch, places * anchors), (batch, *spatial, anchors)] + [(batch, *spatial)] * (anchors == 1)
-        rows, elements = _operator_shapes(level.order, level.sizes)
+        rows, elements = _operator_shapes(level.order, level.sizes, level.given)
         if per_row and shape in of_rows:
             ordered = _permute(value.reshape(batch, places, anchors), "BSA", level.order.replace("C", ""))
             return ordered.contiguous().view(rows), True

@@ -22,10 +22,10 @@ def plant(fault: str) -> None:
     getattr(library, fault)(ctypes.c_void_p(out.data_ptr()), out.numel(), ctypes.create_string_buffer(256))
 
 
-def pipeline(logits, targets, quality, capacity, background_first, delta, segments=None, num_segments=1) -> None:
+def pipeline(logits, targets, quality, capacity, background_first, delta, segments=None, num_segments=1, maps=False) -> None:
     ops = torch.ops.rsloss_kernels
     positives, negatives, counts = ops.ranking_collect.cuda(
-        logits, targets, quality, segments, num_segments, capacity, background_first
+        logits, targets, quality, segments, num_segments, capacity, maps, background_first
     )
     # One record of another process; its index is never an address.
     if capacity > 0:
@@ -207,6 +207,11 @@ def main() -> None:
         by_column = torch.tensor([[1, -7, 3]], dtype=torch.int32)
         pipeline(boxes, labels, quality, capacity, True, delta, by_column, 4)
         pipeline(boxes, labels, quality, capacity, True, delta, None, 3)
+        shapes = [(2, 6, 7, 9), (1, 3, 0), (1, 3, 1), (1, 3, 65), (3, 3, 31)]
+        maps = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+        of_maps = [torch.randint(-2, 6, (shape[0], shape[1] // 3, *shape[2:]), generator=generator) for shape in shapes]
+        quality = [torch.rand(label.shape, generator=generator) for label in of_maps]
+        pipeline(maps, of_maps, quality, capacity, dtype == half, delta, maps=True)
     print("clean")
 
 

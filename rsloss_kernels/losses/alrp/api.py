@@ -1,5 +1,6 @@
 """aLRP loss: the public functions and the module."""
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -8,8 +9,10 @@ from torch.nn.functional import pad
 
 from rsloss_kernels import _checks, distributed
 from rsloss_kernels._state import weighted
+from rsloss_kernels.losses.levels import Levels, index_in_rows
 from rsloss_kernels.losses.ranking import api as ranking
 from rsloss_kernels.losses.ranking.arguments import read_arguments
+from rsloss_kernels.losses.ranking.op import count_elements
 
 
 class ALRPLosses(NamedTuple):
@@ -21,8 +24,8 @@ class ALRPLosses(NamedTuple):
 
 
 def alrp_loss(
-    logits: Tensor,
-    targets: Tensor,
+    logits: Tensor | Sequence[Tensor],
+    targets: Tensor | Sequence[Tensor],
     regression_losses: Tensor,
     *,
     delta: float = 1.0,
@@ -30,6 +33,8 @@ def alrp_loss(
     max_positives: int | None = None,
     process_group: object | None = None,
     average_gradients: bool = True,
+    layout: str = "rows",
+    num_classes: int | None = None,
 ) -> ALRPLosses:
     """Classification part of aLRP loss; its gradient ranks positives with a good box higher.
 
@@ -39,6 +44,7 @@ def alrp_loss(
 
     Args:
         logits: any shape, class logits; float16, bfloat16, float32 or float64. For class indices the last dimension is the C classes.
+            Or levels of a head, see `layout`.
         targets: dense or class indices, as in `average_precision_loss`: dense values above 0 are positives, whatever the value.
         regression_losses: finite losses of the boxes in any floating dtype, detached. `[P]`: of the P positives in flat order. Or, with
             class indices, the shape of `targets`: of every row; those of rows without a positive are ignored and may hold anything.
@@ -48,6 +54,9 @@ def alrp_loss(
         background: "last" (classes 0..C-1, background C) or "first" (background 0, classes 1..C).
         max_positives: as in `rank_sort_loss`, but the default for `[P]` is P.
         process_group, average_gradients: as in `rank_sort_loss`; the ranks are those among all processes.
+        layout, num_classes: for a head's output as it is, as in `rank_sort_loss`. `regression_losses` is one tensor, over all levels: `[P]`
+            in the flat order of the levels put together as rows, [B, K, C] (image, level, place, anchor, class); or the shape in which
+            one tensor would hold the class indices, [B, K].
 
     Returns:
         `(classification, rank, order)`. `classification` is 0-d, float64 for float64 logits, else float32; without positives an exact
@@ -65,48 +74,47 @@ def alrp_loss(
         RuntimeError: as `rank_sort_loss`; another number of regression losses than of positives, see there.
     """
     function = "alrp_loss"
-    _checks.check_logits(function, logits)
-    _checks.check_tensor(function, "targets", targets)
     _checks.check_tensor(function, "regression_losses", regression_losses)
     _checks.check_floating(function, "regression_losses", regression_losses)
     _checks.check_strided(function, "regression_losses", regression_losses)
-    _checks.check_device(function, "regression_losses", regression_losses, logits)
-    is_per_row = _checks.is_index_form(targets, logits) and regression_losses.shape == targets.shape
-    if not is_per_row and regression_losses.dim() != 1:
-        raise ValueError(
-            f"{function}: regression_losses must have one dimension (a value per positive), or the shape of class indices, got "
-            f"{list(regression_losses.shape)} for targets {list(targets.shape)}"
-        )
-    regression_losses = regression_losses.detach()
     request = read_arguments(
         function,
         "alrp_finalize",
         logits,
         targets,
-        regression_losses if is_per_row else None,
         delta=delta,
         background=background,
         max_positives=max_positives,
         process_group=process_group,
         average_gradients=average_gradients,
-        default_capacity=None if is_per_row else regression_losses.numel(),
-        is_unit_quality=False,
+        layout=layout,
+        num_classes=num_classes,
+        regression_losses=regression_losses,
     )
+    regression_losses, levels = regression_losses.detach(), request.levels
+    is_per_row = bool(request.quality)
     # Without a capacity the tables have been made to measure: the number of positives is on the host, and there is no padding.
     is_to_measure = request.capacity is None
     if is_per_row:
         edit_records = None
     elif is_to_measure:
-        edit_records = functools.partial(_take_regression_losses, regression_losses)
+        edit_records = functools.partial(_take_regression_losses, regression_losses, levels)
     else:
-        edit_records = functools.partial(_put_regression_losses, regression_losses, _checks.debug_checks())
+        edit_records = functools.partial(_put_regression_losses, regression_losses, levels, _checks.debug_checks())
     state = ranking.rank_positives(request, edit_records)
     classification, rank = ranking.finish("alrp", state)
     if request.group is not None:
         rank = _strictly_falling(rank, state.ranked[0])
-    slot = _row_of(state, logits.shape[-1]) if is_per_row else _place_of(state, is_to_measure)
+    if is_per_row:
+        slot = _in_rows(levels, _index(state.ranked).long()) // max(request.logits[0].shape[-1] if levels is None else levels.num_classes, 1)
+    else:
+        slot = _place_of(state, levels, is_to_measure)
     size = regression_losses.numel()
-    rank, order = _all_in_input_order(rank, slot, size) if is_to_measure else _in_input_order(state, rank, slot, size)
+    if is_to_measure:
+        slot = slot if levels is None else _ascending_in_ties(state.ranked, slot, size)
+        rank, order = _all_in_input_order(rank, slot, size)
+    else:
+        rank, order = _in_input_order(state, levels, rank, slot, size)
     return ALRPLosses(classification, rank.view(regression_losses.shape), order.view(regression_losses.shape))
 
 
@@ -115,16 +123,23 @@ def _check_count(losses: Tensor, positives: int) -> None:
         raise RuntimeError(f"alrp_loss: regression_losses must have one value per positive, {positives}, got {losses.numel()}")
 
 
-def _take_regression_losses(losses: Tensor, positives: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+def _take_regression_losses(
+    losses: Tensor, levels: Levels | None, positives: Tensor, counts: Tensor
+) -> tuple[Tensor, Tensor]:
     """`_put_regression_losses` for records without padding, in place: every operation on a few values delays a small loss."""
     _check_count(losses, positives.shape[1])
-    logit, quality, *_ = positives.unbind()
-    quality.copy_(losses)
+    logit, quality, _, index = positives.unbind()
+    if levels is None:
+        quality.copy_(losses)
+    else:
+        quality.scatter_(0, _in_rows(levels, index.long()).argsort(), losses.double())
     logit += quality - quality  # 0, or NaN where a regression loss is not finite
     return positives, counts
 
 
-def _put_regression_losses(losses: Tensor, is_checked: bool, positives: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+def _put_regression_losses(
+    losses: Tensor, levels: Levels | None, is_checked: bool, positives: Tensor, counts: Tensor
+) -> tuple[Tensor, Tensor]:
     """Records whose quality is the regression loss; an overflow if there are not as many of these as positives.
 
     is_checked: raise instead, for which the host reads `counts`.
@@ -134,6 +149,8 @@ def _put_regression_losses(losses: Tensor, is_checked: bool, positives: Tensor, 
     capacity = positives.shape[1]
     logit, _, segment, index = positives.unbind()
     losses_of_slots = pad(losses.double(), (0, capacity - losses.numel()))
+    if levels is not None:
+        losses_of_slots = losses_of_slots.scatter(0, _keys(index, levels).argsort(stable=True), losses_of_slots)
     logit = torch.where(losses_of_slots.isfinite(), logit, torch.nan)
     losses_of_slots = torch.where(index >= 0, losses_of_slots, 0.0)
     found, *rest = counts.unbind()
@@ -160,16 +177,34 @@ def _index(records: Tensor) -> Tensor:
     return records.select(0, 3)
 
 
-def _row_of(state: ranking.Ranked, num_classes: int) -> Tensor:
-    return _index(state.ranked).long() // max(num_classes, 1)
+def _in_rows(levels: Levels | None, index: Tensor) -> Tensor:
+    """int64 indices in the logits put together as rows."""
+    return index if levels is None else index_in_rows(levels, index)
 
 
-def _place_of(state: ranking.Ranked, is_to_measure: bool) -> Tensor:
-    """Place of every ranked record among the positives of this process, which stand in flat order before the padding."""
-    index = _index(state.positives)
-    if not is_to_measure:
-        index = torch.where(index >= 0, index, torch.inf)
-    return torch.searchsorted(index, _index(state.ranked).contiguous())
+def _keys(index: Tensor, levels: Levels | None) -> Tensor:
+    """Of flat indices of `positives`: what ascends in the order in which the caller counts positives; padding comes last."""
+    return torch.where(index >= 0, index if levels is None else index_in_rows(levels, index.long()).double(), torch.inf)
+
+
+def _place_of(state: ranking.Ranked, levels: Levels | None, is_to_measure: bool) -> Tensor:
+    """Place of every ranked record among the positives of this process, as the caller counts them."""
+    keys, ranked = _index(state.positives), _index(state.ranked)
+    if levels is not None or not is_to_measure:
+        keys = _keys(keys, levels)
+    if levels is not None:
+        keys, ranked = keys.sort().values, _in_rows(levels, ranked.long()).double()
+    return torch.searchsorted(keys, ranked.contiguous())
+
+
+def _ascending_in_ties(ranked: Tensor, slot: Tensor, size: int) -> Tensor:
+    """Slots up to `size` of `ranked`, ascending among records of equal logit and regression loss: these are ranked by the place of the
+    logit in memory, which on maps is not the order of the caller, and nothing else tells them apart.
+    """
+    keys = ranked[:2]
+    is_equal = (keys[:, 1:] == keys[:, :-1]) | (keys[:, 1:].isnan() & keys[:, :-1].isnan())
+    first = pad((~is_equal.all(0)).long().cumsum(0), (1, 0)) * (size + 1)
+    return (first + slot).sort().values - first
 
 
 def _all_in_input_order(rank: Tensor, slot: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -180,11 +215,15 @@ def _all_in_input_order(rank: Tensor, slot: Tensor, size: int) -> tuple[Tensor, 
     return rank.new_zeros(size).scatter_(0, slot, rank), torch.cat([is_free.nonzero().flatten(), slot])
 
 
-def _in_input_order(state: ranking.Ranked, rank: Tensor, slot: Tensor, size: int) -> tuple[Tensor, Tensor]:
+def _in_input_order(
+    state: ranking.Ranked, levels: Levels | None, rank: Tensor, slot: Tensor, size: int
+) -> tuple[Tensor, Tensor]:
     """Ranks by input slot, 0 where there is none, and the slots in ascending order of the ranked, those that have none first."""
     index = _index(state.ranked)
-    is_own = (index >= 0) & (index < state.logits[0].numel())
+    is_own = (index >= 0) & (index < count_elements(state.logits))
     slot = torch.where(is_own, slot, size).clamp(max=size)
+    if levels is not None:
+        slot = _ascending_in_ties(state.ranked, slot, size)
     by_slot = rank.new_zeros(size + 1).scatter(0, slot, rank).narrow(0, 0, size)
     by_slot = torch.where(state.counts.select(0, 0) > state.ranked.shape[1], torch.nan, by_slot)
     place = torch.arange(slot.shape[0], device=slot.device)
@@ -279,6 +318,8 @@ class ALRPLoss(ranking.RankingLoss):
         max_positives: int | None = None,
         process_group: object | None = None,
         average_gradients: bool = True,
+        layout: str = "rows",
+        num_classes: int | None = None,
         loss_weight: float = 1.0,
     ):
         super().__init__(
@@ -288,9 +329,13 @@ class ALRPLoss(ranking.RankingLoss):
             max_positives=max_positives,
             process_group=process_group,
             average_gradients=average_gradients,
+            layout=layout,
+            num_classes=num_classes,
         )
 
-    def forward(self, logits: Tensor, targets: Tensor, regression_losses: Tensor) -> ALRPLosses:
+    def forward(
+        self, logits: Tensor | Sequence[Tensor], targets: Tensor | Sequence[Tensor], regression_losses: Tensor
+    ) -> ALRPLosses:
         """`alrp_loss` of a batch, with its arguments; `classification` is multiplied by `loss_weight`."""
         classification, rank, order = alrp_loss(logits, targets, regression_losses, **self.options())
         return ALRPLosses(weighted(classification, self.loss_weight), rank, order)

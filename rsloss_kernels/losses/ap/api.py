@@ -1,4 +1,6 @@
 """AP loss: the public function and module."""
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from rsloss_kernels._state import weighted
@@ -7,17 +9,19 @@ from rsloss_kernels.losses.ranking.arguments import read_arguments
 
 
 def average_precision_loss(
-    logits: Tensor,
-    targets: Tensor,
+    logits: Tensor | Sequence[Tensor],
+    targets: Tensor | Sequence[Tensor],
     *,
     delta: float = 1.0,
     interpolated: bool = True,
     background: str = "last",
-    segments: Tensor | int | str | None = None,
+    segments: Tensor | Sequence[Tensor] | int | str | None = None,
     num_segments: int | None = None,
     max_positives: int | None = None,
     process_group: object | None = None,
     average_gradients: bool = True,
+    layout: str = "rows",
+    num_classes: int | None = None,
 ) -> Tensor:
     """AP loss over all elements: one minus the mean precision at the positives.
 
@@ -27,6 +31,7 @@ def average_precision_loss(
 
     Args:
         logits: any shape, class logits; float16, bfloat16, float32 or float64. For class indices the last dimension is the C classes.
+            Or levels of a head, see `layout`.
         targets: either dense, with the shape of `logits`: above 0 a positive (whatever the value; the authors' code ignores what lies
             between 0 and 1), 0 a negative, below 0 ignored (integers of that shape too: class indices of a head of one class need
             logits [A, 1]); or class indices, an integral dtype with the shape of `logits` less its last dimension: 0..C-1 foreground
@@ -35,6 +40,7 @@ def average_precision_loss(
         interpolated: every positive takes the best precision at its own or a lower score, as the authors do; False: its own.
         background: "last" (classes 0..C-1, background C) or "first" (background 0, classes 1..C).
         segments, num_segments, max_positives, process_group, average_gradients: as in `rank_sort_loss`.
+        layout, num_classes: for a head's output as it is, as in `rank_sort_loss`.
 
     Returns:
         0-d, within [0, 1], float64 for float64 logits, else float32. Without positives an exact zero, connected to the graph.
@@ -56,6 +62,8 @@ def average_precision_loss(
         max_positives=max_positives,
         process_group=process_group,
         average_gradients=average_gradients,
+        layout=layout,
+        num_classes=num_classes,
     )
     return ranking.evaluate("average_precision", request, interpolated=interpolated)[0]
 
@@ -81,6 +89,8 @@ class APLoss(ranking.RankingLoss):
         max_positives: int | None = None,
         process_group: object | None = None,
         average_gradients: bool = True,
+        layout: str = "rows",
+        num_classes: int | None = None,
         loss_weight: float = 1.0,
     ):
         super().__init__(
@@ -93,10 +103,17 @@ class APLoss(ranking.RankingLoss):
             max_positives=max_positives,
             process_group=process_group,
             average_gradients=average_gradients,
+            layout=layout,
+            num_classes=num_classes,
         )
 
     def forward(
-        self, logits: Tensor, targets: Tensor, *, segments: Tensor | None = None, num_segments: int | None = None
+        self,
+        logits: Tensor | Sequence[Tensor],
+        targets: Tensor | Sequence[Tensor],
+        *,
+        segments: Tensor | Sequence[Tensor] | None = None,
+        num_segments: int | None = None,
     ) -> Tensor:
         """`average_precision_loss` of a batch times `loss_weight`.
 

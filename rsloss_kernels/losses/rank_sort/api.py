@@ -1,4 +1,5 @@
 """Rank & Sort loss: the public function and module."""
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -16,18 +17,20 @@ class RankSortLosses(NamedTuple):
 
 
 def rank_sort_loss(
-    logits: Tensor,
-    targets: Tensor,
-    quality: Tensor | None = None,
+    logits: Tensor | Sequence[Tensor],
+    targets: Tensor | Sequence[Tensor],
+    quality: Tensor | Sequence[Tensor] | None = None,
     *,
     delta: float = 0.5,
     background: str = "last",
-    segments: Tensor | int | str | None = None,
+    segments: Tensor | Sequence[Tensor] | int | str | None = None,
     num_segments: int | None = None,
     max_positives: int | None = None,
     process_group: object | None = None,
     average_gradients: bool = True,
     upstream_parity: bool = False,
+    layout: str = "rows",
+    num_classes: int | None = None,
 ) -> RankSortLosses:
     """Rank & Sort loss over all elements: positives above negatives, and positives in the order of their quality.
 
@@ -36,6 +39,7 @@ def rank_sort_loss(
 
     Args:
         logits: any shape, class logits; float16, bfloat16, float32 or float64. For class indices the last dimension is the C classes.
+            Or levels of a head, see `layout`.
         targets: either dense, with the shape of `logits`: above 0 a positive with that quality (IoU), 0 a negative, below 0 ignored
             (integers of that shape too: class indices of a head of one class need logits [A, 1]);
             or class indices, an integral dtype with the shape of `logits` less its last dimension: 0..C-1 foreground and C
@@ -63,6 +67,14 @@ def rank_sort_loss(
             tensors the first call with a group compares capacities on the host: make one before capturing a graph.
         average_gradients: with a process group, multiply gradients by the group's size for reducers that average.
         upstream_parity: as the authors' code, multiply the whole gradient by the upstream gradient of `ranking`.
+        layout, num_classes: for a head's output as it is, without permuting or concatenating it. `logits` may be a list of levels,
+            ranked together, with one dtype and C classes each: [..., C] in the layout "rows", else maps [B, A * C, *spatial] of A anchors,
+            "anchor_major" (channel = anchor * C + class) or "class_major" (class * A + anchor), in channels-last memory too. `num_classes`
+            is C; None: the last dimension of rows; the channels of maps, which have one anchor then. Class indices and qualities of a
+            level of maps have shape [B, S * A] with its S places, or [B, *spatial, A] (one anchor: [B, *spatial]); dense targets that of the
+            logits, or of labels and C. All are lists with one per level, or one tensor in which the levels follow one another ([B, K] or
+            [B, K, C]). Segments of maps: None, or n equal chunks of the images of all levels. Losses and gradients are bitwise those of
+            the levels put together as rows, [B, K, C].
 
     Returns:
         `(ranking, sorting)`, 0-d, float64 for float64 logits, else float32. Each has its own gradient. Without positives both are
@@ -91,6 +103,8 @@ def rank_sort_loss(
         max_positives=max_positives,
         process_group=process_group,
         average_gradients=average_gradients,
+        layout=layout,
+        num_classes=num_classes,
     )
     return RankSortLosses(*ranking.evaluate("rank_sort", request, upstream_parity=upstream_parity))
 
@@ -116,6 +130,8 @@ class RankSortLoss(ranking.RankingLoss):
         process_group: object | None = None,
         average_gradients: bool = True,
         upstream_parity: bool = False,
+        layout: str = "rows",
+        num_classes: int | None = None,
         loss_weight: float = 1.0,
     ):
         super().__init__(
@@ -128,15 +144,17 @@ class RankSortLoss(ranking.RankingLoss):
             process_group=process_group,
             average_gradients=average_gradients,
             upstream_parity=upstream_parity,
+            layout=layout,
+            num_classes=num_classes,
         )
 
     def forward(
         self,
-        logits: Tensor,
-        targets: Tensor,
-        quality: Tensor | None = None,
+        logits: Tensor | Sequence[Tensor],
+        targets: Tensor | Sequence[Tensor],
+        quality: Tensor | Sequence[Tensor] | None = None,
         *,
-        segments: Tensor | None = None,
+        segments: Tensor | Sequence[Tensor] | None = None,
         num_segments: int | None = None,
     ) -> RankSortLosses:
         """`rank_sort_loss` of a batch; both losses are multiplied by `loss_weight`.

@@ -5,8 +5,11 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from rsloss_kernels import _library, distributed
-from rsloss_kernels.losses.ranking.arguments import Request, check_options, check_segments
+from rsloss_kernels import _checks, _library, distributed
+from rsloss_kernels.losses.levels import LAYOUTS, check_num_classes
+from rsloss_kernels.losses.ranking.arguments import Request, check_options
+from rsloss_kernels.losses.ranking.op import count_elements
+from rsloss_kernels.losses.ranking.segments import check_segments, is_ids
 
 
 class Ranked(NamedTuple):
@@ -32,12 +35,13 @@ def evaluate(loss: str, request: Request, **options: object) -> tuple[Tensor, ..
     return _library.differentiable(
         f"{loss}_forward",
         request.backend,
-        [request.logits],
-        [request.targets],
+        request.logits,
+        request.targets,
         request.quality,
         request.segments,
         request.num_segments,
         request.capacity,
+        request.maps,
         request.is_background_first,
         request.delta,
         1.0,
@@ -56,11 +60,11 @@ def rank_positives(
         edit_records: gets `positives` and `counts` as collected, returns what to go on with.
         options: the loss's own, numbers, which all processes of a group must share.
     """
-    function, level, targets, quality, ids, num_segments, capacity, is_background_first, delta, group, _, backend = request
+    ids, num_segments, delta, group, backend = request.segments, request.num_segments, request.delta, request.group, request.backend
     # Nothing below needs a gradient but the logits, which the last operator gets attached.
-    data = [level.detach()] if level.requires_grad else [level]
+    data = [level.detach() if level.requires_grad else level for level in request.logits]
     positives, negatives, counts = _library.operator("ranking_collect", backend)(
-        data, [targets], quality, ids, num_segments, capacity, is_background_first
+        data, request.targets, request.quality, ids, num_segments, request.capacity, request.maps, request.is_background_first
     )
     if edit_records is not None:
         positives, counts = edit_records(positives, counts)
@@ -71,13 +75,13 @@ def rank_positives(
     else:
         settings = {"delta": delta, "num_segments": num_segments, "average_gradients": request.average_gradients}
         settings |= options or {}
-        batch = distributed.gather_positives(function, data, positives, counts, group, settings)
+        batch = distributed.gather_positives(request.function, data, positives, counts, group, settings)
         counts = batch.counts
         ranked, bins = bin_negatives(data, negatives, batch.positives, counts, ids, num_segments, delta)
         bins = distributed.reduce_bins(bins, group)
-        ranked = distributed.to_local(ranked, batch, level.numel())
+        ranked = distributed.to_local(ranked, batch, count_elements(data))
         gradient_scale = float(batch.world_size) if request.average_gradients else 1.0
-    return Ranked([level], negatives, ranked, counts, bins, ids, num_segments, delta, gradient_scale, backend, positives)
+    return Ranked(request.logits, negatives, ranked, counts, bins, ids, num_segments, delta, gradient_scale, backend, positives)
 
 
 def finish(loss: str, state: Ranked, *options: object) -> tuple[Tensor, ...]:
@@ -105,7 +109,9 @@ class RankingLoss(distributed.HoldsGroup, nn.Module):
         super().__init__()
         function = type(self).__name__
         check_options(function, options["delta"], options["background"], options["max_positives"])
-        if isinstance(options.get("segments"), Tensor):
+        _checks.check_choice(function, "layout", options["layout"], LAYOUTS)
+        check_num_classes(function, options["num_classes"])
+        if is_ids(options.get("segments")):
             raise TypeError(f"{function}: segments must not be ids here, they belong to a batch: give them to forward")
         check_segments(function, options.get("segments"), options.get("num_segments"))
         distributed.resolve_group(function, options["process_group"])

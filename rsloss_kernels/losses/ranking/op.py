@@ -7,6 +7,7 @@ derivation, and the layout of every tensor that passes between the operators.
 """
 import functools
 import itertools
+import math
 from collections.abc import Callable
 
 import torch
@@ -21,7 +22,7 @@ COUNT_ENTRIES = 3
 
 COLLECT_SCHEMA = (
     "(Tensor[] logits, Tensor[] targets, Tensor[] quality, Tensor? segments, int num_segments, "
-    "SymInt? max_positives, bool background_first) -> (Tensor positives, Tensor negatives, Tensor counts)"
+    "SymInt? max_positives, bool maps, bool background_first) -> (Tensor positives, Tensor negatives, Tensor counts)"
 )
 BIN_SCHEMA = (
     "(Tensor[] logits, Tensor negatives, Tensor positives, Tensor counts, Tensor? segments, int num_segments, "
@@ -38,7 +39,18 @@ def mask_bytes(logits: list[Tensor]) -> int:
     return sum((level.numel() + 63) // 64 * 8 for level in logits)
 
 
-def _collect_fake(logits, targets, quality, segments, num_segments, max_positives, background_first):
+def count_elements(logits: list[Tensor]) -> int:
+    return sum(level.numel() for level in logits)
+
+
+def index_shape(logits: Tensor, labels: Tensor, maps: bool) -> tuple[int, int]:
+    """Classes and places of a level with class indices: it is [outer, classes, places], its labels are [outer, places]."""
+    if maps:
+        return logits.shape[1] // max(labels.shape[1], 1), max(math.prod(logits.shape[2:]), 1)
+    return logits.shape[-1], 1
+
+
+def _collect_fake(logits, targets, quality, segments, num_segments, max_positives, maps, background_first):
     capacity = torch.library.get_ctx().new_dynamic_size() if max_positives is None else max_positives
     first = logits[0]
     return (
@@ -129,7 +141,7 @@ def define_loss(stem: str, loss: str, options: str, losses: str, statistics: str
         return
 
     def forward_fake(logits, targets, quality, segments, num_segments, max_positives, *_):
-        positives, negatives, counts = _collect_fake(logits, targets, quality, segments, num_segments, max_positives, None)
+        positives, negatives, counts = _collect_fake(logits, targets, quality, segments, num_segments, max_positives, None, None)
         returned, tables = new_outputs(logits, positives.shape[1])
         return *returned, negatives, counts, *tables
 
@@ -143,7 +155,7 @@ def define_loss(stem: str, loss: str, options: str, losses: str, statistics: str
         stem,
         f"{loss}_forward",
         "(Tensor[] logits, Tensor[] targets, Tensor[] quality, Tensor? segments, int num_segments, SymInt? max_positives, "
-        f"bool background_first, float delta, float gradient_scale{options}) -> "
+        f"bool maps, bool background_first, float delta, float gradient_scale{options}) -> "
         f"({', '.join([*outputs, 'Tensor negatives', 'Tensor counts', 'Tensor gradients', 'Tensor lines'])})",
         forward_fake,
         save_for_forward,
@@ -159,11 +171,11 @@ def _compose_forward(loss: str, backend: str) -> Callable:
     names = "ranking_collect", "ranking_bin", f"{loss}_finalize"
 
     def forward(
-        logits, targets, quality, segments, num_segments, max_positives, background_first, delta, gradient_scale, *options
+        logits, targets, quality, segments, num_segments, max_positives, maps, background_first, delta, gradient_scale, *options
     ):
         collect, bin_negatives, finalize = [_library.operator(name, backend) for name in names]
         positives, negatives, counts = collect(
-            logits, targets, quality, segments, num_segments, max_positives, background_first
+            logits, targets, quality, segments, num_segments, max_positives, maps, background_first
         )
         ranked, bins = bin_negatives(logits, negatives, positives, counts, segments, num_segments, delta)
         *returned, gradients, lines = finalize(

@@ -70,7 +70,18 @@ def check_mask_and_counts(op: str, negatives: Tensor, counts: Tensor, logits: li
         _checks.check_shape(op, name, value, (size,), "shape")
 
 
-def ranking_collect(logits, targets, quality, segments, num_segments, max_positives, background_first) -> None:
+def check_map_labels(op: str, level: Tensor, labels: Tensor) -> None:
+    """[B, A, *spatial] for [B, A * C, *spatial]."""
+    is_map = level.dim() >= 2 and labels.dim() == level.dim()
+    rest = [dim for dim in range(level.dim()) if dim != 1]
+    if not is_map or any(labels.shape[dim] != level.shape[dim] for dim in rest) or level.shape[1] % max(labels.shape[1], 1):
+        raise ValueError(
+            f"{op}: targets must have shape [B, A, *spatial] for maps [B, A * C, *spatial] of logits, {list(level.shape)}, got "
+            f"{list(labels.shape)}"
+        )
+
+
+def ranking_collect(logits, targets, quality, segments, num_segments, max_positives, maps, background_first) -> None:
     op = "ranking_collect"
     check_levels(op, logits, segments, num_segments)
     check_matches_levels(op, "targets", targets, logits)
@@ -79,10 +90,13 @@ def ranking_collect(logits, targets, quality, segments, num_segments, max_positi
     for number, (level, target) in enumerate(zip(logits, targets, strict=True)):
         _checks.check_dtype(op, "targets", target, *_checks.LOGIT_TYPES, torch.int32, torch.int64)
         is_index_form = not target.is_floating_point()
-        if is_index_form and level.dim() == 0:
-            raise ValueError(f"{op}: logits must have a last dimension of classes for class indices, got shape []")
-        wanted = level.shape[:-1] if is_index_form else level.shape
-        _checks.check_shape(op, "targets", target, wanted, "the shape of logits (class indices: less the last dimension)")
+        if is_index_form and maps:
+            check_map_labels(op, level, target)
+        else:
+            if is_index_form and level.dim() == 0:
+                raise ValueError(f"{op}: logits must have a last dimension of classes for class indices, got shape []")
+            wanted = level.shape[:-1] if is_index_form else level.shape
+            _checks.check_shape(op, "targets", target, wanted, "the shape of logits (class indices: less the last dimension)")
         if quality:
             if not is_index_form:
                 raise ValueError(f"{op}: quality must be empty with dense targets, got {len(quality)} tensors")

@@ -10,12 +10,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from rsloss_kernels.losses.ranking.op import RECORD_ROWS
+from rsloss_kernels.losses.ranking.op import RECORD_ROWS, count_elements, index_shape
 
 CHUNK = 1 << 18
 
 
-def ranking_collect(logits, targets, quality, segments, num_segments, max_positives, background_first):
+def ranking_collect(logits, targets, quality, segments, num_segments, max_positives, maps, background_first):
     device = logits[0].device
     records, masks, offset = [], [], 0
     negative_count = torch.zeros((), dtype=torch.int64, device=device)
@@ -25,10 +25,11 @@ def ranking_collect(logits, targets, quality, segments, num_segments, max_positi
             index = is_positive.nonzero().squeeze(1)
             value = level_targets.flatten()[index].double()
         else:
-            index, is_negative = _read_labels(level_targets, level_logits.shape[-1], background_first)
+            classes, places = index_shape(level_logits, level_targets, maps)
+            row, index, is_negative = _read_labels(level_targets, classes, places, background_first)
             value = torch.ones(index.shape, dtype=torch.float64, device=device)
             if quality:
-                value = quality[level].flatten()[index // level_logits.shape[-1]].double()
+                value = quality[level].flatten()[row].double()
         logit = level_logits.flatten()[index].double()
         logit = logit.where(logit.isfinite() & value.isfinite(), torch.nan)
         segment = torch.zeros_like(index)
@@ -75,15 +76,17 @@ def _read_dense(targets: Tensor) -> tuple[Tensor, Tensor]:
     return (flat > 0) | flat.isnan(), flat == 0
 
 
-def _read_labels(labels: Tensor, num_classes: int, background_first: bool) -> tuple[Tensor, Tensor]:
-    """Flat indices of the positives, and which elements are negatives. A label above the classes is background."""
+def _read_labels(labels: Tensor, classes: int, places: int, background_first: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the positives the rows and the flat indices, which ascend; and which elements are negatives. Elements are [outer, classes,
+    places], labels [outer, places]. A label above the classes is background.
+    """
     flat = labels.flatten().long()
     column = flat - 1 if background_first else flat
-    rows = ((column >= 0) & (column < num_classes)).nonzero().squeeze(1)
-    index = rows * num_classes + column[rows]
-    is_negative = (flat >= 0).repeat_interleave(num_classes)
+    row = ((column >= 0) & (column < classes)).nonzero().squeeze(1)
+    index, order = ((row // places * classes + column[row]) * places + row % places).sort()
+    is_negative = (flat >= 0).view(-1, 1, places).repeat(1, classes, 1).flatten()
     is_negative[index] = False
-    return index, is_negative
+    return row[order], index, is_negative
 
 
 def _pack(bits: Tensor) -> Tensor:
@@ -106,10 +109,6 @@ def _chunks(logits: list[Tensor], negatives: Tensor) -> Iterator[tuple[Tensor, T
             bytes_from = first_byte + start // 8
             yield part, _unpack(negatives[bytes_from : bytes_from + (part.numel() + 7) // 8], part.numel()), level, start
         first_byte += (flat.numel() + 63) // 64 * 8
-
-
-def count_elements(logits: list[Tensor]) -> int:
-    return sum(level.numel() for level in logits)
 
 
 def arithmetic_type(dtype: torch.dtype) -> torch.dtype:

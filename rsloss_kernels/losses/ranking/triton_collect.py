@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from rsloss_kernels.losses.ranking.op import COUNT_ENTRIES, RECORD_ROWS, mask_bytes
+from rsloss_kernels.losses.ranking.op import COUNT_ENTRIES, RECORD_ROWS, index_shape, mask_bytes
 from rsloss_kernels.losses.ranking.triton_common import (
     PLAIN_INTEGERS,
     STREAM_WARPS,
@@ -25,10 +25,12 @@ def read_targets(
     lane,
     size,
     classes,
+    places,
     period,
     shift,
     num_segments,
     IS_DENSE: tl.constexpr,
+    IS_MAP: tl.constexpr,
     BACKGROUND_FIRST: tl.constexpr,
     FORM: tl.constexpr,
     DOUBLE: tl.constexpr,
@@ -40,6 +42,19 @@ def read_targets(
         row = start + lane
         is_positive = (target > 0) | (target != target)
         is_negative = target == 0
+    elif IS_MAP:
+        # [outer, classes, places]; only scalars are divided in 64 bits.
+        first_plane = start // places
+        outer = first_plane // classes
+        rest = tl.minimum((first_plane + 1) * places - start, 1 << 30).to(tl.int32)
+        beyond = lane - rest
+        passed = tl.where(beyond < 0, 0, 1 + tl.maximum(beyond, 0) // tl.minimum(places, 1 << 30).to(tl.int32))
+        plane = (first_plane - outer * classes).to(tl.int32) + passed
+        column = plane % classes
+        row = (start + lane - (first_plane + passed) * places) + (outer + plane // classes) * places
+        label = tl.load(targets_ptr + row, mask=inside, other=-1)
+        is_positive = label == column + (1 if BACKGROUND_FIRST else 0)
+        is_negative = (label >= 0) & (is_positive == 0)
     else:
         # Only the first row needs a 64-bit division.
         first_row = start // classes
@@ -64,12 +79,14 @@ def mask_kernel(
     block_counts_ptr,  # [2, entries]: positives, negatives of every block
     size,
     classes,
+    places,
     period,
     shift,
     num_segments,
     first_block,
     entries,
     IS_DENSE: tl.constexpr,
+    IS_MAP: tl.constexpr,
     BACKGROUND_FIRST: tl.constexpr,
     FORM: tl.constexpr,
     DOUBLE: tl.constexpr,
@@ -80,8 +97,8 @@ def mask_kernel(
     bit = tl.arange(0, 8)
     lane = byte[:, None] * 8 + bit[None, :]
     is_positive, is_negative, _, _ = read_targets(
-        *(targets_ptr, segments_ptr, start, lane, size, classes, period, shift, num_segments),
-        *(IS_DENSE, BACKGROUND_FIRST, FORM, DOUBLE),
+        *(targets_ptr, segments_ptr, start, lane, size, classes, places, period, shift, num_segments),
+        *(IS_DENSE, IS_MAP, BACKGROUND_FIRST, FORM, DOUBLE),
     )
     packed = tl.sum(tl.where(is_negative, 1 << bit[None, :], 0), 1)
     # The mask of a tensor is padded to 64 bits.
@@ -101,6 +118,7 @@ def record_kernel(
     positives_ptr,  # [4, capacity]
     size,
     classes,
+    places,
     period,
     shift,
     num_segments,
@@ -108,6 +126,7 @@ def record_kernel(
     offset,
     capacity,
     IS_DENSE: tl.constexpr,
+    IS_MAP: tl.constexpr,
     BACKGROUND_FIRST: tl.constexpr,
     FORM: tl.constexpr,
     DOUBLE: tl.constexpr,
@@ -119,8 +138,8 @@ def record_kernel(
         start = tl.program_id(0).to(tl.int64) * BLOCK
         lane = tl.arange(0, BLOCK)
         is_positive, _, row, segment = read_targets(
-            *(targets_ptr, segments_ptr, start, lane, size, classes, period, shift, num_segments),
-            *(IS_DENSE, BACKGROUND_FIRST, FORM, DOUBLE),
+            *(targets_ptr, segments_ptr, start, lane, size, classes, places, period, shift, num_segments),
+            *(IS_DENSE, IS_MAP, BACKGROUND_FIRST, FORM, DOUBLE),
         )
         slot = before + tl.cumsum(is_positive.to(tl.int32), 0) - 1
         fits = is_positive & (slot < capacity)
@@ -139,7 +158,7 @@ def record_kernel(
         tl.store(positives_ptr + 3 * capacity + slot, (start + lane + offset).to(tl.float64), mask=fits)
 
 
-def ranking_collect(logits, targets, quality, segments, num_segments, max_positives, background_first):
+def ranking_collect(logits, targets, quality, segments, num_segments, max_positives, maps, background_first):
     device = logits[0].device
     logits, targets, quality = ([part.contiguous() for part in parts] for parts in (logits, targets, quality))
     blocks = [stream_block(level.numel(), device) for level in logits]
@@ -153,12 +172,15 @@ def ranking_collect(logits, targets, quality, segments, num_segments, max_positi
         for level, (level_logits, level_targets) in enumerate(zip(logits, targets, strict=True)):
             size = level_logits.numel()
             is_dense = level_targets.is_floating_point()
+            classes, places = (1, 1) if is_dense else index_shape(level_logits, level_targets, maps)
             sources = [level_logits, level_targets, *quality[level : level + 1]]
             options = {
                 "size": size,
-                "classes": 1 if is_dense else level_logits.shape[-1],
+                "classes": classes,
+                "places": places,
                 "first_block": first_block,
                 "IS_DENSE": is_dense,
+                "IS_MAP": places > 1,
                 "BACKGROUND_FIRST": background_first,
                 "DOUBLE": any(source.dtype == torch.float64 for source in sources),
                 "BLOCK": blocks[level],

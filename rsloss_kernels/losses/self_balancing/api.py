@@ -138,7 +138,7 @@ def score_weights(logits: Tensor, targets: Tensor, *, background: str = "last") 
     if logits.dim() == 0:
         raise ValueError("score_weights: logits must have at least one dimension, the classes, got []")
     targets, _ = read_targets("score_weights", logits, targets)
-    is_positive = positives_among(logits, targets, background)
+    is_positive = positives_among(targets, logits.shape[-1], background)
     if targets.is_floating_point():
         is_positive = is_positive.any(-1)
     result_type = torch.promote_types(logits.dtype, torch.float32)
