@@ -159,12 +159,12 @@ def truth(inputs: Inputs, weights: Tensor | None = None) -> Truth:
             exponentials = [np.exp(value - largest) for value in z]
             first = z.index(largest)
             rest = sum(value for i, value in enumerate(exponentials) if i != first)
-            terms.append(weights[g, row] * float((largest - z[t]) + np.log1p(rest)))
+            terms.append(weights[g, row] * ((largest - z[t]) + np.log1p(rest)))
             below = sum(value for i, value in enumerate(exponentials) if i != t)
             slope = [value / (1 + rest) for value in exponentials]
             slope[t] = -below / (1 + rest)
             slopes[row, start : start + size] = [float(value * weights[g, row] / average) for value in slope[:size]]
-        losses[g] = math.fsum(terms) / average if all(map(math.isfinite, terms)) else math.nan
+        losses[g] = float(sum(terms, start=np.longdouble(0)) / average)
     return Truth(losses, slopes, np.repeat(np.arange(len(sizes)), sizes))
 
 

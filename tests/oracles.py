@@ -262,7 +262,7 @@ def ghm(
             after[b] = counts[b]
         if counts[b] > 0:
             weights[b] = 1 / (density * in_use)
-            total += weights[b] * math.fsum(losses[member]) if np.isfinite(losses[member]).all() else np.inf
+            total += float(weights[b] * total_of(losses[member]))
             gradient[member] = weights[b] * slopes[member]
     gradient[is_nan] = np.nan
     if is_nan.any():
@@ -272,6 +272,11 @@ def ghm(
         updates = np.zeros(bins, np.int64) if num_updates is None else num_updates.numpy()
     as_tensors = (torch.from_numpy(np.asarray(value)) for value in (gradient, after, updates, counts, weights))
     return HarmonizedTruth((float(total),), *as_tensors)
+
+
+def total_of(losses: np.ndarray) -> float | np.longdouble:
+    """Of losses that are not NaN, without a rounding that shows; it may be more than float64 holds."""
+    return math.fsum(losses) if np.abs(losses).max(initial=0) < 1e290 else losses.astype(np.longdouble).sum()
 
 
 def _harmonized_elements(z: np.ndarray, t: np.ndarray, mu: float | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

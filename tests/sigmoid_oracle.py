@@ -21,9 +21,8 @@ class SigmoidTruth:
 
     @property
     def losses(self) -> list[float]:
-        if not np.isfinite(self.elements).all():
-            return [float(self.elements.sum())]
-        return [math.fsum(float(value) for value in self.elements.flat)]
+        is_usual = np.abs(self.elements).max(initial=0) < 1e290
+        return [math.fsum(map(float, self.elements.flat)) if is_usual else float(self.elements.sum())]
 
     def gradient(self, upstream: float = 1.0) -> Tensor:
         with np.errstate(all="ignore"):
@@ -32,7 +31,8 @@ class SigmoidTruth:
     @property
     def class_sums(self) -> tuple[Tensor, Tensor]:
         pulls = np.abs(self.slopes) * LONG(self.sums_factor)
-        sums = ((pulls * mask).sum(0) for mask in (self.is_positive, ~self.is_positive))
+        # What is NaN in one sum is nothing in the other.
+        sums = (np.where(mask, pulls, LONG(0)).sum(0) for mask in (self.is_positive, ~self.is_positive))
         return tuple(torch.from_numpy(value.astype(np.float64)) for value in sums)
 
 

@@ -352,6 +352,18 @@ def test_maps(backend, generator, layout, anchors, memory):
         harness.assert_gates(backend, got, expected[name].losses, expected[name].gradient(), name, narrow=GRADIENT_GATE)
 
 
+def test_a_shape_of_rows_or_of_elements_follows_the_other_levels(backend, generator):
+    """Of one class and one anchor [B, S, 1] is either, on maps with one spatial dimension; on the next it is of elements alone."""
+    levels = [torch.randn((2, 1, *size), generator=generator) for size in ((12,), (3, 4))]
+    labels, weight = torch.randint(-1, 2, (2, 24), generator=generator), torch.rand((2, 24, 1), generator=generator)
+    leaves, targets, weights = moved(levels, backend), moved(labels, backend), moved(weight, backend)
+    options = {"layout": "anchor_major", "reduction": "sum"}
+    with use_backend(backend.name):
+        wanted = sigmoid_focal_loss(leaves, targets, weight=weights[..., 0], **options)
+        for given in (weights, list(weights.split(12, 1))):
+            assert torch.equal(sigmoid_focal_loss(leaves, targets, weight=given, **options), wanted)
+
+
 def moved(value, backend):
     return type(value)(part.to(backend.device) for part in value) if isinstance(value, (list, tuple)) else value.to(backend.device)
 

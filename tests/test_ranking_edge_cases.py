@@ -184,6 +184,17 @@ def test_many_logits_far_from_the_others(backend, loss, generator, far):
     assert_agrees(backend, loss, logits + far * is_far, *others)
 
 
+@pytest.mark.parametrize("centre", [1e13, -1e30, 3.4028234663852886e38, -3.4028234663852886e38], ids=str)
+def test_all_positives_at_one_large_logit(backend, loss, centre):
+    """Whole vectors of negatives around breakpoints that are one number, which a grid of cells must not divide beyond infinity."""
+    logits = torch.full((130,), centre)
+    logits[70:100], logits[100:] = centre / 2, -centre
+    for positives in (1, 3):
+        targets = (torch.arange(130) < positives).float()
+        for delta in (0.0, 1e-30, 0.5):
+            assert_agrees(backend, loss, *loss.arguments(logits, targets), delta=delta)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_subnormal_logits_and_signed_zeros(backend, loss, dtype):
     tiny = torch.finfo(dtype).smallest_normal / 8

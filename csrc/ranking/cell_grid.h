@@ -145,7 +145,8 @@ inline CellGrid make_grid(const PartedEdges<float>& parted, int64_t cells_per_ed
   const Spread spread = spread_of(parted, count);
   const double reach = 4 * (spread.high - spread.low);
   const double from = std::max(spread.least, spread.low - reach), to = std::min(spread.greatest, spread.high + reach);
-  const double width = std::max(to - from, 1e-25);
+  // The ends in cells must be finite floats, also where all edges are one large number.
+  const double width = std::max({to - from, 1e-25, 1e-30 * std::max(std::fabs(from), std::fabs(to))});
   CellGrid grid;
   grid.scale = static_cast<float>(std::exp2(std::floor(std::log2(static_cast<double>(cells) / width))));
   grid.origin = std::floor(static_cast<float>(from) * grid.scale);

@@ -253,17 +253,20 @@ def read_values(
         values = _as_list(function, name, value)
         if len(values) != len(given):
             raise ValueError(f"{function}: {name} must be one Tensor or {len(given)}, one per level of logits, got {len(values)}")
-    read, is_per_row = [], None
     for level, entry in zip(given, values, strict=True):
         _checks.check_strided(function, name, entry)
         _checks.check_device(function, name, entry, level.given)
-        entry = entry.detach() if entry.requires_grad else entry
-        ordered, has_rows = _read_value(levels, name, level, entry, per_row, per_element)
-        read.append(ordered)
-        if is_per_row not in (None, has_rows):
-            raise ValueError(f"{function}: {name} must have one form on all levels, got some per row and some per element")
-        is_per_row = has_rows
-    return read, is_per_row
+    values = [entry.detach() if entry.requires_grad else entry for entry in values]
+    read = [_read_value(levels, name, level, entry, per_row, per_element) for level, entry in zip(given, values, strict=True)]
+    if len(read) > 1 and any(has_rows != read[0][1] for _, has_rows in read):
+        # Some shapes mean either, of one class or without elements: those follow the other levels.
+        try:
+            read = [_read_value(levels, name, level, entry, False, True) for level, entry in zip(given, values, strict=True)]
+        except ValueError:
+            raise ValueError(
+                f"{function}: {name} must have one form on all levels, got some per row and some per element"
+            ) from None
+    return [ordered for ordered, _ in read], read[0][1]
 
 
 def _split(levels: Levels, name: str, value: Tensor, per_row: bool, per_element: bool) -> Sequence[Tensor]:
