@@ -62,7 +62,7 @@ def memory_and_accuracy(
     for backend in compiled:
         for entry in sizes:
             case = loss.problems.make_case(arguments, *entry)
-            gradient = loss.problems.make_inputs(case).logits.nbytes
+            gradient = loss.problems.make_inputs(case).gradient_bytes
             targets.memory(loss, backend, case, gradient + targets.MEBIBYTE, arguments, report)
     backends = list(dict.fromkeys([*compiled, *loss.backends(arguments.device)]))
     for entry in accuracy:

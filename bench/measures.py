@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 
-from bench import harness
+from bench import harness, memory
 from bench.providers import FOCAL, Provider, workload
 
 CANNOT_CAPTURE = "it cannot be captured"
@@ -101,7 +101,7 @@ def measure_memory(loss, arguments: argparse.Namespace, case) -> list[dict]:
         if not skipped:
             try:
                 if case.device == "cpu":
-                    extra = alone(arguments, "memory", harness.MEMORY_ENVIRONMENT, case, provider.name)
+                    extra = alone(arguments, "memory", memory.FREED_ENVIRONMENT, case, provider.name)
                 else:
                     extra = memory_here(loss, case, provider.name)
             except Exception as error:  # a peer that cannot run here must not end the comparison of the others
@@ -121,7 +121,7 @@ def memory_here(loss, case, name: str) -> int | None:
     # Compilation may happen once more at the real size; ours must show everything that a first call of this size takes.
     if provider.is_compiled:
         work.call()
-    return harness.peak_extra_bytes(work.call, case.device)
+    return memory.peak_extra_bytes(work.call, case.device)
 
 
 def memory_of_each(loss, case, larger: list[dict], name: str) -> list[int | str | None]:
@@ -147,11 +147,11 @@ def named(loss, case, name: str) -> Provider:
 
 def times_and_faults(loss, case, names: list[str], budget: float, kept: int = 1 << 30) -> dict[str, list]:
     """Seconds of every round by name, each call after an uncounted one, and the page faults of one call; see KEPT_ENVIRONMENT."""
-    harness.keep_memory(kept)
+    memory.keep_memory(kept)
     inputs = loss.problems.make_inputs(case)
     workloads = [workload(named(loss, case, name), inputs, "full") for name in names]
     timings = harness.measure(workloads, case.device, budget, cold=False)
-    return {work.name: [timings[work.name].samples, harness.page_faults(work.call)] for work in workloads}
+    return {work.name: [timings[work.name].samples, memory.page_faults(work.call)] for work in workloads}
 
 
 # What a process of its own can be asked for.

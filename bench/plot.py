@@ -43,6 +43,8 @@ STYLES = {
     "smooth L1, torch.compile": ("#6fbf8f", "X", ":"),
     "focal, eager": ("#1f7a4d", "P", ":"),
     "focal, torch.compile": ("#6fbf8f", "X", ":"),
+    "cat + permute [cpp]": ("#e0731d", "^", "--"),
+    "cat + permute focal, eager": ("#1f7a4d", "P", ":"),
     "sigmoid_focal_loss [cpp]": ("#0f5132", "D", "-."),
     "copy floor": ("#777777", ".", "-."),
 }
@@ -52,6 +54,7 @@ AXES = {
     "focal": {"n": ("size", "N, elements"), "c": ("classes", "C, classes")},
     "ghm": {"n": ("size", "N, elements"), "b": ("bins", "bins")},
     "group_softmax": {"r": ("rows", "rows")},
+    "maps": {"n": ("pixels", "pixels of a side")},
     "seesaw": {"r": ("rows", "rows"), "c": ("classes", "C, classes")},
     "smooth_l1": {"n": ("size", "N, elements")},
 }

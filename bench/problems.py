@@ -19,22 +19,30 @@ class Case:
 
 
 class Inputs:
-    """Of a case, with the tensor `logits` that has a gradient, and `given()`, the tensors that the loss reads."""
+    """Of a case, with `logits`, the tensor or the levels that have a gradient, and `given()`, the tensors that the loss reads."""
 
     @property
     def elements(self) -> int:
-        return self.logits.numel()
+        return sum(level.numel() for level in self.levels)
+
+    @property
+    def levels(self) -> list[Tensor]:
+        return [self.logits] if isinstance(self.logits, Tensor) else self.logits
+
+    @property
+    def gradient_bytes(self) -> int:
+        return sum(level.nbytes for level in self.levels)
 
     def _given_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.given())
 
     def minimal_bytes(self) -> int:
         """What forward and backward must move: everything given, twice, and the gradient."""
-        return 2 * self._given_bytes() + self.logits.nbytes
+        return 2 * self._given_bytes() + self.gradient_bytes
 
     def working_set(self) -> int:
         """Everything given, and the gradient: what the caches would have to hold."""
-        return self._given_bytes() + self.logits.nbytes
+        return self._given_bytes() + self.gradient_bytes
 
     def given(self) -> list[Tensor]:
         raise NotImplementedError

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
-from bench import harness, measures, ranking_targets, targets, world
+from bench import harness, measures, memory, ranking_targets, targets, world
 from bench.logits import make_inputs
 from bench.providers import COMPILED_FOCAL, differentiated
 from bench.ranking_problems import PROBLEMS
@@ -60,7 +60,7 @@ def kept_outputs(loss, arguments, report) -> None:
     names, got, note = [loss.name(BACKEND), COMPILED_FOCAL], None, loss.why_not(BACKEND, case.device)
     if note is None:
         try:
-            told = measures.alone(arguments, "times", harness.KEPT_ENVIRONMENT, case, names, arguments.budget)
+            told = measures.alone(arguments, "times", memory.KEPT_ENVIRONMENT, case, names, arguments.budget)
             ours, other = (harness.Timing(told[name][0]) for name in names)
             # A page in a thousand that the outputs have.
             is_kept = all(faults < 1e-3 * 4 * case.negatives / 4096 for _, faults in told.values())

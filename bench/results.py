@@ -63,10 +63,19 @@ SMOOTH_L1_PROBLEM = {
     "dtype": (str, "type"),
     "device": (str, None),
 }
+MAPS_PROBLEM = {
+    "loss": (str, "loss"),
+    "images": (int, "images"),
+    "pixels": (int, "pixels"),
+    "anchors": (int, "anchors"),
+    "dtype": (str, "type"),
+    "device": (str, None),
+}
 PROBLEMS = {
     "focal": FOCAL_PROBLEM,
     "ghm": GHM_PROBLEM,
     "group_softmax": GROUP_SOFTMAX_PROBLEM,
+    "maps": MAPS_PROBLEM,
     "seesaw": SEESAW_PROBLEM,
     "smooth_l1": SMOOTH_L1_PROBLEM,
 }

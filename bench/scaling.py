@@ -22,7 +22,7 @@ sys.path.append(str(BENCH.parent))
 
 import torch  # noqa: E402
 
-from bench import exponents, harness, loss_bench, measures, results, world  # noqa: E402
+from bench import exponents, harness, loss_bench, measures, memory, results, world  # noqa: E402
 from bench.focal_problems import EFL, FOCAL_LOSS  # noqa: E402
 from bench.ghm_problems import CLASSES  # noqa: E402
 from bench.providers import FOCAL  # noqa: E402
@@ -93,8 +93,8 @@ def measure_line(line: Line, arguments: argparse.Namespace) -> list[dict]:
             continue
         first, *larger = [cases[x] for x in timed]
         rest = [case.as_dict() for case in larger], provider
-        memory = measures.alone(chosen, "memories", harness.MEMORY_ENVIRONMENT, first, *rest)
-        for record, extra in zip(timed.values(), memory, strict=True):
+        found = measures.alone(chosen, "memories", memory.FREED_ENVIRONMENT, first, *rest)
+        for record, extra in zip(timed.values(), found, strict=True):
             record["extra_bytes"] = extra if isinstance(extra, int) else None
             print(f"{provider}, {line.problem}, {record['x']:g}: {extra} bytes beyond the inputs", flush=True)
     return records

@@ -23,6 +23,7 @@ from bench import (  # noqa: E402
     focal_problems,
     ghm_problems,
     harness,
+    memory,
     plot,
     report,
     results,
@@ -70,20 +71,20 @@ def test_workloads_take_turns_and_prepare_is_not_timed():
 MEMORY_PROGRAM = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
-from bench import harness
+from bench import memory
 torch.ones(4).add_(1)
 def call():
     scratch = torch.ones(3 << 20)  # 12 MiB, gone before the next line
     del scratch
     return torch.ones(5 << 20)     # 20 MiB
-print(harness.peak_extra_bytes(call, "cpu"))
+print(memory.peak_extra_bytes(call, "cpu"))
 """
 
 
 @pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="the resident set is read from /proc")
 def test_peak_memory_counts_what_was_held_at_once():
     command = [sys.executable, "-c", MEMORY_PROGRAM, str(ROOT)]
-    done = subprocess.run(command, env=os.environ | harness.MEMORY_ENVIRONMENT, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, env=os.environ | memory.FREED_ENVIRONMENT, capture_output=True, text=True, check=True)
     mebibytes = int(done.stdout) / 2**20
     assert 19.9 < mebibytes < 21.5
 

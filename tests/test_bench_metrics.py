@@ -4,6 +4,7 @@ import gzip
 import json
 import mmap
 import pathlib
+import re
 import sys
 import warnings
 
@@ -12,9 +13,9 @@ import torch
 
 sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))
 
-from bench import bench_rank_sort, counts, element_targets, harness, measures, profiling, report, results, run, targets  # noqa: E402
-from bench import bench_focal  # noqa: E402
-from bench.providers import FOCAL  # noqa: E402
+from bench import bench_rank_sort, counts, element_targets, harness, measures, memory, profiling, report, results, run, targets  # noqa: E402
+from bench import bench_focal, bench_maps, map_problems  # noqa: E402
+from bench.providers import FOCAL, leaves_of  # noqa: E402
 
 TINY = ["--positives", "8", "--negatives", "400", "--seeds", "0", "--budget", "0.01", "--device", "cpu", "--threads", "1"]
 
@@ -151,11 +152,35 @@ def test_rows_name_the_state_of_the_caches():
 
 
 def test_page_faults_and_the_answer_of_a_process_of_its_own(capsys):
-    with mmap.mmap(-1, 512 * mmap.PAGESIZE) as memory:
-        assert harness.page_faults(lambda: memory.write(bytes(512 * mmap.PAGESIZE)), calls=1) >= 512
+    with mmap.mmap(-1, 512 * mmap.PAGESIZE) as pages:
+        assert memory.page_faults(lambda: pages.write(bytes(512 * mmap.PAGESIZE)), calls=1) >= 512
     loss = bench_rank_sort.LOSS
     case = loss.problems.case("trained", 5, 200)
     names = [loss.name("reference"), FOCAL]
     measures.answer(loss, json.dumps(["times", case.as_dict(), names, 0.01, 1 << 20]))
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert list(told) == names and all(min(samples) > 0 and faults >= 0 for samples, faults in told.values())
+
+
+@pytest.mark.parametrize("loss", ["focal", "rank_sort"])
+def test_maps_hold_what_their_rows_hold(loss):
+    inputs = map_problems.make_inputs(map_problems.Case(loss, 2, 64, 3))
+    places = 8 * 8 + 4 * 4 + 2 * 2 + 1 + 1
+    rows = map_problems.rows_of(inputs.logits)
+    assert rows.shape == inputs.dense.shape == (2, places * 3, 80) and inputs.elements == rows.numel()
+    assert int(inputs.dense.sum()) == 2 * 70 and rows[inputs.dense > 0].mean() > -1 > -4 > rows[inputs.dense == 0].mean()
+    providers = {provider.name: provider for provider in bench_maps.LOSS.providers(inputs.case)}
+    got, wanted = (
+        torch.autograd.grad(providers[name].bind(inputs)(levels), levels)
+        for name, levels in ((name, leaves_of(inputs.logits)) for name in ("maps [reference]", "cat + permute [reference]"))
+    )
+    for one, other in zip(got, wanted, strict=True):
+        assert torch.equal(one, other) and one.any()
+
+
+def test_the_program_of_the_page_on_performance_runs(tmp_path, monkeypatch, capsys):
+    text = (pathlib.Path(__file__).resolve().parents[1] / "docs" / "performance.md").read_text()
+    (program,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(program, "performance.md", "exec"), {"__name__": "performance"})
+    assert "rsloss_kernels::ranking_backward" in capsys.readouterr().out and (tmp_path / "step.json").stat().st_size > 0
