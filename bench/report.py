@@ -9,7 +9,6 @@ of `bench` around the headlines.
 """
 import argparse
 import pathlib
-import re
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ sys.path.append(str(BENCH.parent))
 
 from bench import exponents, results  # noqa: E402
 from bench import tables_of_sizes as of_sizes  # noqa: E402
+from bench.slower import OURS, slower  # noqa: E402
 from bench.tables_of_sizes import number  # noqa: E402
 
 # In the order of the tables; other losses follow by name.
@@ -85,6 +85,7 @@ def headlines(folder: pathlib.Path) -> str:
             records = [record for record in sections["speed"]["records"] if (record["mode"], record["timing"]) == ("full", "call")]
             words = "Forward + backward, median milliseconds"
             parts.append(_multiples(document["loss"], words, records, lambda record: record["median_ms"]))
+            parts += filter(None, [slower(document["loss"], records)])
         if "memory" in sections:
             words = "Peak memory of forward + backward beyond the inputs, MiB"
             parts.append(_multiples(document["loss"], words, sections["memory"]["records"], _mebibytes))
@@ -122,6 +123,7 @@ def _speed(loss: str, records: list[dict]) -> str:
             if part:
                 parts.append(f"{title}, median milliseconds:\n")
                 parts.append(_by_problem(loss, part, lambda record: number(record["median_ms"])))
+        parts += filter(None, [slower(loss, chosen)])
     return "\n".join(parts)
 
 
@@ -131,7 +133,7 @@ def _mebibytes(record: dict) -> float | None:
 
 def _multiples(loss: str, words: str, records: list[dict], value: Callable[[dict], float | None]) -> str:
     """The value of this library's compiled function, and those of the others over it."""
-    found = [record["provider"] for record in records if re.fullmatch(r"\w+ \[(cpp|cuda|triton)\]", record["provider"])]
+    found = [record["provider"] for record in records if OURS.fullmatch(record["provider"])]
     if not found:
         return ""
     ours = found[0]

@@ -9,7 +9,7 @@ import torch
 
 sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))
 
-from bench import bench_rank_sort, callgrind, exponents, harness, measures, plot, report, results, scaling, whole_step  # noqa: E402
+from bench import bench_rank_sort, callgrind, exponents, harness, measures, plot, report, results, scaling, slower, whole_step  # noqa: E402
 from bench.logits import Case, make_inputs  # noqa: E402
 
 SETTINGS = {"date": "2000-01-01", "threads": 2, "seeds": [0], "budget_s": 0.5, "foreign_load": 0.0, "cache": "cold"}
@@ -123,6 +123,16 @@ def test_a_small_head_and_the_losses_of_a_step(tmp_path):
     results.update(tmp_path / "box", whole_step.STEM, harness.machine("cpu"), sections)
     text = report.tables(tmp_path)
     assert "| m | 2 x 64 px | 30 | 4 | focal | p | 50 | 1 | 2.0 % |" in text and "| small | 3,200 | Rank & Sort |" in text
+
+
+def test_report_tells_where_this_library_is_slower():
+    fields = {"rows": 512, "classes": 80, "dtype": "float32", "device": "cpu"}
+    times = {"seesaw [cpp]": 2.0, "seesaw [reference]": 9.0, "plain softmax, eager": 0.5, "copy floor": 0.1, "published Seesaw": 3.0}
+    records = [fields | {"provider": name, "median_ms": time} for name, time in times.items()]
+    text = slower.slower("seesaw", records)
+    assert "- `plain softmax, eager`: 4 x (rows 512 C 80): Seesaw reads a weight" in text and text.count("\n- ") == 1
+    assert slower.UNKNOWN in slower.slower("seesaw", [*records[:1], records[4] | {"median_ms": 1.0}])
+    assert slower.slower("seesaw", [record for record in records if "plain" not in record["provider"]]) == ""
 
 
 CALLGRIND = """# callgrind format
