@@ -5,6 +5,8 @@ import pytest
 import torch
 from harness import ROUNDING, Backend, Pipeline, assert_gates, backends_under_test
 
+from rsloss_kernels import ghm_classification_loss, sigmoid_focal_loss, smooth_l1_loss, use_backend
+
 REFERENCE = Backend("reference", "cpu")
 BACKENDS = [backend for backend in backends_under_test() if backend.name == "triton"]
 on_triton = pytest.mark.parametrize("kernels", BACKENDS, ids=lambda backend: backend.id)
@@ -73,3 +75,57 @@ def test_many_16_bit_logits_take_the_way_by_value(kernels, generator, monkeypatc
     assert called == ["bin_by_value", "look_up"]
     truth = Pipeline(REFERENCE, [logits[0].double()], targets, delta=0.25, capacity=64).run()
     assert_gates(kernels, got, [float(loss) for loss in truth.losses], truth.gradient)
+
+
+# Passes that add floats in an order that hangs on their configuration.
+ORDERED = (
+    *("ranking pairs", "ranking losses", "focal sums", "focal class sums", "focal total", "ghm histogram"),
+    *("group softmax", "group softmax losses", "seesaw", "smooth l1 sums"),
+)
+
+
+@on_triton
+def test_configurations_give_the_same_bits(kernels, generator, monkeypatch):
+    """Of every pass that does not add floats, with sizes that no block divides."""
+    common = importlib.import_module("rsloss_kernels.losses.triton_common")
+    values = importlib.import_module("rsloss_kernels.losses.ranking.triton_values")
+    logits = [torch.randn(size, generator=generator) * 2 for size in (3000, 1, 1801)]
+    targets = [torch.where(torch.rand(len(level), generator=generator) < 0.03, 0.5, 0.0) for level in logits]
+    rows = torch.randn(97, 21, generator=generator).to(kernels.device)
+    labels = torch.randint(-1, 22, (97,), generator=generator).to(kernels.device)
+    losses = (
+        lambda leaf: sigmoid_focal_loss(leaf, labels, reduction="none").sum(),
+        lambda leaf: ghm_classification_loss(leaf, (leaf.detach() > 1).float()),
+        lambda leaf: smooth_l1_loss(leaf, leaf.detach().flip(0), 0.5, reduction="none").sum(),
+    )
+
+    def everything() -> list[torch.Tensor]:
+        results = [*stages(kernels, logits, targets, 0.25, 200)]
+        with monkeypatch.context() as patch:
+            patch.setattr(values, "FEWEST_BY_VALUE", 1)
+            results += stages(kernels, [level.half() for level in logits], targets, 0.25, 200)
+        with use_backend("triton"):
+            for loss in losses:
+                leaf = rows.clone().requires_grad_()
+                results += torch.autograd.grad(loss(leaf), leaf)
+        return results
+
+    wanted = everything()
+    table = common.CONFIGURATIONS if kernels.device == "cuda" else common.INTERPRETED
+    for name in table.keys() - set(ORDERED):
+        small = common.Configuration(1024, programs=2)
+        monkeypatch.setitem(table, name, (common.Entry(small),) if kernels.device == "cuda" else small)
+    assert_same_bits(everything(), wanted)
+
+
+@on_triton
+def test_configurations_hang_on_the_device_and_on_sizes(kernels):
+    """Float sums of a tensor keep their order whatever its size and the GPU; everything else has an entry for any of both."""
+    common = importlib.import_module("rsloss_kernels.losses.triton_common")
+    assert common.CONFIGURATIONS.keys() == common.INTERPRETED.keys()
+    for name, entries in common.CONFIGURATIONS.items():
+        assert entries[-1].capability == 0 and entries[-1].most is None, name
+        assert name not in ORDERED or len(entries) == 1, name
+        assert common.choose(name, 1 << 40, 75) == entries[-1].configuration
+    assert common.choose("ranking stream", common.SMALL, 90).block < common.choose("ranking stream", common.SMALL + 1, 90).block
+    assert common.choose("ranking values", 1 << 20, 120) != common.choose("ranking values", 1 << 20, 100)

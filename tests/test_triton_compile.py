@@ -37,16 +37,28 @@ def _choices(**values):
     return [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
 
 
-def _streamed(common) -> dict:
-    return {"BLOCK": common.STREAM_BLOCK["cuda"], "num_warps": common.STREAM_WARPS}
-
-
-def _tabled(common) -> dict:
-    return {"BLOCK": common.TABLE_BLOCK["cuda"], "num_warps": common.TABLE_WARPS}
-
-
-def _paired(common) -> dict:
-    return {**dict(zip(("TILE", "RUN"), common.PAIR_TILE["cuda"], strict=True)), "num_warps": common.TABLE_WARPS}
+# The pass of every kernel in the table of configurations (losses/triton_common.py).
+PASSES = {
+    **dict.fromkeys(("mask_kernel", "record_kernel", "value_gradient_kernel"), "ranking stream"),
+    **dict.fromkeys(("bin_kernel", "negative_gradient_kernel"), "ranking search"),
+    **dict.fromkeys(("windows_kernel", "ranges_kernel", "breakpoints_kernel", "sum_copies_kernel"), "ranking table"),
+    **dict.fromkeys(("positive_gradient_kernel", "gradients_kernel", "interpolation_kernel"), "ranking table"),
+    **dict.fromkeys(("value_bins_kernel", "value_table_kernel"), "ranking table"),
+    **dict.fromkeys(("rank_kernel", "false_positives_kernel", "lines_kernel", "rank_sort_terms_kernel"), "ranking pairs"),
+    **dict.fromkeys(("pull_kernel", "precision_kernel", "alrp_terms_kernel"), "ranking pairs"),
+    **{"losses_kernel": "ranking losses", "value_histogram_kernel": "ranking values"},
+    **dict.fromkeys(("edges_kernel", "finalize_kernel"), "ghm table"),
+    **{"histogram_kernel": "ghm histogram", "gradient_kernel": "ghm gradient"},
+    **{"focal_loss_kernel": "focal sums", "focal_class_sums_kernel": "focal class sums"},
+    **{"focal_total_kernel": "focal total", "focal_elements_kernel": "focal elements"},
+    **{f"group_softmax_{name}_kernel": "group softmax" for name in ("forward", "backward", "statistics", "scores")},
+    **{f"group_softmax_{name}_kernel": f"group softmax {name}" for name in ("sample", "losses")},
+    **dict.fromkeys(("seesaw_forward_kernel", "seesaw_backward_kernel"), "seesaw"),
+    **{f"smooth_l1_{name}_kernel": "smooth l1 sums" for name in ("forward", "combine")},
+    **{f"smooth_l1_{name}_kernel": "smooth l1 elements" for name in ("elements", "backward")},
+}
+# Sizes of tensors that variants take in turns, so that the configurations of both are compiled.
+SIZES = (1 << 30, 1 << 12)
 
 
 # How the kernels see segments of elements, and of ranks.
@@ -57,7 +69,7 @@ FORMS = [
 RANGES = [{"SEGMENTED": False, "ranges_ptr": None}, {"SEGMENTED": True, "ranges_ptr": "i32"}]
 
 
-def _collect_variants(common) -> dict[str, list[dict]]:
+def _collect_variants() -> dict[str, list[dict]]:
     """For every kernel its variants: pointer types (None: the argument is None), wider integers, constants, warps."""
     mask, record = [], []
     for target in (*FLOATS, "i32", "i64"):
@@ -65,12 +77,12 @@ def _collect_variants(common) -> dict[str, list[dict]]:
         kinds = _choices(IS_DENSE=(is_dense,), IS_MAP=(False,) if is_dense else ANY_FLAG, BACKGROUND_FIRST=(False,) if is_dense else ANY_FLAG)
         pointers = {"targets_ptr": target, "negatives_ptr": "u8", "block_counts_ptr": "i32", "DOUBLE": _double(target)}
         forms = FORMS if target in ("fp32", "i64") else FORMS[:1]
-        mask += [{**pointers, **kind, **form, **_streamed(common)} for kind in kinds for form in forms]
+        mask += [{**pointers, **kind, **form} for kind in kinds for form in forms]
         if target in FLOATS:
             sources = [(logit, None) for logit in FLOATS]
         else:
             sources = [("bf16", None), ("fp64", "fp32"), ("fp32", "fp64"), ("fp32", "bf16"), ("fp16", "fp16")]
-        pointers = {"targets_ptr": target, "found_ptr": "i64", "positives_ptr": "fp64", **kinds[0], **_streamed(common)}
+        pointers = {"targets_ptr": target, "found_ptr": "i64", "positives_ptr": "fp64", **kinds[0]}
         record += [
             {**pointers, **form, "logits_ptr": logit, "quality_ptr": quality, "DOUBLE": _double(logit, target, quality or "")}
             for logit, quality in sources
@@ -81,17 +93,17 @@ def _collect_variants(common) -> dict[str, list[dict]]:
     return {"mask_kernel": mask, "record_kernel": record}
 
 
-def _sweep_variants(common, impl) -> dict[str, list[dict]]:
+def _sweep_variants(impl) -> dict[str, list[dict]]:
     """The kernels of `ranking_bin` and `ranking_backward`."""
     records = {"positives_ptr": "fp64", "counts_ptr": "i64", "ranked_ptr": "fp64"}
-    marks = {"sizes_ptr": "i32", "slots_ptr": "i32", "bounds_ptr": "fp64", "ranked_ptr": "fp64", **_tabled(common)}
+    marks = {"sizes_ptr": "i32", "slots_ptr": "i32", "bounds_ptr": "fp64", "ranked_ptr": "fp64"}
     streamed = []
     for logit, size in (*((logit, "i32") for logit in FLOATS), ("bf16", "i64")):
         for form in FORMS if logit != "fp16" else FORMS[:1]:
             double = _double(logit)
             types = {"logits_ptr": logit, "negatives_ptr": "u8", "edges_ptr": "fp64" if double else "fp32", "counts_ptr": "i64"}
             ranges = {"ranges_ptr": None if form["FORM"] == "whole" else "i32"}
-            sizes = {"size": size, "period": size, "DOUBLE": double, **_streamed(common), **common.SEARCH_OPTIONS}
+            sizes = {"size": size, "period": size, "DOUBLE": double}
             streamed.append({**types, **form, **ranges, **sizes})
     copies = {"sizes_ptr": "i32", "copies_ptr": "i64", "MAX_COPIES": impl.MAX_COPIES}
     upstream = [
@@ -99,7 +111,7 @@ def _sweep_variants(common, impl) -> dict[str, list[dict]]:
         for first, second in (("fp32", "fp64"), ("fp64", None), (None, "fp32"))
     ]
     return {
-        "rank_kernel": [{**records, **_paired(common), **ranges} for ranges in RANGES],
+        "rank_kernel": [{**records, **ranges} for ranges in RANGES],
         "windows_kernel": [{**marks, "DOUBLE": double} for double in ANY_FLAG],
         "ranges_kernel": [{**marks, "keys_ptr": "fp64", "ranges_ptr": "i32", "sizes_ptr": sizes} for sizes in (None, "i32")],
         "breakpoints_kernel": [{**marks, "edges_ptr": edge, **ranges} for edge in ("fp32", "fp64") for ranges in RANGES],
@@ -108,21 +120,21 @@ def _sweep_variants(common, impl) -> dict[str, list[dict]]:
             for base in streamed
             for is_step in (ANY_FLAG if base["FORM"] == "whole" else (False,))
         ],
-        "sum_copies_kernel": [{**copies, "bins_ptr": "i64", **_tabled(common)}],
+        "sum_copies_kernel": [{**copies, "bins_ptr": "i64"}],
         "negative_gradient_kernel": [
             {**base, "lines_ptr": "fp64", "grad_first_ptr": grad, "results_ptr": base["logits_ptr"]}
             for base in streamed
             for grad in ("fp64" if base["DOUBLE"] else "fp32", None)[: 2 if base["FORM"] == "whole" else 1]
         ],
         "positive_gradient_kernel": [
-            {"gradients_ptr": "fp64", "counts_ptr": "i64", **grads, "results_ptr": result, **_tabled(common)}
+            {"gradients_ptr": "fp64", "counts_ptr": "i64", **grads, "results_ptr": result}
             for result in FLOATS
             for grads in upstream
         ],
     }
 
 
-def _value_variants(common, values) -> dict[str, list[dict]]:
+def _value_variants(values) -> dict[str, list[dict]]:
     """Many 16-bit logits, by value."""
     streams = [
         {
@@ -132,36 +144,34 @@ def _value_variants(common, values) -> dict[str, list[dict]]:
         }
         for logit, size, grad in (("bf16", "i32", "fp32"), ("fp16", "i32", None), ("bf16", "i64", None))
     ]
-    histogram = {"QUARTER": values.QUARTER, "BLOCK": values.HISTOGRAM_BLOCK["cuda"], "num_warps": values.HISTOGRAM_WARPS}
-    table = _tabled(common)
     return {
-        "value_histogram_kernel": [{**variant, **histogram} for variant in streams],
-        "value_bins_kernel": [{**streams[number], **table, "IS_STEP": is_step} for number, is_step in enumerate(ANY_FLAG)],
-        "value_table_kernel": [{**variant, **table} for variant in streams[:2]],
-        "value_gradient_kernel": [{**variant, **_streamed(common), "num_warps": table["num_warps"]} for variant in streams],
+        "value_histogram_kernel": [{**variant, "QUARTER": values.QUARTER} for variant in streams],
+        "value_bins_kernel": [{**streams[number], "IS_STEP": is_step} for number, is_step in enumerate(ANY_FLAG)],
+        "value_table_kernel": streams[:2],
+        "value_gradient_kernel": streams,
     }
 
 
-def _finalize_variants(common, impl) -> dict[str, list[dict]]:
+def _finalize_variants() -> dict[str, list[dict]]:
     tables = {
         **{name: "fp64" for name in ("ranked_ptr", "edges_ptr", "terms_ptr", "gradients_ptr", "lines_ptr")},
         **{"bins_ptr": "i64", "counts_ptr": "i64", "slots_ptr": "i32", "sizes_ptr": "i32"},
     }
-    pairs = [{**tables, **_paired(common), **ranges, "IS_STEP": is_step} for ranges in RANGES for is_step in ANY_FLAG]
+    pairs = [{**tables, **ranges, "IS_STEP": is_step} for ranges in RANGES for is_step in ANY_FLAG]
     over_pairs = ("lines_kernel", "rank_sort_terms_kernel", "pull_kernel", "precision_kernel")
     # A unit of 2^-52 or 2^-44 is one number among others: one of the two is compiled per form of segments.
     false_positives = [{**variant, "DOUBLE": variant["SEGMENTED"]} for variant in pairs]
     gradients = [
-        {**tables, **ranges, "HAS_SECOND": statistic is None, "statistic_ptr": statistic, **_tabled(common)}
+        {**tables, **ranges, "HAS_SECOND": statistic is None, "statistic_ptr": statistic}
         for ranges in RANGES
         for statistic in (None, "fp64")
     ]
     losses = [
-        {**tables, **ranges, "first_ptr": loss, "second_ptr": second, **_tabled(common), "RUN": impl.LOSS_RUN["cuda"]}
+        {**tables, **ranges, "first_ptr": loss, "second_ptr": second}
         for ranges in RANGES
         for loss, second in (("fp32", None), ("fp32", "fp32"), ("fp64", "fp64"))
     ]
-    interpolation = [{**tables, **ranges, "INTERPOLATED": flag, **_tabled(common)} for ranges in RANGES for flag in ANY_FLAG]
+    interpolation = [{**tables, **ranges, "INTERPOLATED": flag} for ranges in RANGES for flag in ANY_FLAG]
     return {
         "false_positives_kernel": false_positives,
         **{name: pairs for name in (*over_pairs, "alrp_terms_kernel")},
@@ -169,11 +179,9 @@ def _finalize_variants(common, impl) -> dict[str, list[dict]]:
     }
 
 
-def _ghm_variants(impl) -> dict[str, list[dict]]:
+def _ghm_variants() -> dict[str, list[dict]]:
     """Types of prediction and target, weights, and the size of a pass; every number of columns that a power of two makes apart."""
-    histogram = {"partials_ptr": "fp64", "BLOCK": impl.BLOCK["cuda"], **impl.HISTOGRAM_OPTIONS}
-    gradient = {"bin_weights_ptr": "fp64", "BLOCK": impl.BLOCK["cuda"], "num_warps": impl.BACKWARD_WARPS}
-    table = {"num_warps": impl.TABLE_WARPS}
+    tables = {"partials_ptr": "fp64", "bin_weights_ptr": "fp64"}
     elements = [
         {
             **{"preds_ptr": pred, "targets_ptr": target, "weights_ptr": weight, "edges_ptr": "fp64", "size": size},
@@ -199,7 +207,7 @@ def _ghm_variants(impl) -> dict[str, list[dict]]:
         {
             **{"histogram_ptr": "fp64", "bin_weights_ptr": "fp64", "acc_sum_ptr": acc_sum, "num_updates_ptr": num_updates},
             **{"loss_ptr": loss, "new_acc_sum_ptr": acc_sum or "fp64", "new_num_updates_ptr": "i64"},
-            **{"HAS_MOMENTUM": has_momentum, "COUNT_EMPTY_BINS": has_momentum, "COLUMNS": columns, **table},
+            **{"HAS_MOMENTUM": has_momentum, "COUNT_EMPTY_BINS": has_momentum, "COLUMNS": columns},
         }
         for acc_sum, num_updates, loss, has_momentum, columns in (
             (None, None, "fp32", False, 16),
@@ -209,21 +217,21 @@ def _ghm_variants(impl) -> dict[str, list[dict]]:
         )
     ]
     return {
-        "edges_kernel": [{"edges_ptr": "fp64", "IS_REGRESSION": flag, "COLUMNS": 512, **table} for flag in ANY_FLAG],
-        "histogram_kernel": [{**element, **histogram} for element in elements],
+        "edges_kernel": [{"edges_ptr": "fp64", "IS_REGRESSION": flag, "COLUMNS": 512} for flag in ANY_FLAG],
+        "histogram_kernel": [{**element, **tables} for element in elements],
         "finalize_kernel": states,
-        "gradient_kernel": [{**element, **gradient} for element in elements],
+        "gradient_kernel": [{**element, **tables} for element in elements],
     }
 
 
-def _focal_variants(impl) -> dict[str, list[dict]]:
+def _focal_variants(common, impl) -> dict[str, list[dict]]:
     """Types of logits, targets, qualities and weights, layout and size; every modulator with hard and with soft targets."""
     levels = [
         {
             **{"logits_ptr": logit, "targets_ptr": target, "qualities_ptr": quality, "weights_ptr": weight, "size": size},
             **{"class_table_ptr": "fp64", "normalizer_ptr": weight, "MODULATOR": modulator, "MAPS": maps, "inner": size},
             **{"IS_INDEX": target in ("i32", "i64"), "BACKGROUND_FIRST": target == "i64", "WEIGHT_PER_ROW": maps},
-            **{"ignore_index": "i64" if maps else "i32", "results_ptr": logit, **impl.OPTIONS},
+            **{"ignore_index": "i64" if maps else "i32", "results_ptr": logit},
             "grad": "fp64" if logit == "fp64" else "fp32",
         }
         for logit, target, quality, weight, modulator, maps, size in (
@@ -239,25 +247,22 @@ def _focal_variants(impl) -> dict[str, list[dict]]:
             ("fp64", "fp64", None, "fp32", 3, False, "i64"),
         )
     ]
-    block = {"BLOCK": impl.BLOCK["cuda"]}
+    run = common.choose("focal class sums", SIZES[0], MAIN_TARGET)
     tiles = [
-        dict(zip(("TILE_ROWS", "TILE_CLASSES"), impl.tile_shape(1 << 20, classes, level["MAPS"], "cuda"), strict=True))
+        dict(zip(("TILE_ROWS", "TILE_CLASSES"), impl.tile_shape(1 << 20, classes, level["MAPS"], run), strict=True))
         for level, classes in zip(levels, itertools.cycle((80, 1, 1203)))
     ]
     elements = [
-        {**level, **block, "grads_ptr": grad, "GRAD_PER_ELEMENT": per_element}
+        {**level, "grads_ptr": grad, "GRAD_PER_ELEMENT": per_element}
         for number, level in enumerate(levels)
         for grad, per_element in ((None, False), (level["grad"], False), (level["grad"], True))[number % 3 :][:1]
     ]
     totals = [
-        {
-            **{"partials_ptr": "fp64", "normalizer_ptr": normalizer, "loss_ptr": loss},
-            **{"SUMS_AT_ONCE": impl.SUMS_AT_ONCE, "num_warps": impl.SUMS_WARPS},
-        }
+        {"partials_ptr": "fp64", "normalizer_ptr": normalizer, "loss_ptr": loss}
         for normalizer, loss in ((None, "fp32"), ("bf16", "fp32"), ("fp32", "fp64"))
     ]
     return {
-        "focal_loss_kernel": [{**level, **block, "partials_ptr": "fp64"} for level in levels],
+        "focal_loss_kernel": [{**level, "partials_ptr": "fp64"} for level in levels],
         "focal_class_sums_kernel": [
             {**level, **tile, "partials_ptr": "fp64", "class_partials_ptr": "fp64"}
             for level, tile in zip(levels, tiles, strict=True)
@@ -267,7 +272,7 @@ def _focal_variants(impl) -> dict[str, list[dict]]:
     }
 
 
-def _group_softmax_variants(impl) -> dict[str, list[dict]]:
+def _group_softmax_variants() -> dict[str, list[dict]]:
     """Types of logits, labels, weights and keys, and the layouts of the authors and of the EQL v2 repository, of 1231 classes."""
     layouts = [
         {"STARTS": starts, "OTHERS": others, "BACKGROUND_GROUP": place, "BACKGROUND_FIRST": place == 0}
@@ -282,8 +287,7 @@ def _group_softmax_variants(impl) -> dict[str, list[dict]]:
             **{"tables_ptr": wide, "grad_losses_ptr": wide, "losses_ptr": wide, "gradient_ptr": logit, "scores_ptr": logit},
             **{name: "fp64" for name in ("partials_ptr", "averages_ptr", "statistics_ptr")},
             **layout,
-            **impl.tile_shape(512, 462 if number < 4 else 12, "cuda"),
-            **impl.OPTIONS,
+            "tile": (512, 462 if number < 4 else 12),
         }
         for number, (logit, label, weight) in enumerate(
             (("fp32", "i64", "fp32"), ("bf16", "i32", "bf16"), ("fp16", "i64", "fp16"), ("fp64", "i32", "fp64"), ("bf16", "i64", "fp32"))
@@ -294,26 +298,24 @@ def _group_softmax_variants(impl) -> dict[str, list[dict]]:
     samples = [
         {
             **{"labels_ptr": label, "class_columns_ptr": "i32", "keys_ptr": keys, "weights_ptr": "fp32"},
-            **{**layout, "BLOCK": impl.SAMPLE_BLOCK["cuda"], **impl.OPTIONS},
+            **layout,
         }
         for label, keys, layout in (("i64", "fp32", layouts[0]), ("i32", "fp32", layouts[1]), ("i64", None, layouts[1]))
     ]
-    sums = {"BLOCK": impl.SUMS_BLOCK["cuda"], "num_warps": impl.WARPS}
     passes = ("forward", "backward", "statistics", "scores")
     return {
         "group_softmax_sample_kernel": samples,
         **{f"group_softmax_{name}_kernel": variants for name in passes},
-        "group_softmax_losses_kernel": [{**variant, **sums} for variant in (variants[0], variants[3])],
+        "group_softmax_losses_kernel": [variants[0], variants[3]],
     }
 
 
-def _seesaw_variants(impl) -> dict[str, list[dict]]:
+def _seesaw_variants() -> dict[str, list[dict]]:
     variants = [
         {
             **{"logits_ptr": logit, "labels_ptr": label, "weights_ptr": weight, "gradient_ptr": logit, "NUM_CLASSES": classes},
             **{name: "fp64" for name in ("log_counts_ptr", "losses_ptr", "tables_ptr", "grad_losses_ptr")},
-            **impl.tile_shape(512, classes, "cuda"),
-            **impl.OPTIONS,
+            "tile": (512, classes),
         }
         for logit, label, weight, classes in (
             ("fp32", "i64", None, 1203),
@@ -325,12 +327,11 @@ def _seesaw_variants(impl) -> dict[str, list[dict]]:
     return {f"seesaw_{name}_kernel": variants for name in ("forward", "backward")}
 
 
-def _smooth_l1_variants(impl) -> dict[str, list[dict]]:
+def _smooth_l1_variants() -> dict[str, list[dict]]:
     passes = [
         {
             **{"pred_ptr": pred, "target_ptr": target, "weight_ptr": weight, "beta_ptr": beta, "normalizer_ptr": normalizer},
             **{"result_ptr": pred, "grad_ptr": pred, "sums_ptr": "fp64", "size": size, "BY_ROW": by_row, "GRAD_OF_LOSS": of_loss},
-            **{"BLOCK": impl.BLOCK["cuda"], "num_warps": impl.WARPS},
         }
         for pred, target, weight, by_row, beta, normalizer, size, of_loss in (
             ("fp32", "fp32", "fp32", False, "fp64", None, "i32", True),
@@ -340,33 +341,28 @@ def _smooth_l1_variants(impl) -> dict[str, list[dict]]:
         )
     ]
     combine = [
-        {"sums_ptr": "fp64", "normalizer_ptr": normalizer, "result_ptr": loss, "PROGRAMS": programs, "num_warps": impl.WARPS}
-        for normalizer, loss, programs in ((None, "fp32", 1), ("fp64", "fp64", impl.FORWARD_PROGRAMS))
+        {"sums_ptr": "fp64", "normalizer_ptr": normalizer, "result_ptr": loss, "PROGRAMS": programs}
+        for normalizer, loss, programs in ((None, "fp32", 1), ("fp64", "fp64", 512))
     ]
     kernels = {f"smooth_l1_{name}_kernel": passes for name in ("forward", "elements", "backward")}
     return {**kernels, "smooth_l1_combine_kernel": combine}
 
 
 def _variants() -> dict[str, list[dict]]:
-    seesaw = importlib.import_module("rsloss_kernels.losses.seesaw.triton_impl")
-    smooth_l1 = importlib.import_module("rsloss_kernels.losses.smooth_l1.triton_impl")
-    group_softmax = importlib.import_module("rsloss_kernels.losses.group_softmax.triton_impl")
-    focal = importlib.import_module("rsloss_kernels.losses.focal.triton_impl")
-    ghm = importlib.import_module("rsloss_kernels.losses.ghm.triton_impl")
-    common, binning, finalize = (
-        importlib.import_module(f"rsloss_kernels.losses.ranking.triton_{name}") for name in ("common", "bin", "finalize")
+    common, focal, binning, values = (
+        importlib.import_module(f"rsloss_kernels.losses.{name}")
+        for name in ("triton_common", "focal.triton_impl", "ranking.triton_bin", "ranking.triton_values")
     )
-    values = importlib.import_module("rsloss_kernels.losses.ranking.triton_values")
     return {
-        **_collect_variants(common),
-        **_value_variants(common, values),
-        **_sweep_variants(common, binning),
-        **_finalize_variants(common, finalize),
-        **_ghm_variants(ghm),
-        **_focal_variants(focal),
-        **_group_softmax_variants(group_softmax),
-        **_seesaw_variants(seesaw),
-        **_smooth_l1_variants(smooth_l1),
+        **_collect_variants(),
+        **_sweep_variants(binning),
+        **_value_variants(values),
+        **_finalize_variants(),
+        **_ghm_variants(),
+        **_focal_variants(common, focal),
+        **_group_softmax_variants(),
+        **_seesaw_variants(),
+        **_smooth_l1_variants(),
     }
 
 
@@ -388,12 +384,22 @@ def _find_kernels() -> dict:
     return {name: function for name, function in functions.items() if name not in named}
 
 
-def _compile(kernel, variant: dict, capability: int) -> dict:
+def _shaped(kernel, variant: dict, elements: int, capability: int) -> tuple[dict, dict]:
+    """The variant with the constants of its configuration, and the options of the launch."""
+    common = importlib.import_module("rsloss_kernels.losses.triton_common")
+    run = common.choose(PASSES[kernel.__name__], elements, capability)
+    shapes = {"BLOCK": run.block, "TILE": run.rows, "RUN": run.block, "SUMS_AT_ONCE": run.block}
+    tile = run.tile(*variant["tile"]) if "ROWS" in kernel.arg_names else {}
+    return {**{name: shapes[name] for name in shapes if name in kernel.arg_names}, **variant, **tile}, run.options
+
+
+def _compile(kernel, variant: dict, elements: int, capability: int) -> dict:
     """Compiles for one target; registers, stack and local memory in bytes as the assembler reports them."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    variant, options = _shaped(kernel, variant, elements, capability)
     signature, constants, attributes = {}, {}, {}
     for position, name in enumerate(kernel.arg_names):
         if name.endswith("_ptr") and variant[name] is not None:
@@ -404,7 +410,6 @@ def _compile(kernel, variant: dict, capability: int) -> dict:
         else:
             signature[name] = "i64" if name in WIDE_INTEGERS else variant.get(name, "i32")
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {name: variant[name] for name in ("num_warps", "maxnreg") if name in variant}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     tool = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -423,20 +428,20 @@ def _targets_of(number: int, variants: int) -> list[int]:
     return [MAIN_TARGET, *chosen]
 
 
-def _record(task: tuple[str, dict, int]) -> dict:
-    name, variant, capability = task
-    record = {"kernel": name, "variant": variant, "capability": capability}
+def _record(task: tuple[str, dict, int, int]) -> dict:
+    name, variant, elements, capability = task
+    record = {"kernel": name, "variant": variant, "elements": elements, "capability": capability}
     try:
-        return {**record, **_compile(_find_kernels()[name], variant, capability)}
+        return {**record, **_compile(_find_kernels()[name], variant, elements, capability)}
     except Exception as error:
         return {**record, "error": f"{type(error).__name__}: {str(error)[-2000:]}"}
 
 
 def main() -> None:
     kernels, variants = _find_kernels(), _variants()
-    print(json.dumps({"kernels": sorted(kernels), "listed": sorted(variants)}))
+    print(json.dumps({"kernels": sorted(kernels), "listed": sorted(variants), "with_pass": sorted(PASSES)}))
     tasks = [
-        (name, variant, capability)
+        (name, variant, SIZES[number % len(SIZES)], capability)
         for name in sorted(kernels.keys() & variants.keys())
         for number, variant in enumerate(variants[name])
         for capability in _targets_of(number, len(variants[name]))
@@ -466,7 +471,7 @@ else:
 
     def test_every_kernel_is_listed(compiled):
         there, _ = compiled
-        assert there["kernels"] == there["listed"]
+        assert there["kernels"] == there["listed"] == there["with_pass"]
 
     @pytest.mark.parametrize("capability", TARGETS)
     def test_kernels_compile_without_spills(compiled, capability):

@@ -1,13 +1,139 @@
-"""What the Triton kernels of all families share: launching, the size of a block, numbers as arguments, functions in float64, rounding."""
+"""What the Triton kernels of all families share: the table of their configurations, launching, numbers as arguments, functions in
+float64, rounding."""
+import functools
 import math
 import struct
 import threading
 from contextlib import AbstractContextManager
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+
+class Configuration(NamedTuple):
+    """How a pass is cut into programs.
+
+    block: elements, or rows of a table, at a time of one program. registers: without a limit of its own the assembler spills some, to fit
+    one more block on a processor. rows: of a tile of `block` partners. columns: the most of a tile. programs: of a pass whose programs
+    go on until the end, all at work at once on a large GPU.
+    """
+
+    block: int
+    warps: int = 4
+    registers: int | None = None
+    rows: int = 0
+    columns: int = 0
+    programs: int = 0
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Arguments of a launch."""
+        limit = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_warps": self.warps, **limit}
+
+    @property
+    def arguments(self) -> dict[str, int]:
+        return {"BLOCK": self.block, **self.options}
+
+    def tile(self, rows: int, columns: int) -> dict[str, int]:
+        """Rows and columns of a tile of `block` elements of a table of so many."""
+        width = min(self.columns, triton.next_power_of_2(columns))
+        return {"ROWS": min(self.block // width, triton.next_power_of_2(rows)), "COLUMNS": width}
+
+
+class Entry(NamedTuple):
+    """A configuration for compute capabilities from `capability` on (10 major + minor), of up to `most` elements; None: any number."""
+
+    configuration: Configuration
+    capability: int = 0
+    most: int | None = None
+
+
+# By pass; the first entry that fits holds. It depends on the device and on sizes, never on a measurement at run time: the order of float
+# sums must not change from run to run. Passes that add floats (a comment says so) have one entry, that a loss does not hang on
+# the size of its tensor or the kind of GPU. Small tensors take small blocks, so that every processor has one.
+SMALL = 1 << 18
+CONFIGURATIONS = {
+    "ranking stream": (Entry(Configuration(512), most=SMALL), Entry(Configuration(1024))),
+    # Blocks of 2048 would spill registers.
+    "ranking search": (
+        Entry(Configuration(512, registers=128), most=SMALL),
+        Entry(Configuration(1024, registers=128)),
+    ),
+    "ranking table": (Entry(Configuration(256, warps=8)),),
+    # Floats: sums over partners, and the losses.
+    "ranking pairs": (Entry(Configuration(128, warps=8, rows=8)),),
+    "ranking losses": (Entry(Configuration(1024, warps=8)),),
+    # A quarter of the values takes 64 KiB of shared memory and a part of the registers, which are more than a GPU of 12.0 has for 512
+    # threads.
+    "ranking values": (
+        Entry(Configuration(4096, warps=8, programs=64), capability=120),
+        Entry(Configuration(8192, warps=16, programs=32)),
+    ),
+    # Floats.
+    "focal sums": (Entry(Configuration(512, registers=248, programs=512)),),
+    "focal class sums": (Entry(Configuration(512, registers=248, columns=64, programs=512)),),
+    "focal elements": (Entry(Configuration(256, registers=248), most=SMALL), Entry(Configuration(512, registers=248))),
+    "focal total": (Entry(Configuration(1024)),),
+    # Floats.
+    "ghm histogram": (Entry(Configuration(1024, registers=240, programs=512)),),
+    "ghm gradient": (Entry(Configuration(512), most=SMALL), Entry(Configuration(1024))),
+    # One program, all bins at once.
+    "ghm table": (Entry(Configuration(512)),),
+    # Floats: sums over rows of a tile, and of the tiles.
+    "group softmax": (Entry(Configuration(512, registers=248, columns=128)),),
+    "group softmax sample": (Entry(Configuration(2048, registers=248)),),
+    "group softmax losses": (Entry(Configuration(1024)),),
+    # Floats: sums over columns.
+    "seesaw": (Entry(Configuration(512, registers=248, columns=256)),),
+    # Floats.
+    "smooth l1 sums": (Entry(Configuration(1024, programs=512)),),
+    "smooth l1 elements": (Entry(Configuration(512), most=SMALL), Entry(Configuration(1024))),
+}
+# On a CPU, where the interpreter pays per program: no larger than the work where it says so.
+INTERPRETED = {
+    **dict.fromkeys(CONFIGURATIONS, Configuration(1 << 16)),
+    "ranking table": Configuration(1 << 12),
+    "ranking pairs": Configuration(128, rows=128),
+    "ranking losses": Configuration(1 << 12),
+    "ranking values": Configuration(1 << 18, programs=64),
+    "focal sums": Configuration(1 << 16, programs=512),
+    "focal class sums": Configuration(1 << 16, programs=512, columns=1 << 12),
+    "focal total": Configuration(1024),
+    "ghm histogram": Configuration(1 << 16, programs=512),
+    "group softmax": Configuration(1 << 16, columns=1 << 12),
+    "seesaw": Configuration(1 << 16, columns=1 << 12),
+    "smooth l1 sums": Configuration(1 << 16, programs=512),
+}
+NOT_SHRUNK = ("ranking pairs", "ranking losses", "focal class sums", "focal total", "group softmax", "seesaw")
+
+
+@functools.cache
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def configuration(name: str, size: int, device: torch.device) -> Configuration:
+    """Of the pass `name` over `size` elements on the device."""
+    if device.type == "cuda":
+        return choose(name, size, _capability(device))
+    chosen = INTERPRETED[name]
+    return chosen if name in NOT_SHRUNK else chosen._replace(block=min(chosen.block, max(64, triton.next_power_of_2(size))))
+
+
+def choose(name: str, size: int, capability: int) -> Configuration:
+    """Of the pass `name` over `size` elements on a GPU of this compute capability."""
+    fitting = (
+        entry.configuration
+        for entry in CONFIGURATIONS[name]
+        if capability >= entry.capability and (entry.most is None or size <= entry.most)
+    )
+    return next(fitting)
+
 
 # Coefficients of exp(x) and of atanh(x) / x in x^2. The functions of the library branch on special values, which costs registers.
 EXP_TERMS = tl.constexpr(tuple(1 / math.factorial(k) for k in range(14)))
@@ -28,12 +154,6 @@ _interpreter = threading.RLock()
 def launching_on(tensor: Tensor) -> AbstractContextManager:
     """The context that kernels must be launched in: the device of `tensor`; on a CPU, the interpreter to oneself."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else _interpreter
-
-
-def fitting_block(blocks: dict[str, int], size: int, device: torch.device) -> int:
-    """The block of the device; on a CPU no larger than the work."""
-    block = blocks[device.type]
-    return block if device.type == "cuda" else min(block, max(64, triton.next_power_of_2(size)))
 
 
 @triton.jit

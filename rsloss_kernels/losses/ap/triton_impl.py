@@ -4,7 +4,7 @@ Formulas: README.md beside this file; everything else: ../ranking/triton_finaliz
 import triton
 import triton.language as tl
 
-from rsloss_kernels.losses.ranking.triton_common import PLAIN_INTEGERS, table_block
+from rsloss_kernels.losses.ranking.triton_common import PLAIN_INTEGERS
 from rsloss_kernels.losses.ranking.triton_finalize import (
     COEFFICIENT,
     FALSE_POSITIVES,
@@ -17,6 +17,7 @@ from rsloss_kernels.losses.ranking.triton_finalize import (
     ranks_of_segment,
     steps_of_run,
 )
+from rsloss_kernels.losses.triton_common import configuration
 
 # 1 - precision at every positive.
 ERROR = OWN
@@ -108,8 +109,8 @@ def average_precision_finalize(
 ):
     def write_terms(grid, tables, options):
         precision_kernel[grid](*tables, **options)
-        block = table_block(tables.capacity, ranked.device)
-        constants = {"INTERPOLATED": interpolated, "SEGMENTED": options["SEGMENTED"], "BLOCK": block}
-        interpolation_kernel[triton.cdiv(tables.capacity, block),](*tables, **constants, num_warps=options["num_warps"])
+        run = configuration("ranking table", tables.capacity, ranked.device)
+        constants = {"INTERPOLATED": interpolated, "SEGMENTED": options["SEGMENTED"]}
+        interpolation_kernel[triton.cdiv(tables.capacity, run.block),](*tables, **constants, **run.arguments)
 
     return finalize(logits, ranked, counts, bins, segments, num_segments, delta, gradient_scale, write_terms)

@@ -12,19 +12,8 @@ from torch import Tensor
 
 from rsloss_kernels.losses.focal.op_checks import row_shape
 from rsloss_kernels.losses.focal.triton_elements import row_and_class, weighted_loss_and_slope
-from rsloss_kernels.losses.triton_common import fitting_block, float_bits, float_of, launching_on, rounded_to
+from rsloss_kernels.losses.triton_common import Configuration, configuration, float_bits, float_of, launching_on, rounded_to
 
-# Elements at a time of one program; a tile of rows and classes has as many.
-BLOCK = {"cuda": 512, "cpu": 1 << 16}
-# Numbers of classes of a tile to choose from. Neighbours in memory are the classes of a row, or in maps the rows of a class.
-TILE_CLASSES = {"cuda": {"rows": (64, 32, 16), "maps": (8, 4, 2)}, "cpu": {"rows": (1 << 12,), "maps": (1 << 12,)}}
-# Programs of the pass over one level, all at work at once on a large GPU. Not the number of its processors: it fixes the order
-# of float sums.
-PROGRAMS = 512
-# Without a limit of its own the assembler spills registers to fit one more block on a processor.
-OPTIONS = {"num_warps": 4, "maxnreg": 248}
-SUMS_AT_ONCE = 1024
-SUMS_WARPS = 4
 # Arguments that change from call to call without a gain from code of their own; floats travel as the bits of a float64.
 PLAIN_INTEGERS = ("inner", "rows", "ignore_index", "scale_bits", "entries", "class_entries")
 
@@ -216,11 +205,13 @@ def _levels(logits, targets, qualities, weights, class_table, modulator, maps, b
             }
 
 
-def tile_shape(rows: int, classes: int, maps: bool, device: str) -> tuple[int, int]:
-    """Rows and classes of a tile, those that pad the classes least."""
-    widths = (min(width, triton.next_power_of_2(classes)) for width in TILE_CLASSES[device]["maps" if maps else "rows"])
+def tile_shape(rows: int, classes: int, maps: bool, run: Configuration) -> tuple[int, int]:
+    """Rows and classes of a tile, those that pad the classes least. Neighbours in memory are the classes of a row, or in maps the rows of
+    a class, of which there are then more."""
+    most = run.columns // 8 if maps else run.columns
+    widths = (min(width, triton.next_power_of_2(classes)) for width in (most, most // 2, most // 4))
     width = min(widths, key=lambda width: triton.cdiv(classes, width) * width)
-    return min(BLOCK[device] // width, triton.next_power_of_2(rows)), width
+    return min(run.block // width, triton.next_power_of_2(rows)), width
 
 
 def focal_forward(
@@ -231,15 +222,15 @@ def focal_forward(
     shapes, grids = {}, {}
     for number in levels:
         size = logits[number].numel()
+        run = configuration("focal class sums" if class_sums else "focal sums", size, device)
         if class_sums:
-            rows, width = tile_shape(size // classes, classes, maps, device.type)
+            rows, width = tile_shape(size // classes, classes, maps, run)
             blocks = triton.cdiv(classes, width)
-            shapes[number] = {"rows": size // classes, "TILE_ROWS": rows, "TILE_CLASSES": width}
-            grids[number] = min(triton.cdiv(size // classes, rows), max(PROGRAMS // blocks, 1)), blocks
+            shapes[number] = {"rows": size // classes, "TILE_ROWS": rows, "TILE_CLASSES": width, **run.options}
+            grids[number] = min(triton.cdiv(size // classes, rows), max(run.programs // blocks, 1)), blocks
         else:
-            block = fitting_block(BLOCK, size, device)
-            shapes[number] = {"size": size, "BLOCK": block}
-            grids[number] = min(triton.cdiv(size, block), PROGRAMS), 1
+            shapes[number] = {"size": size, **run.arguments}
+            grids[number] = min(triton.cdiv(size, run.block), run.programs), 1
     entries, class_entries = sum(width * height for width, height in grids.values()), sum(width for width, _ in grids.values())
     partials = class_table.new_empty((entries,))
     class_partials = class_table.new_empty((2, classes if class_sums else 0, class_entries))
@@ -248,7 +239,7 @@ def focal_forward(
     with launching_on(class_table):
         for number, arguments in levels.items():
             grid = grids[number]
-            arguments.update(shapes[number], partials_ptr=partials[done:], **OPTIONS)
+            arguments.update(shapes[number], partials_ptr=partials[done:])
             if class_sums:
                 focal_class_sums_kernel[grid](
                     class_partials_ptr=class_partials.view(-1)[class_done:], class_entries=class_entries, **arguments
@@ -256,7 +247,8 @@ def focal_forward(
             else:
                 focal_loss_kernel[grid[0],](**arguments)
             done, class_done = done + grid[0] * grid[1], class_done + grid[0]
-        focal_total_kernel[1,](partials, normalizer, loss, entries, float_bits(scale), SUMS_AT_ONCE, num_warps=SUMS_WARPS)
+        run = configuration("focal total", entries, device)
+        focal_total_kernel[1,](partials, normalizer, loss, entries, float_bits(scale), run.block, **run.options)
     return loss, class_partials.sum(-1) if class_sums else class_table.new_empty((0,))
 
 
@@ -266,17 +258,16 @@ def _map_elements(levels, class_table, normalizer, grads, modulator, maps, backg
     with launching_on(class_table):
         for number, arguments in _levels(*levels, class_table, modulator, maps, background_first, ignore_index):
             size = results[number].numel()
-            block = fitting_block(BLOCK, size, class_table.device)
-            focal_elements_kernel[triton.cdiv(size, block),](
+            run = configuration("focal elements", size, class_table.device)
+            focal_elements_kernel[triton.cdiv(size, run.block),](
                 normalizer_ptr=normalizer,
                 grads_ptr=grads[number if per_element else 0] if grads else None,
                 results_ptr=results[number],
                 size=size,
                 scale_bits=float_bits(scale),
                 GRAD_PER_ELEMENT=per_element,
-                BLOCK=block,
                 **arguments,
-                **OPTIONS,
+                **run.arguments,
             )
     return results
 

@@ -7,11 +7,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rsloss_kernels.losses.triton_common import exp_of_minus, float_bits, float_of, log1p_of, log1p_of_fraction, reciprocal
+from rsloss_kernels.losses.triton_common import (
+    configuration,
+    exp_of_minus,
+    float_bits,
+    float_of,
+    log1p_of,
+    log1p_of_fraction,
+    reciprocal,
+)
 
 # Arguments that change from call to call without a gain from code of their own; floats travel as the bits of a float64.
 PLAIN_INTEGERS = ("bins", "entries", "mu_bits", "momentum_bits", "log_momentum_bits", "scale_bits")
-TABLE_WARPS = 4
 
 
 @triton.jit(do_not_specialize=PLAIN_INTEGERS)
@@ -116,5 +123,6 @@ def harmonize(pred, target, edges_ptr, bins, mu_bits, IS_REGRESSION: tl.constexp
 def write_edges(bins: int, mu: float | None, like: Tensor) -> Tensor:
     edges = torch.empty((2, bins + 1), dtype=torch.float64, device=like.device)
     columns = triton.next_power_of_2(bins + 1)
-    edges_kernel[1,](edges, bins, float_bits(mu or 0.0), mu is not None, columns, num_warps=TABLE_WARPS)
+    options = configuration("ghm table", columns, like.device).options
+    edges_kernel[1,](edges, bins, float_bits(mu or 0.0), mu is not None, columns, **options)
     return edges

@@ -12,17 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rsloss_kernels.losses.ghm.triton_elements import PLAIN_INTEGERS, TABLE_WARPS, harmonize, read_elements, write_edges
-from rsloss_kernels.losses.triton_common import fitting_block, float_bits, float_of, launching_on, rounded_to
-
-# Elements at a time of one program of a pass.
-BLOCK = {"cuda": 1024, "cpu": 1 << 16}
-# Programs of the pass over one level, all at work at once on a large GPU. Not the number of its processors: it fixes the order
-# of float sums.
-HISTOGRAM_PROGRAMS = 512
-BACKWARD_WARPS = 4
-# Without a limit of its own the assembler spills registers to fit one more block on a processor.
-HISTOGRAM_OPTIONS = {"num_warps": 4, "maxnreg": 240}
+from rsloss_kernels.losses.ghm.triton_elements import PLAIN_INTEGERS, harmonize, read_elements, write_edges
+from rsloss_kernels.losses.triton_common import configuration, float_bits, float_of, launching_on, rounded_to
 
 
 @triton.jit(do_not_specialize=PLAIN_INTEGERS)
@@ -181,8 +172,8 @@ def _levels(preds: list[Tensor], targets: list[Tensor], weights: list[Tensor], m
 
 def ghm_histogram(preds, targets, weights, bins, mu, background_first) -> Tensor:
     device = preds[0].device
-    blocks = [fitting_block(BLOCK, pred.numel(), device) for pred in preds]
-    grids = [min(triton.cdiv(pred.numel(), block), HISTOGRAM_PROGRAMS) for pred, block in zip(preds, blocks, strict=True)]
+    runs = [configuration("ghm histogram", pred.numel(), device) for pred in preds]
+    grids = [min(triton.cdiv(pred.numel(), run.block), run.programs) for pred, run in zip(preds, runs, strict=True)]
     partials = torch.empty((2, bins + 1, sum(grids)), dtype=torch.float64, device=device)
     with launching_on(preds[0]):
         edges = write_edges(bins, mu, preds[0])
@@ -193,9 +184,8 @@ def ghm_histogram(preds, targets, weights, bins, mu, background_first) -> Tensor
                 bins=bins,
                 entries=sum(grids),
                 COLUMNS=triton.next_power_of_2(bins + 2),
-                BLOCK=blocks[number],
                 **arguments,
-                **HISTOGRAM_OPTIONS,
+                **runs[number].arguments,
             )
     return partials.sum(-1)
 
@@ -215,7 +205,7 @@ def ghm_finalize(
             HAS_MOMENTUM=momentum > 0,
             COUNT_EMPTY_BINS=count_empty_bins,
             COLUMNS=triton.next_power_of_2(bins),
-            num_warps=TABLE_WARPS,
+            **configuration("ghm table", bins, histogram.device).options,
         )
     return loss, new_acc_sum, new_num_updates, bin_weights
 
@@ -225,15 +215,14 @@ def ghm_backward(preds, targets, weights, bin_weights, grad_loss, mu, background
     with launching_on(preds[0]):
         edges = write_edges(bin_weights.numel(), mu, preds[0])
         for number, arguments in _levels(preds, targets, weights, mu, background_first):
-            block = fitting_block(BLOCK, arguments["size"], preds[0].device)
-            gradient_kernel[triton.cdiv(arguments["size"], block),](
+            run = configuration("ghm gradient", arguments["size"], preds[0].device)
+            gradient_kernel[triton.cdiv(arguments["size"], run.block),](
                 edges_ptr=edges,
                 bin_weights_ptr=bin_weights,
                 grad_loss_ptr=grad_loss,
                 results_ptr=gradients[number],
                 bins=bin_weights.numel(),
-                BLOCK=block,
-                num_warps=BACKWARD_WARPS,
                 **arguments,
+                **run.arguments,
             )
     return gradients

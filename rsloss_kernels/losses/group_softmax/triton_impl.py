@@ -11,8 +11,8 @@ from torch import Tensor
 
 from rsloss_kernels.losses.group_softmax.triton_rows import column_of_label, order_of_key, pick, sum_row
 from rsloss_kernels.losses.triton_common import (
+    configuration,
     exp_of_minus,
-    fitting_block,
     float_bits,
     float_of,
     launching_on,
@@ -20,14 +20,6 @@ from rsloss_kernels.losses.triton_common import (
     rounded_to,
 )
 
-# Logits at a time of one program, and the most columns of them; sampling goes over as many rows.
-TILE = {"cuda": 512, "cpu": 1 << 16}
-MOST_COLUMNS = {"cuda": 128, "cpu": 1 << 12}
-SAMPLE_BLOCK = {"cuda": 2048, "cpu": 1 << 16}
-SUMS_BLOCK = {"cuda": 1024, "cpu": 1 << 16}
-WARPS = 4
-# Without a limit of its own the assembler spills registers to fit one more block on a processor.
-OPTIONS = {"num_warps": WARPS, "maxnreg": 248}
 PLAIN_INTEGERS = ("rows", "entries", "num_classes", "ratio_bits")
 
 
@@ -290,15 +282,15 @@ def group_softmax_scores_kernel(
     tl.store(scores_ptr + row * (num_classes + 1) + score, result, mask=is_row & is_score)
 
 
-def tile_shape(rows: int, columns: int, device: str) -> dict[str, int]:
-    """Rows and columns of a tile of logits; `columns` of the widest group."""
-    width = min(MOST_COLUMNS[device], triton.next_power_of_2(columns))
-    return {"ROWS": min(TILE[device] // width, triton.next_power_of_2(rows)), "COLUMNS": width}
-
-
 def _tile(logits: Tensor, starts: list[int]) -> dict[str, int]:
+    """Of the widest group, with the options of a launch."""
     widest = max(end - start for start, end in zip(starts, starts[1:], strict=False))
-    return tile_shape(max(logits.shape[0], 1), widest, logits.device.type)
+    return _tile_of(logits, widest)
+
+
+def _tile_of(logits: Tensor, columns: int) -> dict[str, int]:
+    run = configuration("group softmax", logits.numel(), logits.device)
+    return {**run.tile(max(logits.shape[0], 1), columns), **run.options}
 
 
 def group_softmax_sample(labels, class_columns, keys, starts, others, background_group, background_first, others_ratio) -> Tensor:
@@ -311,8 +303,7 @@ def group_softmax_sample(labels, class_columns, keys, starts, others, background
                 STARTS=tuple(starts),
                 BACKGROUND_GROUP=background_group,
                 BACKGROUND_FIRST=background_first,
-                BLOCK=fitting_block(SAMPLE_BLOCK, rows, labels.device),
-                **OPTIONS,
+                **configuration("group softmax sample", rows, labels.device).arguments,
             )
     return weights
 
@@ -333,10 +324,9 @@ def group_softmax_forward(
                 *(logits, labels, class_columns, weights, row_tables, partials, rows, class_columns.numel() - 1),
                 *(tuple(starts), tuple(others), background_first),
                 **tile,
-                **OPTIONS,
             )
-        block = fitting_block(SUMS_BLOCK, blocks, logits.device)
-        group_softmax_losses_kernel[groups,](partials, losses, averages, blocks, block, num_warps=WARPS)
+        run = configuration("group softmax losses", blocks, logits.device)
+        group_softmax_losses_kernel[groups,](partials, losses, averages, blocks, **run.arguments)
     return losses, averages, row_tables
 
 
@@ -351,7 +341,6 @@ def group_softmax_backward(
                 *(logits, labels, class_columns, weights, averages, row_tables, grad_losses, gradient),
                 *(rows, class_columns.numel() - 1, tuple(starts), tuple(others), background_first),
                 **tile,
-                **OPTIONS,
             )
     return gradient
 
@@ -360,16 +349,15 @@ def group_softmax_scores(logits, class_columns, starts, others, background_group
     rows, size = logits.shape[0], class_columns.numel()
     scores = logits.new_empty((rows, size))
     statistics = logits.new_empty((2, len(others), rows), dtype=torch.float64)
-    tile, score_tile = _tile(logits, starts), tile_shape(max(rows, 1), size, logits.device.type)
+    tile, score_tile = _tile(logits, starts), _tile_of(logits, size)
     with launching_on(logits):
         if rows:
             group_softmax_statistics_kernel[triton.cdiv(rows, tile["ROWS"]), len(others)](
-                logits, statistics, rows, tuple(starts), tuple(others), **tile, **OPTIONS
+                logits, statistics, rows, tuple(starts), tuple(others), **tile
             )
             group_softmax_scores_kernel[triton.cdiv(rows, score_tile["ROWS"]), triton.cdiv(size, score_tile["COLUMNS"])](
                 *(logits, class_columns, statistics, scores, rows, size - 1),
                 *(tuple(starts), tuple(others), background_group, background_first),
                 **score_tile,
-                **OPTIONS,
             )
     return scores

@@ -8,8 +8,6 @@ from torch import Tensor
 from rsloss_kernels.losses.ranking import reference
 from rsloss_kernels.losses.ranking.triton_common import (
     PLAIN_INTEGERS,
-    SEARCH_OPTIONS,
-    TABLE_WARPS,
     arithmetic,
     count_not_above,
     largest_power_of_two,
@@ -19,13 +17,11 @@ from rsloss_kernels.losses.ranking.triton_common import (
     segment_form,
     segment_of,
     segment_ranks,
-    stream_block,
-    table_block,
 )
 from rsloss_kernels.losses.ranking.triton_lines import line_gradient, upstream_of
 from rsloss_kernels.losses.ranking.triton_values import is_by_value, look_up
 from rsloss_kernels.losses.ranking.triton_windows import write_ranges
-from rsloss_kernels.losses.triton_common import launching_on, rounded_to
+from rsloss_kernels.losses.triton_common import configuration, launching_on, rounded_to
 
 
 @triton.jit(do_not_specialize=PLAIN_INTEGERS)
@@ -115,9 +111,9 @@ def ranking_backward(
         ranges = write_ranges(gradients[3], None, num_segments) if segmented else None
         levels = zip(logits, results, segment_arguments(logits, segments, num_segments), strict=True)
         for level, result, in_segments in levels:
-            size, block = level.numel(), stream_block(level.numel(), device)
+            size, run = level.numel(), configuration("ranking search", level.numel(), device)
             if size and not by_value:
-                negative_gradient_kernel[triton.cdiv(size, block),](
+                negative_gradient_kernel[triton.cdiv(size, run.block),](
                     logits_ptr=level,
                     negatives_ptr=negatives[first_byte:],
                     edges_ptr=edges,
@@ -130,16 +126,13 @@ def ranking_backward(
                     capacity=capacity,
                     top=top,
                     DOUBLE=level.dtype == torch.float64,
-                    BLOCK=block,
                     **in_segments,
-                    **SEARCH_OPTIONS,
+                    **run.arguments,
                 )
             if size and capacity:
-                block = table_block(capacity, device)
-                positive_gradient_kernel[triton.cdiv(capacity, block),](
-                    *(gradients, counts, grad_first, grad_second, result, size, capacity, offset),
-                    BLOCK=block,
-                    num_warps=TABLE_WARPS,
+                run = configuration("ranking table", capacity, device)
+                positive_gradient_kernel[triton.cdiv(capacity, run.block),](
+                    *(gradients, counts, grad_first, grad_second, result, size, capacity, offset), **run.arguments
                 )
             first_byte += (size + 63) // 64 * 8
             offset += size

@@ -7,10 +7,7 @@ import triton.language as tl
 
 from rsloss_kernels.losses.ranking import reference
 from rsloss_kernels.losses.ranking.triton_common import (
-    PAIR_TILE,
     PLAIN_INTEGERS,
-    SEARCH_OPTIONS,
-    TABLE_WARPS,
     arithmetic,
     count_not_above,
     power_up_to,
@@ -19,14 +16,12 @@ from rsloss_kernels.losses.ranking.triton_common import (
     segment_form,
     segment_of,
     segment_ranks,
-    stream_block,
-    table_block,
     width_exponent,
 )
 from rsloss_kernels.losses.ranking.triton_lines import add_to_bins
 from rsloss_kernels.losses.ranking.triton_values import bin_by_value, is_by_value
 from rsloss_kernels.losses.ranking.triton_windows import write_breakpoints
-from rsloss_kernels.losses.triton_common import launching_on
+from rsloss_kernels.losses.triton_common import configuration, launching_on
 
 # Copies of the bins share this many entries of a count and a sum, where the positives are few and so the bins contended.
 SHARED_BINS = 1 << 14
@@ -164,9 +159,9 @@ def ranking_bin(logits, negatives, positives, counts, segments, num_segments, de
     copies = torch.zeros(entries, dtype=torch.int64, device=device)
     with launching_on(positives):
         if capacity:
-            tile, run = PAIR_TILE[device.type]
-            rank_kernel[triton.cdiv(capacity, tile),](
-                *(positives, counts, ranked, capacity), SEGMENTED=segmented, TILE=tile, RUN=run, num_warps=TABLE_WARPS
+            pairs = configuration("ranking pairs", capacity, device)
+            rank_kernel[triton.cdiv(capacity, pairs.rows),](
+                *(positives, counts, ranked, capacity), SEGMENTED=segmented, TILE=pairs.rows, RUN=pairs.block, **pairs.options
             )
         _, sizes, ranges = write_breakpoints(ranked, edges, num_segments, segmented, delta, double)
         by_value = is_by_value(logits, segments, num_segments)
@@ -174,9 +169,9 @@ def ranking_bin(logits, negatives, positives, counts, segments, num_segments, de
             bin_by_value(logits, negatives, edges, sizes, counts, copies, width_exponent(delta), delta == 0)
         first_byte = 0
         for level, in_segments in zip(logits, segment_arguments(logits, segments, num_segments), strict=True):
-            size, block = level.numel(), stream_block(level.numel(), device)
+            size, run = level.numel(), configuration("ranking search", level.numel(), device)
             if size and not by_value:
-                bin_kernel[triton.cdiv(size, block),](
+                bin_kernel[triton.cdiv(size, run.block),](
                     logits_ptr=level,
                     negatives_ptr=negatives[first_byte:],
                     edges_ptr=edges,
@@ -187,13 +182,13 @@ def ranking_bin(logits, negatives, positives, counts, segments, num_segments, de
                     size=size,
                     entries=entries,
                     exponent=width_exponent(delta),
-                    **{"DOUBLE": double, "IS_STEP": delta == 0, "MAX_COPIES": MAX_COPIES, "BLOCK": block},
+                    **{"DOUBLE": double, "IS_STEP": delta == 0, "MAX_COPIES": MAX_COPIES},
                     **in_segments,
-                    **SEARCH_OPTIONS,
+                    **run.arguments,
                 )
             first_byte += (size + 63) // 64 * 8
-        block = table_block(2 * capacity + 1, device)
-        sum_copies_kernel[triton.cdiv(2 * capacity + 1, block), 2](
-            copies, sizes, bins, capacity, entries, MAX_COPIES=MAX_COPIES, BLOCK=block, num_warps=TABLE_WARPS
+        run = configuration("ranking table", 2 * capacity + 1, device)
+        sum_copies_kernel[triton.cdiv(2 * capacity + 1, run.block), 2](
+            copies, sizes, bins, capacity, entries, MAX_COPIES=MAX_COPIES, **run.arguments
         )
     return ranked, bins

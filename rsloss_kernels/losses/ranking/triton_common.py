@@ -1,4 +1,4 @@
-"""What the Triton kernels of every ranking loss share: block shapes, arithmetic, searches, segments of elements."""
+"""What the Triton kernels of every ranking loss share: arithmetic, searches, segments of elements."""
 import math
 
 import torch
@@ -6,17 +6,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rsloss_kernels.losses.triton_common import fitting_block
+from rsloss_kernels.losses.triton_common import configuration
 
-# Elements of one program of a pass over the logits; (positives, partners at a time) of one program over pairs; entries of one
-# program over a table. The interpreter pays per program, a GPU for idle processors; on it a pass over
-# blocks of 2048 would spill registers. The pair tile fixes the order of float sums: it depends on nothing but the device.
-STREAM_BLOCK = {"cuda": 1024, "cpu": 1 << 16}
-PAIR_TILE = {"cuda": (8, 128), "cpu": (128, 128)}
-TABLE_BLOCK = {"cuda": 256, "cpu": 1 << 12}
-STREAM_WARPS, TABLE_WARPS = 4, 8
-# Of a pass that searches: without a limit of its own the assembler spills registers to fit one more block on a processor.
-SEARCH_OPTIONS = {"num_warps": STREAM_WARPS, "maxnreg": 128}
+# Of the passes that neither search nor walk pairs.
+STREAM_WARPS = 4
 
 # Arguments that change from call to call without a gain from code of their own. Floats travel as the bits of a float64.
 PLAIN_INTEGERS = (
@@ -32,11 +25,7 @@ def width_exponent(delta: float) -> int:
 
 
 def stream_block(elements: int, device: torch.device) -> int:
-    return fitting_block(STREAM_BLOCK, elements, device)
-
-
-def table_block(entries: int, device: torch.device) -> int:
-    return fitting_block(TABLE_BLOCK, entries, device)
+    return configuration("ranking stream", elements, device).block
 
 
 def largest_power_of_two(size: int) -> int:

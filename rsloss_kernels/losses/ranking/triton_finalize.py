@@ -17,18 +17,15 @@ from torch import Tensor
 from rsloss_kernels.losses.ranking import reference
 from rsloss_kernels.losses.ranking.op import GRADIENT_ROWS, LINE_ROWS
 from rsloss_kernels.losses.ranking.triton_common import (
-    PAIR_TILE,
     PLAIN_INTEGERS,
-    TABLE_WARPS,
     count_not_above,
     offset_bits,
     segment_form,
     segment_ranks,
-    table_block,
     width_exponent,
 )
 from rsloss_kernels.losses.ranking.triton_windows import write_breakpoints
-from rsloss_kernels.losses.triton_common import float_bits, float_of, launching_on, power_of_two
+from rsloss_kernels.losses.triton_common import configuration, float_bits, float_of, launching_on, power_of_two
 
 # Rows of the table between the kernels, by rank. A loss reads the first and writes the others: its terms of the mean, the share
 # of the error that a negative takes per unit of H, the gradients of the positive before scaling, and one row for its own use.
@@ -40,9 +37,6 @@ COEFFICIENT = tl.constexpr(3)
 FIRST_GRADIENT = tl.constexpr(4)
 SECOND_GRADIENT = tl.constexpr(5)
 OWN = tl.constexpr(6)
-
-# Positives at a time of the one program that adds up the losses.
-LOSS_RUN = {"cuda": 1024, "cpu": 1 << 12}
 
 
 class Tables(NamedTuple):
@@ -353,27 +347,27 @@ def finalize(
     gradients = ranked.new_empty((GRADIENT_ROWS, capacity))
     lines = ranked.new_empty((LINE_ROWS, 2 * capacity))
     terms = ranked.new_empty((TERM_ROWS, capacity))
-    tile, run = PAIR_TILE[device.type]
+    pairs = configuration("ranking pairs", capacity, device)
     scale_bits = float_bits(gradient_scale)
-    warps = {"SEGMENTED": segmented, "num_warps": TABLE_WARPS}
-    options = {"IS_STEP": delta == 0, "TILE": tile, "RUN": run, **warps}
+    options = {"IS_STEP": delta == 0, "TILE": pairs.rows, "RUN": pairs.block, "SEGMENTED": segmented, **pairs.options}
     with launching_on(ranked):
         windows = write_breakpoints(ranked, lines, num_segments, segmented, delta, double)
         tables = Tables(ranked, *windows, terms, capacity, float_bits(delta))
         if capacity:
-            grid = (triton.cdiv(capacity, tile),)
+            grid = (triton.cdiv(capacity, pairs.rows),)
             false_positives_kernel[grid](*tables, width_exponent(delta), bins, lines, counts, DOUBLE=double, **options)
             write_terms(grid, tables, options)
-            block = table_block(capacity, device)
-            gradients_kernel[triton.cdiv(capacity, block),](
+            run = configuration("ranking table", capacity, device)
+            gradients_kernel[triton.cdiv(capacity, run.block),](
                 *(ranked, windows.sizes, windows.ranges, terms, counts, gradients, statistic[0] if statistic else None),
                 *(capacity, num_segments, scale_bits),
-                **{"HAS_SECOND": num_losses == 2, "BLOCK": block, **warps},
+                **{"HAS_SECOND": num_losses == 2, "SEGMENTED": segmented, **run.arguments},
             )
-            lines_kernel[triton.cdiv(2 * capacity, tile),](*tables, scale_bits, lines, **options)
+            lines_kernel[triton.cdiv(2 * capacity, pairs.rows),](*tables, scale_bits, lines, **options)
+        of_losses = configuration("ranking losses", capacity, device)
         losses_kernel[1,](
             *(ranked, windows.sizes, windows.ranges, terms, counts, bins, losses[0], losses[1] if num_losses == 2 else None),
             *(capacity,),
-            **{"RUN": LOSS_RUN[device.type], **warps},
+            **{"RUN": of_losses.block, "SEGMENTED": segmented, **of_losses.options},
         )
     return *losses, *statistic, gradients, lines

@@ -16,25 +16,18 @@ from torch import Tensor
 
 from rsloss_kernels.losses.ranking.triton_common import (
     PLAIN_INTEGERS,
-    TABLE_WARPS,
     count_not_above,
     read_negatives,
     segment_form,
-    stream_block,
-    table_block,
 )
 from rsloss_kernels.losses.ranking.triton_lines import add_to_bins, line_gradient
-from rsloss_kernels.losses.triton_common import fitting_block, rounded_to
+from rsloss_kernels.losses.triton_common import configuration, rounded_to
 
 VALUES = 1 << 16
 QUARTER = VALUES // 4
 # Below this the tables of values cost more than the searches. Counters have 32 bits. The same on both paths bit for bit, so that
 # processes of a group need not agree on one.
 FEWEST_BY_VALUE = 1 << 20
-# Programs of the histogram over one tensor, for each quarter of the values, and elements at a time.
-HISTOGRAM_PROGRAMS = 64
-HISTOGRAM_BLOCK = {"cuda": 4096, "cpu": 1 << 18}
-HISTOGRAM_WARPS = 8
 
 
 def is_by_value(logits: list[Tensor], segments: Tensor | None, num_segments: int) -> bool:
@@ -165,20 +158,16 @@ def bin_by_value(logits, negatives, edges, sizes, counts, copies, exponent: int,
     histogram = torch.zeros(VALUES, dtype=torch.int32, device=device)
     first_byte = 0
     for level in logits:
-        size = level.numel()
-        block = fitting_block(HISTOGRAM_BLOCK, size, device)
+        size, run = level.numel(), configuration("ranking values", level.numel(), device)
         if size:
-            programs = min(triton.cdiv(size, block), HISTOGRAM_PROGRAMS)
+            programs = min(triton.cdiv(size, run.block), run.programs)
             value_histogram_kernel[programs, VALUES // QUARTER](
-                *(level, negatives[first_byte:], edges, sizes, histogram, copies, size),
-                QUARTER=QUARTER,
-                BLOCK=block,
-                num_warps=HISTOGRAM_WARPS,
+                *(level, negatives[first_byte:], edges, sizes, histogram, copies, size), QUARTER=QUARTER, **run.arguments
             )
         first_byte += (size + 63) // 64 * 8
-    block = table_block(VALUES, device)
-    value_bins_kernel[VALUES // block,](
-        *(histogram, logits[0], edges, sizes, counts, copies, exponent), IS_STEP=is_step, BLOCK=block, num_warps=TABLE_WARPS
+    run = configuration("ranking table", VALUES, device)
+    value_bins_kernel[VALUES // run.block,](
+        *(histogram, logits[0], edges, sizes, counts, copies, exponent), IS_STEP=is_step, **run.arguments
     )
 
 
@@ -186,15 +175,13 @@ def look_up(logits, negatives, edges, lines, counts, grad_first, results, capaci
     """Writes the gradient of every element but the positives."""
     device = lines.device
     table = torch.empty(VALUES, dtype=logits[0].dtype, device=device)
-    block = table_block(VALUES, device)
-    value_table_kernel[VALUES // block,](
-        *(edges, lines, counts, grad_first, table, capacity, top), BLOCK=block, num_warps=TABLE_WARPS
-    )
+    run = configuration("ranking table", VALUES, device)
+    value_table_kernel[VALUES // run.block,](edges, lines, counts, grad_first, table, capacity, top, **run.arguments)
     first_byte = 0
     for level, result in zip(logits, results, strict=True):
-        size, block = level.numel(), stream_block(level.numel(), device)
+        size, run = level.numel(), configuration("ranking stream", level.numel(), device)
         if size:
-            value_gradient_kernel[triton.cdiv(size, block),](
-                *(level, negatives[first_byte:], table, counts, result, size, capacity), BLOCK=block, num_warps=TABLE_WARPS
+            value_gradient_kernel[triton.cdiv(size, run.block),](
+                *(level, negatives[first_byte:], table, counts, result, size, capacity), **run.arguments
             )
         first_byte += (size + 63) // 64 * 8

@@ -11,13 +11,11 @@ from torch import Tensor
 
 from rsloss_kernels.losses.ranking.triton_common import (
     PLAIN_INTEGERS,
-    TABLE_WARPS,
     count_not_above,
     power_up_to,
     segment_ranks,
-    table_block,
 )
-from rsloss_kernels.losses.triton_common import float_bits, float_of
+from rsloss_kernels.losses.triton_common import configuration, float_bits, float_of
 
 
 class Windows(NamedTuple):
@@ -147,10 +145,8 @@ def breakpoints_kernel(
 def write_ranges(keys: Tensor, sizes: Tensor | None, num_segments: int) -> Tensor:
     """The first rank of every segment, and the end, int32 [num_segments + 1], from the ascending segments of the ranks."""
     ranges = torch.empty(num_segments + 1, dtype=torch.int32, device=keys.device)
-    block = table_block(num_segments + 1, keys.device)
-    ranges_kernel[triton.cdiv(num_segments + 1, block),](
-        keys, sizes, ranges, keys.numel(), num_segments, BLOCK=block, num_warps=TABLE_WARPS
-    )
+    run = configuration("ranking table", num_segments + 1, keys.device)
+    ranges_kernel[triton.cdiv(num_segments + 1, run.block),](keys, sizes, ranges, keys.numel(), num_segments, **run.arguments)
     return ranges
 
 
@@ -160,10 +156,10 @@ def write_breakpoints(ranked: Tensor, edges: Tensor, num_segments: int, segmente
     bounds = ranked.new_empty((2, capacity))
     slots = torch.empty((2, capacity), dtype=torch.int32, device=device)
     sizes = torch.zeros(3, dtype=torch.int32, device=device)
-    block = table_block(capacity, device)
+    run = configuration("ranking table", capacity, device)
     # One program at least, for the sizes.
-    grid = (max(1, triton.cdiv(capacity, block)),)
-    options = {"BLOCK": block, "num_warps": TABLE_WARPS}
+    grid = (max(1, triton.cdiv(capacity, run.block)),)
+    options = run.arguments
     windows_kernel[grid](ranked, bounds, sizes, capacity, float_bits(delta), **options, DOUBLE=double)
     ranges = write_ranges(ranked[2], sizes, num_segments) if segmented else None
     breakpoints_kernel[grid](ranked, bounds, sizes, ranges, edges, slots, capacity, **options, SEGMENTED=segmented)

@@ -14,6 +14,7 @@ from torch import Tensor
 from rsloss_kernels.losses.group_softmax.triton_rows import sum_row
 from rsloss_kernels.losses.seesaw.reduction import reduce_rows, spread_gradients
 from rsloss_kernels.losses.triton_common import (
+    configuration,
     exp_of_minus,
     float_bits,
     float_of,
@@ -24,11 +25,6 @@ from rsloss_kernels.losses.triton_common import (
     rounded_to,
 )
 
-# Logits at a time of one program, and the most columns of them.
-TILE = {"cuda": 512, "cpu": 1 << 16}
-MOST_COLUMNS = {"cuda": 256, "cpu": 1 << 12}
-# Without a limit of its own the assembler spills registers to fit one more block on a processor.
-OPTIONS = {"num_warps": 4, "maxnreg": 248}
 PLAIN_INTEGERS = ("rows", "p_bits", "q_bits", "log_eps_bits")
 
 
@@ -187,12 +183,6 @@ def seesaw_backward_kernel(
         column += COLUMNS
 
 
-def tile_shape(rows: int, classes: int, device: str) -> dict[str, int]:
-    """Rows and columns of a tile of class logits."""
-    width = min(MOST_COLUMNS[device], triton.next_power_of_2(classes))
-    return {"ROWS": min(TILE[device] // width, triton.next_power_of_2(rows)), "COLUMNS": width}
-
-
 def seesaw_forward(
     logits, labels, weights, log_counts, p, q, eps, reduction, avg_factor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -201,12 +191,13 @@ def seesaw_forward(
     log_eps = math.log(eps) if eps > 0 else -math.inf
     with launching_on(logits):
         if rows:
-            tile = tile_shape(rows, classes, logits.device.type)
+            run = configuration("seesaw", logits.numel(), logits.device)
+            tile = run.tile(rows, classes)
             seesaw_forward_kernel[triton.cdiv(rows, tile["ROWS"]),](
                 *(logits, labels, weights, log_counts, losses, tables, rows),
                 *(float_bits(p), float_bits(q), float_bits(log_eps), classes),
                 **tile,
-                **OPTIONS,
+                **run.options,
             )
     return *reduce_rows(losses, logits, labels, reduction, avg_factor), tables
 
@@ -217,11 +208,12 @@ def seesaw_backward(logits, labels, weights, log_counts, divisors, row_tables, g
     gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
     with launching_on(logits):
         if rows:
-            tile = tile_shape(rows, classes, logits.device.type)
+            run = configuration("seesaw", logits.numel(), logits.device)
+            tile = run.tile(rows, classes)
             seesaw_backward_kernel[triton.cdiv(rows, tile["ROWS"]),](
                 *(logits, labels, weights, log_counts, row_tables, grad_losses, gradient, rows),
                 *(float_bits(p), float_bits(q), classes),
                 **tile,
-                **OPTIONS,
+                **run.options,
             )
     return gradient

@@ -10,13 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from rsloss_kernels.losses.smooth_l1.op_checks import LARGEST_BETA, SMALLEST_BETA
-from rsloss_kernels.losses.triton_common import fitting_block, float_bits, float_of, launching_on, rounded_to
+from rsloss_kernels.losses.triton_common import Configuration, configuration, float_bits, float_of, launching_on, rounded_to
 
-# Elements at a time of one program.
-BLOCK = {"cuda": 1024, "cpu": 1 << 16}
-# Programs of the pass of the loss. Not the number of processors: it fixes the order of float sums.
-FORWARD_PROGRAMS = 512
-WARPS = 4
 # Arguments that change from call to call without a gain from code of their own; floats travel as the bits of a float64.
 PLAIN_INTEGERS = ("fixed_beta_bits", "scale_bits", "programs")
 SMALLEST, LARGEST = tl.constexpr(SMALLEST_BETA), tl.constexpr(LARGEST_BETA)
@@ -134,7 +129,9 @@ def smooth_l1_backward_kernel(
     tl.store(result_ptr + start + lane, gradient, mask=inside)
 
 
-def _elements(pred: Tensor, target: Tensor, weight: Tensor | None, beta: Tensor | None, fixed_beta: float) -> dict:
+def _elements(
+    run: Configuration, pred: Tensor, target: Tensor, weight: Tensor | None, beta: Tensor | None, fixed_beta: float
+) -> dict:
     """What all passes take, as keyword arguments."""
     by_row = weight is not None and weight.dim() < pred.dim()
     return {
@@ -146,20 +143,20 @@ def _elements(pred: Tensor, target: Tensor, weight: Tensor | None, beta: Tensor 
         "row": pred.shape[-1] if by_row else 1,
         "fixed_beta_bits": float_bits(fixed_beta),
         "BY_ROW": by_row,
-        "BLOCK": fitting_block(BLOCK, pred.numel(), pred.device),
-        "num_warps": WARPS,
+        **run.arguments,
     }
 
 
 def smooth_l1_forward(pred, target, weight, beta, normalizer, fixed_beta, scale) -> list[Tensor]:
-    arguments = _elements(pred, target, weight, beta, fixed_beta)
-    programs = max(1, min(triton.cdiv(pred.numel(), arguments["BLOCK"]), FORWARD_PROGRAMS))
+    run = configuration("smooth l1 sums", pred.numel(), pred.device)
+    arguments = _elements(run, pred, target, weight, beta, fixed_beta)
+    programs = max(1, min(triton.cdiv(pred.numel(), run.block), run.programs))
     sums = torch.empty(programs, dtype=torch.float64, device=pred.device)
     loss = pred.new_empty((), dtype=torch.float64 if pred.dtype == torch.float64 else torch.float32)
     with launching_on(pred):
         smooth_l1_forward_kernel[programs,](sums_ptr=sums, **arguments)
         smooth_l1_combine_kernel[1,](
-            *(sums, normalizer, loss, programs, float_bits(scale)), PROGRAMS=triton.next_power_of_2(programs), num_warps=WARPS
+            *(sums, normalizer, loss, programs, float_bits(scale)), PROGRAMS=triton.next_power_of_2(programs), **run.options
         )
     return [loss]
 
@@ -167,9 +164,10 @@ def smooth_l1_forward(pred, target, weight, beta, normalizer, fixed_beta, scale)
 def smooth_l1_elements(pred, target, weight, beta, normalizer, fixed_beta, scale) -> list[Tensor]:
     losses = torch.empty_like(pred, memory_format=torch.contiguous_format)
     if pred.numel():
-        arguments = _elements(pred, target, weight, beta, fixed_beta)
+        run = configuration("smooth l1 elements", pred.numel(), pred.device)
+        arguments = _elements(run, pred, target, weight, beta, fixed_beta)
         with launching_on(pred):
-            smooth_l1_elements_kernel[triton.cdiv(pred.numel(), arguments["BLOCK"]),](
+            smooth_l1_elements_kernel[triton.cdiv(pred.numel(), run.block),](
                 normalizer_ptr=normalizer, result_ptr=losses, scale_bits=float_bits(scale), **arguments
             )
     return [losses]
@@ -178,9 +176,10 @@ def smooth_l1_elements(pred, target, weight, beta, normalizer, fixed_beta, scale
 def smooth_l1_backward(pred, target, weight, beta, normalizer, grad, fixed_beta, scale) -> Tensor:
     gradient = torch.empty_like(pred, memory_format=torch.contiguous_format)
     if pred.numel():
-        arguments = _elements(pred, target, weight, beta, fixed_beta)
+        run = configuration("smooth l1 elements", pred.numel(), pred.device)
+        arguments = _elements(run, pred, target, weight, beta, fixed_beta)
         with launching_on(pred):
-            smooth_l1_backward_kernel[triton.cdiv(pred.numel(), arguments["BLOCK"]),](
+            smooth_l1_backward_kernel[triton.cdiv(pred.numel(), run.block),](
                 normalizer_ptr=normalizer,
                 grad_ptr=grad,
                 result_ptr=gradient,
