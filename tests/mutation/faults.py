@@ -121,7 +121,7 @@ TRITON = [
     ("tail of the block adds", f"{LOSSES}/ranking/triton_bin.py", "wanted = is_negative & (value >= lowest)", "wanted = is_negative", RANKING),
     ("copies but the first forgotten", f"{LOSSES}/ranking/triton_bin.py", "    while copy < copies:\n        total", "    while copy < 1:\n        total", RANKING),
     ("last breakpoint is never reached", f"{LOSSES}/ranking/triton_backward.py", "index = tl.where(is_negative & (index > 0), first_slot + index - 1, -1)", "index = tl.where(is_negative & (index > 1), first_slot + index - 2, -1)", RANKING),
-    ("NaN gets a number", f"{LOSSES}/ranking/triton_backward.py", "gradient = tl.where(value == value, gradient * upstream, float(\"nan\"))", "gradient = gradient * upstream", RANKING),
+    ("NaN gets a number", f"{LOSSES}/ranking/triton_lines.py", "gradient = tl.where(value == value, gradient * upstream, float(\"nan\"))", "gradient = gradient * upstream", RANKING),
     ("gradient of the first loss dropped", f"{LOSSES}/ranking/triton_backward.py", "other=0.0) * upstream_of(grad_first_ptr)", "other=0.0) * upstream_of(grad_second_ptr)", "tests/test_ranking_autograd.py tests/test_rank_sort.py"),
     ("invalid elements in the first bin", f"{LOSSES}/ghm/triton_impl.py", "bin_index = tl.where(is_valid, tl.where(is_nan, bins, bin_index), bins + 1)", "bin_index = tl.where(is_valid, tl.where(is_nan, bins, bin_index), 0)", GHM),
     ("empty bins weigh", f"{LOSSES}/ghm/triton_impl.py", "        num_bins = tl.sum(is_filled.to(tl.float64))\n", "        num_bins = tl.sum(is_bin.to(tl.float64))\n", GHM),

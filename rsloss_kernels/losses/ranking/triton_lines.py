@@ -10,9 +10,8 @@ from rsloss_kernels.losses.triton_common import power_of_two
 def add_to_bins(
     bins_ptr, used, counts_ptr, edges_ptr, index, value, count, wanted, exponent, DOUBLE: tl.constexpr, IS_STEP: tl.constexpr
 ):
-    """`count` (int64) negatives of each value that are `wanted` into bin `index` of [2, used + 1], counts and fixed-point sums; bin 0,
-    below every breakpoint, takes none."""
-    wanted = wanted & (index > 0)
+    """`count` (int64) negatives of each value that are `wanted` into bin `index` of [2, used + 1], counts and fixed-point sums. Bin 0,
+    below every breakpoint, is not to be `wanted`."""
     tl.atomic_add(bins_ptr + index, count, mask=wanted, sem="relaxed")
     if not IS_STEP:
         bits = offset_bits(counts_ptr, DOUBLE)

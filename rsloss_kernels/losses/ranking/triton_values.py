@@ -106,7 +106,8 @@ def value_bins_kernel(
     used = 2 * tl.load(sizes_ptr)
     none = tl.zeros([BLOCK], tl.int32)
     index = count_not_above(edges_ptr, 0, value, used, 2 * tl.load(sizes_ptr + 1), count > 0, none)
-    add_to_bins(copies_ptr, used, counts_ptr, edges_ptr, index, value, count, count > 0, exponent, False, IS_STEP)
+    wanted = (count > 0) & (index > 0)
+    add_to_bins(copies_ptr, used, counts_ptr, edges_ptr, index, value, count, wanted, exponent, False, IS_STEP)
 
 
 @triton.jit(do_not_specialize=PLAIN_INTEGERS)
