@@ -83,8 +83,9 @@ def headlines(folder: pathlib.Path) -> str:
         sections = document["sections"]
         if "speed" in sections:
             records = [record for record in sections["speed"]["records"] if (record["mode"], record["timing"]) == ("full", "call")]
-            words = "Forward + backward, median milliseconds"
-            parts.append(_multiples(document["loss"], words, records, lambda record: record["median_ms"]))
+            for part, in_segments in _by_segments(records):
+                words = f"Forward + backward{in_segments}, median milliseconds"
+                parts.append(_multiples(document["loss"], words, part, lambda record: record["median_ms"]))
             parts += filter(None, [slower(document["loss"], records)])
         if "memory" in sections:
             words = "Peak memory of forward + backward beyond the inputs, MiB"
@@ -118,13 +119,17 @@ def _speed(loss: str, records: list[dict]) -> str:
     for mode, timing in sorted({(record["mode"], record["timing"]) for record in records}):
         words = {"full": "Forward + backward"}.get(mode, mode.capitalize()) + (", captured" if timing == "captured" else "")
         chosen = [record for record in records if (record["mode"], record["timing"]) == (mode, timing)]
-        for is_segmented, title in ((False, words), (True, f"{words} in S equal segments")):
-            part = [record for record in chosen if (record.get("segments", 1) > 1) == is_segmented]
-            if part:
-                parts.append(f"{title}, median milliseconds:\n")
-                parts.append(_by_problem(loss, part, lambda record: number(record["median_ms"])))
+        for part, in_segments in _by_segments(chosen):
+            parts.append(f"{words}{in_segments}, median milliseconds:\n")
+            parts.append(_by_problem(loss, part, lambda record: number(record["median_ms"])))
         parts += filter(None, [slower(loss, chosen)])
     return "\n".join(parts)
+
+
+def _by_segments(records: list[dict]) -> list[tuple[list[dict], str]]:
+    """Without segments and with, as far as there are any, and words for it: they have other providers."""
+    parts = ([record for record in records if (record.get("segments", 1) > 1) == several] for several in (False, True))
+    return [(part, words) for part, words in zip(parts, ("", " in S equal segments"), strict=True) if part]
 
 
 def _mebibytes(record: dict) -> float | None:
@@ -133,7 +138,7 @@ def _mebibytes(record: dict) -> float | None:
 
 def _multiples(loss: str, words: str, records: list[dict], value: Callable[[dict], float | None]) -> str:
     """The value of this library's compiled function, and those of the others over it."""
-    found = [record["provider"] for record in records if OURS.fullmatch(record["provider"])]
+    found = [record["provider"] for record in records if OURS.match(record["provider"])]
     if not found:
         return ""
     ours = found[0]
