@@ -121,6 +121,8 @@ def cases(seed: int) -> Iterator[Case]:
     yield rank_sort("no positives", logits, torch.zeros_like(dense))
     yield rank_sort("segment ids", logits, labels, quality, segments=ids, num_segments=7)
     yield rank_sort("segments in equal chunks", logits, dense, segments=6)
+    of_maps = [value.view(4, anchors // 4) for value in (labels, quality)]
+    yield rank_sort("maps of a head", logits.view(4, 2 * classes, -1), *of_maps, layout="anchor_major", num_classes=classes)
     yield average_precision("interpolated", logits, dense)
     yield average_precision("not interpolated", logits, labels, interpolated=False)
     yield average_precision("segments by class", logits, dense, segments="class")
