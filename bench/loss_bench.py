@@ -19,7 +19,7 @@ from rsloss_kernels import _backends
 
 # What is measured, and the sections of the results file that it fills.
 METRICS = {name: (name,) for name in ("speed", "memory", "syncs", "launches")}
-METRICS |= {"both": ("speed", "memory"), "all": tuple(METRICS)}
+METRICS |= {"both": ("speed", "memory"), "counts": ("syncs", "launches"), "all": tuple(METRICS)}
 
 class OfOperator:
     """What a loss whose backends are those of one `operator` has in common with all others. `bind(inputs, backend)`: its forward."""
@@ -57,7 +57,7 @@ def parse(loss, argv: list[str] | None) -> argparse.Namespace:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="three problems, at most a minute")
     size.add_argument("--must-show", action="store_true", help="the rows that must hold; exit status 1 if one fails")
-    parser.add_argument("--metric", choices=tuple(METRICS), default="both", help="both: speed and memory")
+    parser.add_argument("--metric", choices=tuple(METRICS), default="both", help="both: speed and memory; counts: syncs and launches")
     parser.add_argument("--profile", action="store_true", help="instead: a trace and a table of kernels, into the folder of --out")
     parser.add_argument("--mode", choices=(*MODES, "all"), default="full")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")

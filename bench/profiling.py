@@ -71,7 +71,8 @@ def moved_bytes(function: torch._ops.OpOverload, args: tuple, kwargs: dict, resu
 
 def read_kernels(events: list[dict], operators: dict[str, Operator]) -> None:
     """Puts the kernels of a trace below their operators, whose seconds become those of their kernels."""
-    names = {event["args"]["External id"]: event["name"] for event in events if event.get("cat") == "cpu_op" and "External id" in event["args"]}
+    launchers = [event for event in events if event.get("cat") == "cpu_op" and "External id" in event.get("args", {})]
+    names = {event["args"]["External id"]: event["name"] for event in launchers}
     kernels = [event for event in events if event.get("cat") == "kernel"]
     for operator in operators.values():
         operator.seconds = 0.0

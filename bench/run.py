@@ -1,7 +1,7 @@
 """Runs the benchmarks, all of them or those of the named losses, and writes results/<machine>/<loss>.json.
 
     python bench/run.py                                   every loss
-    python bench/run.py rank_sort --metric memory         one loss, memory only; speed, syncs, launches, both, all
+    python bench/run.py rank_sort --metric memory         one loss, memory only; syncs, launches, counts (both), all
     python bench/run.py rank_sort --profile --out traces  where the time of a step goes
     python bench/run.py rank_sort --must-show             the rows that must hold; exit status 1 if one fails
 

@@ -5,13 +5,14 @@
 
 heads: forward + backward of the loss alone on as many logits as the head has at 800 x 1333 pixels. steps: the share of a whole step
 of ResNet-50 with a feature pyramid and RetinaNet's towers, run at the image size that the table tells, with the anchors that belong to
-that size; nothing is extrapolated. Writes whole_step.json. On a CPU.
+that size, and of the detector of digits in python/; nothing is extrapolated. Writes whole_step.json. On a CPU.
 """
 import argparse
 import functools
 import importlib
 import os
 import pathlib
+import statistics
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ from bench.ranking_providers import LOOP, PER_SEGMENT  # noqa: E402
 from rsloss_kernels import ghm_classification_loss, rank_sort_loss  # noqa: E402
 
 STEM = "whole_step"
+CANVASES = 64
 
 
 @dataclass(frozen=True)
@@ -162,6 +164,41 @@ def measure_step(anchors: int, arguments: argparse.Namespace) -> list[dict]:
     return [shared | {name: measures.rounded(value) if name.endswith("_ms") else value for name, value in row.items()} for row in figures]
 
 
+class PublishedRankSort(nn.Module):
+    """In place of `RankSortLoss` in a detection loss."""
+
+    def forward(self, logits: Tensor, labels: Tensor, quality: Tensor) -> tuple[Tensor, Tensor]:
+        dense = one_hot_targets(labels.flatten(), logits.shape[-1]).to(logits.dtype) * quality.flatten()[:, None]
+        return published_rank_sort(logits.flatten(), dense.flatten())
+
+
+def measure_digits(arguments: argparse.Namespace) -> list[dict]:
+    """The detector of python/train_detector.py on its canvases: the whole loss, boxes included, of steps that take turns."""
+    from digits_detector.data import make_canvases
+    from digits_detector.losses import make_loss
+    from digits_detector.training import Settings, Trainer
+
+    canvases = make_canvases("train", CANVASES)
+    trainer = Trainer(Settings("rank_sort", batch_size=min(Settings.batch_size, CANVASES)), canvases)
+    published = make_loss("rank_sort")
+    published.classification = PublishedRankSort()
+    of = {FOCAL: ("focal", make_loss("focal")), LOOP: ("Rank & Sort", published), "rank_sort_loss": ("Rank & Sort", make_loss("rank_sort"))}
+    labels = trainer.predict_batch()[1].labels
+    times = {name: [] for name in of}
+    for _ in range(1 + arguments.rounds):
+        for name, (_, loss) in of.items():
+            trainer.train_step(loss)
+            times[name].append(trainer.times[-1])
+    shared = {"model": "digits detector, whole loss", "images": f"{trainer.settings.batch_size} x {canvases.images.shape[-1]} px"}
+    shared |= {"rows": labels.numel(), "positives": int((labels < len(canvases.class_names)).sum())}
+    # The first round sets up whatever is set up once.
+    figures = {
+        name: {key: measures.rounded(statistics.median(getattr(step, key) for step in steps[1:])) for key in ("step_ms", "loss_ms")}
+        for name, steps in times.items()
+    }
+    return [shared | {"loss": loss, "provider": name} | figures[name] for name, (loss, _) in of.items()]
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=("heads", "steps", "both"), default="both")
@@ -178,7 +215,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(arguments.threads)
     parts = {
         "heads": lambda: [record for head in HEADS for record in measure_head(head, arguments)],
-        "steps": lambda: [record for anchors in (1, 9) for record in measure_step(anchors, arguments)],
+        "steps": lambda: [*measure_digits(arguments), *measure_step(1, arguments), *measure_step(9, arguments)],
     }
     for name in parts if arguments.part == "both" else [arguments.part]:
         load = harness.ForeignLoad()

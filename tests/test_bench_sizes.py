@@ -105,7 +105,7 @@ def test_heads_name_providers_that_take_part():
         assert {head.before, head.anyway} <= names, head
 
 
-def test_a_small_head_and_the_losses_of_a_step(tmp_path):
+def test_a_small_head_and_the_losses_of_a_step(monkeypatch, tmp_path):
     arguments = argparse.Namespace(dtype="float32", device="cpu", seeds=[0], budget=0.01, cache="cold")
     (head, _) = whole_step.dense_head("small", 40, 6, segments=2)
     records = whole_step.measure_head(head, arguments)
@@ -116,6 +116,10 @@ def test_a_small_head_and_the_losses_of_a_step(tmp_path):
     losses = {name: function(logits).item() for name, (_, function) in whole_step.losses_of_step(labels).items()}
     assert losses["published loop"] == pytest.approx(losses["rank_sort_loss"], rel=1e-5)
     assert losses["MMDetection's"] == pytest.approx(losses["ghm_classification_loss"], rel=1e-4)
+    monkeypatch.setattr(whole_step, "CANVASES", 2)
+    digits = whole_step.measure_digits(argparse.Namespace(rounds=1))
+    assert [row["provider"] for row in digits] == ["focal, eager", "published loop", "rank_sort_loss"]
+    assert all(0 < row["loss_ms"] < row["step_ms"] and 0 < row["positives"] < row["rows"] for row in digits)
     steps = [
         {"model": "m", "images": "2 x 64 px", "rows": 30, "positives": 4, "loss": "focal", "provider": "p", "step_ms": 50.0, "loss_ms": 1.0}
     ]
