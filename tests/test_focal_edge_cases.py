@@ -206,6 +206,17 @@ def test_a_quality_below_0_drops_its_element(backend, generator):
         assert got.losses[0].isfinite() and not got.gradient[1, 2].any() and got.gradient[1, :2].all()
 
 
+@DTYPES
+def test_a_nan_logit_of_a_quality_of_0(backend, dtype):
+    """The labelled class of a box without overlap is an element that counts."""
+    logits, labels, quality = torch.zeros((40, 2), dtype=dtype), torch.full((40,), 2), torch.zeros(40)
+    labels[7], logits[7, 1] = 1, NAN
+    for loss in (QUALITY, VARIFOCAL):
+        for exponent in (0.0, 1.5, 2.0):
+            got = loss.evaluate(backend, logits, labels, quality, **{"beta" if loss is QUALITY else "gamma": exponent})
+            assert got.losses[0].isnan() and harness.where(got.gradient.isnan()) == [15]
+
+
 def test_targets_and_qualities_above_1_do_no_harm(backend, generator):
     logits = torch.randn((4, 3), generator=generator)
     targets = torch.zeros((4, 3))

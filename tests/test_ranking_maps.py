@@ -108,6 +108,14 @@ def test_maps_against_the_truth(backend, loss, generator):
     assert_gates(backend, got, truth.losses, truth.gradient(*factors))
 
 
+def test_a_list_of_one_quality_beside_one_tensor(backend, generator):
+    logits, labels = torch.randn((9, 3), generator=generator), torch.randint(-1, 4, (9,), generator=generator)
+    quality = torch.rand(9, generator=generator)
+    wanted, got = (run(backend, rank_sort_loss, logits, labels, value) for value in (quality, [quality]))
+    assert_same(got[0], wanted[0])
+    assert_same(got[1], wanted[1], "gradient")
+
+
 @pytest.mark.parametrize("shape", [((2, 9), (2, 4)), ((7,), (3,)), ((11,),)], ids=str)
 def test_levels_of_rows(backend, loss, shape, generator):
     """A list of levels [..., C]."""

@@ -84,8 +84,10 @@ static inline DoubleVec power_doubles(DoubleVec base, DoubleVec gamma) {
   const DoubleVec finite = entropy > 1e300 ? all_doubles(1e300) : entropy;
   const DoubleVec rate = gamma * (m / (has_rate ? base : all_doubles(1))) * base_slope * finite;
   const DoubleVec slope = w * ((has_rate ? rate : none) + m * error), loss = weighted == 0.0 ? none : weighted * entropy;
-  const LongVec is_number = entropy == entropy;
-  return {is_number ? loss : entropy, is_number ? slope : entropy};
+  // A NaN logit is lost above where the target is 0.
+  const LongVec is_number = (z == z) & (t == t);
+  const DoubleVec broken = z + t;
+  return {is_number ? loss : broken, is_number ? slope : broken};
 }
 
 // dL/dx of a target of 0 or 1 in floats, right to 1e-6 for |x| = distance within [0, 86]. positive: the lanes with x >

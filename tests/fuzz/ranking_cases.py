@@ -1,24 +1,48 @@
 """Cases of Rank & Sort, AP and aLRP."""
+import dataclasses
 import functools
 
 import harness
 import oracles
 import torch
 from rsloss_kernels import alrp_regression_loss, use_backend
-from samples import LOSSES, Loss
+from samples import Loss
 from torch import Tensor
 
+from . import levels
 from .case import Case, Wanted
+from .levels import ABOVE, Form, draw_form, draw_quality, lay_level, per_level
 from .source import FLOATS, INF, NAN, Source
 
 DELTAS = (0.0, 0.1, 0.25, 0.5, 1.0, 5.0)
 MORE_DELTAS = (1e-30, 1e-12, 1e-3, 0.3, 100.0, 1e10, 1e30)
-ABOVE = (1, 100, 2**31 - 1, 2**62)  # what a label may exceed the number of classes by
 
 
-def draw(source: Source, name: str, loss: Loss) -> Case:
-    is_index = source.chance(0.5)
-    dtype, size = source.dtype(), source.size()
+@dataclasses.dataclass
+class Drawn:
+    """The arguments that all losses have, as given, and as rows [..., C] or of any shape for the oracles."""
+
+    logits: list[Tensor]
+    is_list: bool
+    targets: Tensor | list[Tensor]
+    quality: Tensor | list[Tensor] | None
+    of_oracle: tuple[Tensor, Tensor, Tensor | None]
+    row_shape: tuple[int, ...]  # of one tensor of class indices
+    background: str
+    form: Form | None = None
+
+    def elements(self, third: Tensor | None) -> oracles.Elements:
+        logits, targets, _ = self.of_oracle
+        return oracles.read(logits, targets, third, self.background)
+
+    @property
+    def is_index(self) -> bool:
+        return not self.of_oracle[1].is_floating_point()
+
+
+def draw_one(source: Source, dtype: torch.dtype, options: dict) -> Drawn:
+    """One tensor of any shape."""
+    is_index, size = source.chance(0.5), source.size()
     if is_index:
         classes = source.pick((1, 2, 3, 4, 7, 80), 0)
         shape = (*source.shape(size // max(classes, 1), 3), classes)
@@ -27,38 +51,69 @@ def draw(source: Source, name: str, loss: Loss) -> Case:
     # The oracle compares all pairs.
     share = source.pick((0.0, 0.02, 0.1, 0.5), 1.0) if size < 300 else source.pick((0.0, 0.005, 0.03))
     background = source.pick(("last", "first"))
-    draw_targets = draw_labels if is_index else draw_dense
-    targets, quality = draw_targets(source, shape, share, background, dtype)
+    targets, quality = (draw_labels if is_index else draw_dense)(source, shape, share, background, dtype)
     logits = source.lay(source.broken(source.values(shape, dtype)), may_expand=True)
     if not is_index and source.chance(0.3) and targets.is_floating_point():
         # What is ignored may hold anything.
         logits = source.lay(torch.where((targets < 0) & source.mask(shape, 0.5), source.pick((NAN, INF, -INF)), logits).to(dtype))
-    options = {"delta": source.pick(DELTAS if source.chance(0.7) else MORE_DELTAS)}
     if is_index or source.chance(0.1):
         options["background"] = background
+    of_oracle = logits, targets if is_index else targets.double(), quality
+    return Drawn([logits], False, targets, quality, of_oracle, shape[:-1], background)
+
+
+def draw_levels(source: Source, dtype: torch.dtype, options: dict) -> Drawn:
+    """Maps, or levels of rows."""
+    classes, background = source.pick((1, 2, 3, 4, 7)), source.pick(("last", "first"))
+    form = draw_form(source, classes, True, 2000)
+    logits = [lay_level(source, source.broken(source.values(shape, dtype), 0.05), form.is_maps) for shape in form.shapes]
+    if form.is_maps:
+        options |= {"layout": form.layout, "num_classes": classes}
+    rows, quality, of_rows = form.to_rows(logits), None, None
+    if source.chance(0.4):
+        targets, flat = levels.draw_dense(source, form, dtype)
+        flat = flat.double()
+    else:
+        targets, flat = levels.draw_labels(source, form, background)
+        if source.chance(0.7):
+            kind = source.pick(FLOATS)
+            drawn = [source.lay(source.broken(draw_quality(source, shape, kind), 0.05)) for shape in form.rows]
+            quality, of_rows = per_level(source, drawn, form), form.of_rows(drawn)
+        options["background"] = background
+    row_shape = (form.batch, rows.shape[0] // max(form.batch, 1)) if form.batch_is_first else form.rows[0]
+    return Drawn(logits, form.is_list, targets, quality, (rows, flat, of_rows), row_shape, background, form)
+
+
+def draw(source: Source, name: str, loss: Loss) -> Case:
+    dtype, options = source.dtype(), {"delta": source.pick(DELTAS if source.chance(0.7) else MORE_DELTAS)}
+    drawn = (draw_levels if source.chance(0.25) else draw_one)(source, dtype, options)
     if source.chance(0.1):
         options["max_positives"] = source.pick((1, 5, 10_000))
     ids, number = None, 1
-    if loss.takes_segments and shape and source.chance(0.35):
-        ids, number = draw_segments(source, shape, is_index, options)
-    elements = oracles.read(logits, targets.double() if not is_index else targets, quality, background)
-    third = (targets, *([] if quality is None else [quality]))
+    if loss.takes_segments and source.chance(0.35):
+        if drawn.form is None and drawn.logits[0].dim():
+            ids, number = draw_segments(source, tuple(drawn.logits[0].shape), drawn.is_index, options)
+        elif drawn.form is not None and drawn.form.batch_is_first:
+            number = source.pick([count for count in (1, 2, 3) if drawn.form.batch % count == 0])
+            options["segments"] = number
+            rows = torch.arange(number).repeat_interleave(drawn.of_oracle[0].shape[0] // number)
+            ids = rows[:, None].expand(drawn.of_oracle[0].shape).flatten()
+    third: tuple = (drawn.targets,)
     alrp_losses = None
+    if loss.name == "rank_sort":
+        elements = drawn.elements(drawn.of_oracle[2])
+        third += () if drawn.quality is None else (drawn.quality,)
+    else:
+        elements = drawn.elements(None)
     if loss.name == "ap":
-        third = (targets,)
         options["interpolated"] = source.chance(0.7)
-        elements = elements if not is_index else oracles.read(logits, targets, None, background)
     elif loss.name == "alrp":
-        is_per_row = is_index and source.chance(0.5)
-        count = targets.shape if is_per_row else (int(elements.is_positive.sum()),)
+        is_per_row = drawn.is_index and source.chance(0.5)
+        count = drawn.row_shape if is_per_row else (int(elements.is_positive.sum()),)
         alrp_losses = source.values(count, source.pick(FLOATS), ("usual", "ties", "equal", "tiny")).abs()
         alrp_losses = source.lay(source.broken(alrp_losses, 0.07), may_expand=True)
-        third = targets, alrp_losses
-        if is_per_row:
-            elements = oracles.read(logits, targets, alrp_losses, background)
-        else:
-            whole = oracles.read(logits, targets if is_index else targets.double(), None, background)
-            elements = oracles.with_regression_losses(whole, alrp_losses)
+        third += (alrp_losses,)
+        elements = drawn.elements(alrp_losses.flatten()) if is_per_row else oracles.with_regression_losses(elements, alrp_losses)
     upstream = tuple(source.pick((1.0,), 0.7, -2.0, 0.0, 65536.0) for _ in range(loss.num_losses))
     if loss.num_losses == 2:
         if source.chance(0.1):
@@ -84,19 +139,9 @@ def draw(source: Source, name: str, loss: Loss) -> Case:
         return Wanted(of_all.losses, gradient, check)
 
     return Case(
-        name, loss.name, loss.function, [logits], False, third, options, upstream, truth, source.given, source.notes
+        name, loss.name, loss.function, drawn.logits, drawn.is_list, third, options, upstream, truth, source.given, source.notes,
+        **({} if drawn.form is None else {"to_canonical": drawn.form.to_flat}),
     )  # fmt: skip
-
-
-def draw_quality(source: Source, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Within [0, 1], few of them equal, all of some levels, or tiny."""
-    quality = source.uniform(shape)
-    levels = source.pick((None, None, 1, 2, 5))
-    if levels:
-        quality = (quality * levels).ceil() / levels
-    elif source.chance(0.1):
-        quality = quality * source.pick((1e-6, 1e-30, float(torch.finfo(dtype).tiny)))
-    return quality.to(dtype)
 
 
 def draw_dense(source: Source, shape: tuple[int, ...], share: float, background: str, dtype: torch.dtype) -> tuple[Tensor, None]:
@@ -191,5 +236,3 @@ def check_rank_and_order(
     bound = (backend.gradient_gate(leaf.dtype) + relative) * slopes.abs() + smallest + harness.NOISE
     harness.assert_within(gradient.flatten()[place], slopes, bound, "regression gradient")
 
-
-LOSS_NAMES = tuple(LOSSES)

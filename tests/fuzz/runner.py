@@ -13,7 +13,8 @@ import torch
 
 from . import cases, checks
 
-LONGEST_CASE = 120.0  # seconds
+LONGEST_CASE = 120  # seconds
+STARTING = 900  # until all is imported, and compiled for the emulator
 
 
 def open_backends(names: Sequence[str]) -> list:
@@ -84,7 +85,7 @@ class Worker:
         self.start(job)
 
     def start(self, number: int) -> None:
-        self.current[0], self.current[1] = number, int(time.monotonic()) + 60  # until all is imported and compiled
+        self.current[0], self.current[1] = number, int(time.monotonic()) + STARTING
         context = multiprocessing.get_context("spawn")
         self.process = context.Process(
             target=work, args=(*self.arguments, number, self.last, self.end, self.current, self.counts), daemon=True
@@ -103,9 +104,9 @@ class Worker:
             return True
         if self.process.exitcode == 1:  # an exception outside of a case: there is nothing to go on with
             raise SystemExit(2)
-            number = self.current[0]
+        number = self.current[0]
         name = f"{options.seed}:{number}"
-        reason = f"more than {LONGEST_CASE:.0f} s" if is_hung else f"the process died with {self.process.exitcode}"
+        reason = f"more than {LONGEST_CASE} s" if is_hung else f"the process died with {self.process.exitcode}"
         self.counts[losses.index(cases.loss_of(name)) * (len(options.backends) + 2) + len(options.backends) + 1] += 1
         report_failure(name, f"{cases.loss_of(name)}: {reason}", options.backends)
         self.start(number + options.jobs)

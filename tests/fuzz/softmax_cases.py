@@ -11,7 +11,7 @@ from rsloss_kernels import use_backend
 from torch import Tensor
 
 from .case import Case, Wanted
-from .ranking_cases import ABOVE
+from .levels import ABOVE
 from .source import FLOATS, INF, INTEGERS, Source
 
 SIZES = ((5, 4, 0, 3), (7,), (), (0, 3, 0), (1, 2) * 4, (15, 17), (100,), (2, 2))
