@@ -139,12 +139,14 @@ cudaError_t launch_bin_typed(const LogitsLevel* levels, int num_levels, Type log
   RSL_RETURN_IF_ERROR(device_limits(&limits));
   Workspace memory(workspace);
   const BinWorkspace<T> tables(&memory, logits_type, capacity, num_segments);
-  RSL_RETURN_IF_ERROR(launch_rank(positives, counts, capacity, num_segments, ranked, bins, tables.rank, stream));
+  const bool by_value = sizeof(Element) == 2 && is_by_value(count_elements(levels, num_levels), num_segments);
+  RSL_RETURN_IF_ERROR(launch_rank(positives, counts, capacity, num_segments, ranked, bins, tables.histogram,
+                                  by_value ? kValues : 0, tables.rank, stream));
   RSL_RETURN_IF_ERROR(launch_breakpoints<T>(ranked, counts, capacity, delta, tables.breakpoints, stream));
 
   const double widest = fixed_point_unit(delta, 0);
   if constexpr (sizeof(Element) == 2) {
-    if (is_by_value(count_elements(levels, num_levels), num_segments)) {
+    if (by_value) {
       return launch_value_bin<Element>(levels, num_levels, counts, capacity, tables.breakpoints, widest, bins, tables.histogram,
                                        stream);
     }

@@ -1,5 +1,6 @@
 // The stages of a finalizer that know nothing of its loss. Scans run in tiles of one block, in one launch: every block first
 // adds up what lies before its tile, so that none waits for another.
+#include "ranking/ranking_breakpoints.cuh"
 #include "ranking/ranking_finalize.cuh"
 
 namespace rsloss {
@@ -13,13 +14,20 @@ __device__ __forceinline__ Value range_sum(int first, int last, Value* scratch, 
   return block_sum(sum, scratch);
 }
 
-// Reads the counts before the tile and in it, 8 bytes each, and writes as much.
-template <class T>
-__global__ void __launch_bounds__(kLargeBlock, 1) ranking_before_slot_kernel(Sweep<T> sweep) {
+// The first blocks write the breakpoints. The others count the negatives before every slot, a tile each: they read the counts
+// before the tile and in it, 8 bytes each, and write as much.
+template <class T, bool kSegmented>
+__global__ void __launch_bounds__(kLargeBlock, 1) ranking_sweep_kernel(Sweep<T> sweep, int breakpoint_blocks) {
   wait_for_previous_kernel();
   __shared__ int64_t scratch[kLargeBlock / kWarp];
-  const int slots = 2 * sweep.valid();
-  const int first = static_cast<int>(blockIdx.x) * kLargeBlock;
+  const int block = static_cast<int>(blockIdx.x);
+  if (block < breakpoint_blocks) {
+    write_breakpoints<T, kSegmented>(sweep.ranked, sweep.counts, sweep.capacity, sweep.delta, sweep.breakpoints,
+                                     static_cast<int>(grid_thread()), breakpoint_blocks * kLargeBlock);
+    return;
+  }
+  const int slots = 2 * (kSegmented ? sweep.valid() : valid_positives(sweep.ranked, sweep.counts, sweep.capacity));
+  const int first = (block - breakpoint_blocks) * kLargeBlock;
   if (first > slots) return;
   const int64_t* const count = sweep.bins + 1;
   const int64_t before = range_sum(0, first, scratch, [=](int k) { return count[k]; });
@@ -76,10 +84,16 @@ __global__ void __launch_bounds__(kThreads, 4) ranking_tables_kernel(Sweep<T> sw
 
 template <class T>
 cudaError_t launch_sweep(const Sweep<T>& sweep, cudaStream_t stream) {
-  RSL_RETURN_IF_ERROR(
-      launch_breakpoints<T>(sweep.ranked, sweep.counts, sweep.capacity, sweep.delta, sweep.breakpoints, stream));
-  return launch_dependent(ranking_before_slot_kernel<T>, ceil_div(2 * sweep.capacity + 1, kLargeBlock), kLargeBlock, 0, stream,
-                          sweep);
+  const bool is_segmented = sweep.breakpoints.segments.count > 1;
+  if (is_segmented) {
+    RSL_RETURN_IF_ERROR(launch_segment_offsets(sweep.ranked + kSegment * sweep.capacity, sweep.ranked + kLogit * sweep.capacity,
+                                               sweep.counts, sweep.capacity, sweep.breakpoints.segments, stream));
+  }
+  const auto kernel = is_segmented ? ranking_sweep_kernel<T, true> : ranking_sweep_kernel<T, false>;
+  // A thread per positive of the capacity; without any, the table of segments is written all the same.
+  const int64_t breakpoint_blocks = std::max<int64_t>(1, ceil_div(sweep.capacity, kLargeBlock));
+  const int64_t tiles = ceil_div(2 * sweep.capacity + 1, kLargeBlock);
+  return launch_dependent(kernel, breakpoint_blocks + tiles, kLargeBlock, 0, stream, sweep, breakpoint_blocks);
 }
 
 template <class T>

@@ -84,11 +84,11 @@ struct Breakpoints {
   }
 };
 
-// positives f64 [4, capacity] -> ranked f64 [4, capacity]; clears bins int64 [2, 2 capacity + 1]. workspace:
-// rank_workspace_bytes(capacity) bytes.
+// positives f64 [4, capacity] -> ranked f64 [4, capacity]; clears bins int64 [2, 2 capacity + 1] and histogram [values].
+// workspace: rank_workspace_bytes(capacity) bytes.
 int64_t rank_workspace_bytes(int64_t capacity);
 cudaError_t launch_rank(const double* positives, const int64_t* counts, int64_t capacity, int32_t num_segments, double* ranked,
-                        int64_t* bins, void* workspace, cudaStream_t stream);
+                        int64_t* bins, uint32_t* histogram, int values, void* workspace, cudaStream_t stream);
 
 // ranked f64 [4, capacity] -> breakpoints and their segments.
 template <class T>

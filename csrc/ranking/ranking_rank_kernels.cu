@@ -3,7 +3,7 @@
 //   merge        merges runs of records two by two, a thread per record; none where all columns are one tile
 //   offsets      where each segment begins; not for a single segment
 //   breakpoints  a merge of two ascending lists per segment
-#include "ranking/ranking_device.cuh"
+#include "ranking/ranking_breakpoints.cuh"
 
 namespace rsloss {
 namespace {
@@ -44,10 +44,11 @@ struct Records {
 };
 
 // Reads 8 bytes per pair of a tile, 16 with segments, and moves 32 bytes per record. Pads `ranked` (32 bytes per unused column)
-// and clears the bins (32 bytes per column).
+// and clears the bins (32 bytes per column) and `histogram`.
 template <bool kSegmented>
 __global__ void __launch_bounds__(kThreads, 4)
-    ranking_rank_kernel(Records positives, const int64_t* counts, double* sorted, double* ranked, int64_t* bins) {
+    ranking_rank_kernel(Records positives, const int64_t* counts, double* sorted, double* ranked, int64_t* bins,
+                        uint32_t* histogram, int values) {
   wait_for_previous_kernel();
   const int64_t capacity = positives.capacity;
   const int used = used_columns(counts, capacity);
@@ -87,6 +88,8 @@ __global__ void __launch_bounds__(kThreads, 4)
   for (int column = used + thread; column < capacity; column += threads) write_padding(ranked, column, capacity);
 #pragma unroll 1
   for (int k = thread; k < 2 * capacity + 1; k += threads) bins[k] = bins[2 * capacity + 1 + k] = 0;
+#pragma unroll 1
+  for (int k = thread; k < values; k += threads) histogram[k] = 0;
 }
 
 // Merges the sorted runs of `width` columns two by two: a record moves by the number of those of the other run before it. Reads
@@ -121,35 +124,13 @@ __global__ void __launch_bounds__(kThreads, 4)
   if (grid_thread() == 0) *segments.holders = 0;
 }
 
-// A merge by ranks: the place of lo_i is i plus the hi before it, and the other way round. Equal: lo first. Reads log2(V)
-// cached doubles per positive, writes 8 + 2 sizeof(T) bytes.
 template <class T, bool kSegmented>
 __global__ void __launch_bounds__(kThreads, 4)
     ranking_breakpoints_kernel(const double* ranked, const int64_t* counts, int64_t capacity, double delta,
                                Breakpoints<T> breakpoints) {
   wait_for_previous_kernel();
-  const SegmentTable& segments = breakpoints.segments;
-  const int valid = kSegmented ? segments.offsets[segments.count] : valid_positives(ranked, counts, capacity);
-  if (!kSegmented && grid_thread() == 0) {
-    segments.offsets[0] = 0;
-    segments.offsets[1] = valid;
-    *segments.holders = valid > 0 ? 1 : 0;
-  }
-  for (int i = static_cast<int>(grid_thread()); i < valid; i += static_cast<int>(grid_threads())) {
-    const Span span = kSegmented ? segment_span(ranked, capacity, segments, i) : Span{0, valid};
-    if (kSegmented && i == span.first) atomicAdd(segments.holders, 1);
-    const double* const logit = ranked + span.first;
-    const int count = span.last - span.first;
-    const T lo = round_up_sum<T>(ranked[i], -delta);
-    const T hi = round_up_sum<T>(ranked[i], delta);
-    const int base = span.first + i;
-    const int lo_slot = base + partition_point(count, [=](int j) { return round_up_sum<T>(logit[j], delta) >= lo; });
-    const int hi_slot = base + partition_point(count, [=](int j) { return round_up_sum<T>(logit[j], -delta) > hi; });
-    breakpoints.edges[lo_slot] = lo;
-    breakpoints.edges[hi_slot] = hi;
-    breakpoints.lo_slot[i] = lo_slot;
-    breakpoints.hi_slot[i] = hi_slot;
-  }
+  write_breakpoints<T, kSegmented>(ranked, counts, capacity, delta, breakpoints, static_cast<int>(grid_thread()),
+                                   static_cast<int>(grid_threads()));
 }
 
 int64_t num_merges(int64_t capacity) {
@@ -165,7 +146,7 @@ int64_t rank_workspace_bytes(int64_t capacity) {
 }
 
 cudaError_t launch_rank(const double* positives, const int64_t* counts, int64_t capacity, int32_t num_segments, double* ranked,
-                        int64_t* bins, void* workspace, cudaStream_t stream) {
+                        int64_t* bins, uint32_t* histogram, int values, void* workspace, cudaStream_t stream) {
   DeviceLimits limits;
   RSL_RETURN_IF_ERROR(device_limits(&limits));
   const int64_t merges = num_merges(capacity);
@@ -175,8 +156,8 @@ cudaError_t launch_rank(const double* positives, const int64_t* counts, int64_t 
   // A warp per positive; at least one block, because the bins have an entry without any capacity.
   const int64_t grid = std::max<int64_t>(1, resident_grid(ceil_div(capacity, kWarpsPerBlock), limits));
   const auto kernel = num_segments > 1 ? ranking_rank_kernel<true> : ranking_rank_kernel<false>;
-  RSL_RETURN_IF_ERROR(
-      launch_dependent(kernel, grid, kThreads, 0, stream, Records{positives, capacity}, counts, sorted, ranked, bins));
+  RSL_RETURN_IF_ERROR(launch_dependent(kernel, grid, kThreads, 0, stream, Records{positives, capacity}, counts, sorted, ranked,
+                                       bins, histogram, values));
   int64_t width = kRankTile;
   for (int64_t merge = 0; merge < merges; ++merge, width *= 2) {
     double* const merged = sorted == ranked ? other : ranked;

@@ -1,5 +1,4 @@
 // Many 16-bit logits of one segment, by value.
-//   clear       the histogram
 //   histogram   streams the logits and counts every value
 //   distribute  adds the count of every value to its bin, and as many times its offset: the same integers as one by one
 //   table       the gradient of a negative of every value
@@ -30,12 +29,6 @@ __device__ __forceinline__ Element element_of(uint32_t key) {
   Element element;
   memcpy(&element, &bits, sizeof bits);
   return element;
-}
-
-// Writes 256 KiB.
-__global__ void __launch_bounds__(kThreads, 4) ranking_clear_kernel(uint32_t* histogram) {
-  wait_for_previous_kernel();
-  for (int64_t key = grid_thread(); key < kValues; key += grid_threads()) histogram[key] = 0;
 }
 
 // As many as one thread stores at once.
@@ -152,7 +145,6 @@ cudaError_t launch_value_bin(const LogitsLevel* levels, int num_levels, const in
   DeviceLimits limits;
   RSL_RETURN_IF_ERROR(device_limits(&limits));
   const int64_t grid = resident_grid(kValues / kThreads, limits);
-  RSL_RETURN_IF_ERROR(launch_dependent(ranking_clear_kernel, grid, kThreads, 0, stream, histogram));
   for (int i = 0; i < num_levels; ++i) {
     const LogitsLevel& level = levels[i];
     if (level.elements == 0) continue;

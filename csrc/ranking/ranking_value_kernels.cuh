@@ -23,7 +23,7 @@ int64_t count_elements(const Level* levels, int num_levels) {
   return elements;
 }
 
-// Element: __half or __nv_bfloat16. Adds the negatives to `bins`, which are 0; histogram [kValues] is temporary.
+// Element: __half or __nv_bfloat16. Adds the negatives to `bins`, which are 0 as is `histogram` [kValues].
 template <class Element>
 cudaError_t launch_value_bin(const LogitsLevel* levels, int num_levels, const int64_t* counts, int64_t capacity,
                              Breakpoints<float> breakpoints, double widest, int64_t* bins, uint32_t* histogram,
