@@ -4,8 +4,11 @@ CPU) run their last blocks or programs alone. What these write at the end must b
 Whole losses read as many elements on a CPU, where gradients would take their memory, and on a large GPU compute gradients too.
 """
 import contextlib
+import fcntl
 import importlib
 import mmap
+import os
+import tempfile
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -184,6 +187,20 @@ WHOLE_LOSSES = {
 }
 
 
+@contextlib.contextmanager
+def memory_to_itself(kernels: Backend) -> Iterator[None]:
+    """Processes of a test run share the GPU; one at a time takes its memory, and leaves nothing."""
+    if kernels.device != "cuda":
+        yield
+        return
+    with open(os.path.join(tempfile.gettempdir(), "rsloss_large_offsets.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            torch.cuda.empty_cache()
+
+
 # On a CPU the targets of smooth L1 would take their memory.
 WHOLE_CASES = [(kernels, loss) for kernels in WHOLE_BACKENDS for loss in list(WHOLE_LOSSES)[: 4 if kernels.device == "cuda" else 3]]
 
@@ -192,11 +209,17 @@ WHOLE_CASES = [(kernels, loss) for kernels in WHOLE_BACKENDS for loss in list(WH
 def test_losses_beyond_31_bits(kernels, loss, generator):
     """Ignored rows ahead of those at the end change nothing but the unit of fixed-point sums."""
     assert kernels.why_not() is None
-    end, rows, on_gpu = ROWS_AT_THE_END, ROWS["2^31"], kernels.device == "cuda"
-    if on_gpu and torch.cuda.get_device_properties(0).total_memory < 80 << 30:
+    end = ROWS_AT_THE_END
+    if kernels.device == "cuda" and torch.cuda.get_device_properties(0).total_memory < 80 << 30:
         pytest.skip("the GPU has less than 80 GiB")
     logits = torch.randn(end, CLASSES, generator=generator).bfloat16()
     labels = torch.randint(0, 2 * CLASSES, (end,), generator=generator, dtype=torch.int32).clamp(max=CLASSES)
+    with memory_to_itself(kernels):
+        compare_whole(kernels, loss, logits, labels)
+
+
+def compare_whole(kernels: Backend, loss: str, logits: Tensor, labels: Tensor) -> None:
+    end, rows, on_gpu = ROWS_AT_THE_END, ROWS["2^31"], kernels.device == "cuda"
     whole = torch.full((rows,), -1, dtype=torch.int32, device=kernels.device)
     whole[-end:] = labels.to(kernels.device)
     if on_gpu:
