@@ -20,7 +20,7 @@ from dataclasses import dataclass
 # Compiling in this process keeps it apart from the load that others put on the machine.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 BENCH = pathlib.Path(__file__).resolve().parent
-sys.path[:0] = [str(BENCH.parent), str(BENCH.parent / "python")]
+sys.path += [str(BENCH.parent), str(BENCH.parent / "python")]
 
 import torch  # noqa: E402
 from swaps import frameworks, timing  # noqa: E402

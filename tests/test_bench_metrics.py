@@ -14,8 +14,8 @@ import torch
 sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))
 
 from bench import bench_rank_sort, counts, element_targets, harness, measures, memory, profiling, report, results, run, targets  # noqa: E402
-from bench import bench_focal, bench_maps, map_problems  # noqa: E402
-from bench.providers import FOCAL, leaves_of  # noqa: E402
+from bench import bench_focal, bench_maps, map_problems, ranking_scale  # noqa: E402
+from bench.providers import COMPILED_FOCAL, FOCAL, leaves_of  # noqa: E402
 
 TINY = ["--positives", "8", "--negatives", "400", "--seeds", "0", "--budget", "0.01", "--device", "cpu", "--threads", "1"]
 
@@ -140,6 +140,38 @@ def test_an_aim_is_told_and_not_held(capsys):
     rows("speed", 1.4, "x focal", 3.0)
     assert [row["passed"] for row in rows.close()] == [True, False]
     assert rows.records[0]["target"] == "speed (aim: 1.4)" and rows.records[0]["limit"] is None
+
+
+def test_outputs_count_as_kept_only_without_page_faults(monkeypatch):
+    loss, arguments = bench_rank_sort.LOSS, argparse.Namespace(dtype="float32", device="cpu", seeds=[0], budget=0.1)
+    monkeypatch.setattr(type(loss), "why_not", lambda *_: None)
+    rows = targets.Rows()
+    for faults in (0, 9000):
+        told = {loss.name("cpp"): [[1.0, 2.0], 0], COMPILED_FOCAL: [[5.0, 10.0], faults]}
+        monkeypatch.setattr(measures, "alone", lambda *_, told=told: told)
+        ranking_scale.kept_outputs(loss, arguments, rows)
+    assert [(row["got"], row["passed"]) for row in rows.records] == [(0.2, True), (None, False)]
+    assert "9000 page faults" in rows.records[1]["note"]
+
+
+def test_rows_of_time_are_in_their_unit(monkeypatch):
+    loss = bench_rank_sort.LOSS
+    arguments = argparse.Namespace(dtype="float32", device="cpu", seeds=[0], budget=0.1, cache="cold")
+    monkeypatch.setattr(type(loss), "why_not", lambda *_: None)
+    asked = []
+
+    def time_draws(arguments, build):
+        asked.append((arguments.cache, [workload.name for workload in build(0)]))
+        return {"ours": harness.Draws([harness.Timing([50e-6])])}
+
+    monkeypatch.setattr(measures, "time_draws", time_draws)
+    monkeypatch.setattr(ranking_scale, "IMPORTS", 1)
+    monkeypatch.setattr(ranking_scale, "IMPORT", "print(0.25)")
+    rows = targets.Rows()
+    ranking_scale.tiny_call(loss, arguments, rows)
+    ranking_scale.import_of_the_package(loss, arguments, rows)
+    assert [(row["got"], row["unit"], row["passed"]) for row in rows.records] == [(50.0, "us", True), (0.25, "s", True)]
+    assert asked == [("warm", ["ours"])] and "P=10 N=1e3" in rows.records[0]["target"] and rows.records[0]["target"].endswith("warm")
 
 
 def test_rows_name_the_state_of_the_caches():
