@@ -187,6 +187,7 @@ def _ghm_variants() -> dict[str, list[dict]]:
             **{"preds_ptr": pred, "targets_ptr": target, "weights_ptr": weight, "edges_ptr": "fp64", "size": size},
             **{"WEIGHT_PER_ROW": per_row, "BACKGROUND_FIRST": target == "i64", "IS_INDEX": target in ("i32", "i64")},
             **{"IS_REGRESSION": is_regression, "COLUMNS": columns, "results_ptr": pred},
+            "IS_MAP": pred == "fp16" or size == "i64",
             "grad_loss_ptr": "fp64" if pred == "fp64" else "fp32",
         }
         for pred, target, weight, per_row, is_regression, size, columns in (

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/floating_cpu.h"
+#include "common/index_shape.h"
 #include "ghm/ghm.h"
 
 namespace rsloss {
@@ -15,7 +16,7 @@ struct GhmLevel {
   ScalarType target_type;
   ScalarType weight_type;
   int64_t count;
-  int64_t classes;      // elements of a row
+  IndexShape shape;     // read with labels and weights of rows only
   int64_t first_label;  // the label of column 0
   bool row_weights;     // one weight per row
 };

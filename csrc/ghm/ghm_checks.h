@@ -5,6 +5,7 @@
 #include <string>
 
 #include "common/checks.h"
+#include "common/index_shape.h"
 #include "ghm/ghm.h"
 
 namespace rsloss {
@@ -32,6 +33,20 @@ inline void check_ghm_floating(const char* op, const char* name, const Tensor& t
                   toString(tensor.scalar_type()));
 }
 
+// [B, A, *spatial], what each row of maps [B, A C, *spatial] has one of; C is above 1.
+inline bool has_map_rows(const Tensor& tensor, const Tensor& pred) {
+  bool matches = pred.dim() >= 2 && tensor.dim() == pred.dim();
+  for (int64_t d = 0; matches && d < pred.dim(); ++d) {
+    const int64_t rows = tensor.size(d), elements = pred.size(d);
+    matches = d == 1 ? (rows == 0 ? elements == 0 : elements % rows == 0 && elements != rows) : rows == elements;
+  }
+  return matches;
+}
+
+inline bool has_rows(const Tensor& tensor, const Tensor& pred) {
+  return (pred.dim() > 0 && has_shape(tensor, pred, pred.dim() - 1)) || has_map_rows(tensor, pred);
+}
+
 inline bool is_class_index(ScalarType type) { return type == ScalarType::Int || type == ScalarType::Long; }
 
 inline void check_ghm_target(const char* op, const Tensor& target, const Tensor& pred, bool is_regression) {
@@ -44,17 +59,31 @@ inline void check_ghm_target(const char* op, const Tensor& target, const Tensor&
   STD_TORCH_CHECK(!is_regression && is_class_index(type), op, ": targets must be ", is_regression ? "" : "int32, int64, ",
                   "float16, bfloat16, float32 or float64, got ", toString(type));
   STD_TORCH_CHECK(pred.dim() > 0, op, ": preds must have a last dimension of classes for class indices, got shape []");
-  STD_TORCH_CHECK(has_shape(target, pred, pred.dim() - 1), op,
+  STD_TORCH_CHECK(has_rows(target, pred), op,
                   ": targets must have the shape of preds less the last dimension (class indices), ", row_shape_of(pred),
-                  ", got ", shape_of(target));
+                  ", or [B, A, *spatial] for maps [B, A C, *spatial], got ", shape_of(target));
 }
 
-inline void check_ghm_weight(const char* op, const Tensor& weight, const Tensor& pred, bool is_regression) {
+inline void check_ghm_weight(const char* op, const Tensor& weight, const Tensor& target, const Tensor& pred,
+                             bool is_regression) {
   check_ghm_floating(op, "weights", weight);
-  const bool has_rows = !is_regression && pred.dim() > 0;
-  const std::string or_rows = has_rows ? " or that less the last dimension, " + row_shape_of(pred) : std::string();
-  STD_TORCH_CHECK(has_shape(weight, pred, pred.dim()) || (has_rows && has_shape(weight, pred, pred.dim() - 1)), op,
+  const bool may_have_rows = !is_regression && pred.dim() > 0, is_index = !is_floating(target.scalar_type());
+  const std::string or_rows = may_have_rows ? " or that less the last dimension, " + row_shape_of(pred) : std::string();
+  // Of class indices the rows are those of the labels.
+  const bool has_own_rows = is_index ? shape_of(weight) == shape_of(target) : has_rows(weight, pred);
+  STD_TORCH_CHECK(has_shape(weight, pred, pred.dim()) || (may_have_rows && has_own_rows), op,
                   ": weights must have the shape of preds, ", shape_of(pred), or_rows, ", got ", shape_of(weight));
+}
+
+// Whether a level's weights, which have been checked, are one per row.
+inline bool are_by_row(const Tensor& weight, const Tensor& pred) { return !has_shape(weight, pred, pred.dim()); }
+
+// `rows`: what each row of `pred` has one of, labels or weights, which have been checked.
+inline IndexShape index_shape_of(const Tensor& pred, const Tensor& rows) {
+  if (rows.dim() < pred.dim()) return {pred.size(pred.dim() - 1), 1};
+  int64_t places = 1;
+  for (int64_t d = 2; d < pred.dim(); ++d) places *= pred.size(d);
+  return {rows.size(1) > 0 ? pred.size(1) / rows.size(1) : 1, places};
 }
 
 // What every GHM operator gets.
@@ -75,7 +104,7 @@ inline void check_ghm_levels(const char* op, const Tensors& preds, const Tensors
     check_ghm_target(op, targets[level], pred, mu.has_value());
     if (weights.empty()) continue;
     check_ghm_placement(op, "weights", weights[level], preds[0]);
-    check_ghm_weight(op, weights[level], pred, mu.has_value());
+    check_ghm_weight(op, weights[level], targets[level], pred, mu.has_value());
   }
 }
 

@@ -59,13 +59,15 @@ std::vector<GhmLevel> view_levels(const Tensors& preds, const Tensors& targets, 
     level.targets = targets[i].const_data_ptr();
     level.target_type = targets[i].scalar_type();
     level.count = pred.numel();
-    level.classes = pred.dim() == 0 ? 1 : pred.size(pred.dim() - 1);
     level.first_label = background_first ? 1 : 0;
     if (!weights.empty()) {
       level.weights = weights[i].const_data_ptr();
       level.weight_type = weights[i].scalar_type();
-      level.row_weights = weights[i].dim() < pred.dim();
+      level.row_weights = are_by_row(weights[i], pred);
     }
+    level.shape = {1, 1};
+    if (is_class_index(level.target_type)) level.shape = index_shape_of(pred, targets[i]);
+    else if (level.row_weights) level.shape = index_shape_of(pred, weights[i]);
     levels.push_back(level);
   }
   return levels;

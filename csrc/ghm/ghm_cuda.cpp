@@ -21,9 +21,12 @@ std::vector<GhmDeviceLevel> levels_of(const Tensors& preds, const Tensors& targe
     level.targets_type = type_of(targets[i]);
     level.weights = weights.empty() ? nullptr : weights[i].const_data_ptr();
     level.weights_type = weights.empty() ? Type::kFloat : type_of(weights[i]);
-    level.weights_by_row = !weights.empty() && weights[i].dim() < preds[i].dim();
+    level.weights_by_row = !weights.empty() && are_by_row(weights[i], preds[i]);
     level.elements = preds[i].numel();
-    level.row = preds[i].dim() == 0 ? 1 : std::max<int64_t>(1, preds[i].size(preds[i].dim() - 1));
+    level.shape = {1, 1};
+    if (is_class_index(targets[i].scalar_type())) level.shape = index_shape_of(preds[i], targets[i]);
+    else if (level.weights_by_row) level.shape = index_shape_of(preds[i], weights[i]);
+    level.shape.classes = std::max<int64_t>(1, level.shape.classes);
     levels.push_back(level);
   }
   return levels;

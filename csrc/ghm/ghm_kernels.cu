@@ -208,10 +208,10 @@ GhmStream stream_of(const GhmProblem& problem, const GhmDeviceLevel& level, int6
   stream.weights_by_row = level.weights != nullptr && level.weights_by_row;
   stream.background_first = problem.background_first;
   stream.elements = level.elements;
-  stream.row = level.row;
+  stream.shape = level.shape;
   const int64_t step = grid * kThreads * kQuad;
-  stream.row_step = step / level.row;
-  stream.column_step = step % level.row;
+  stream.row_step = step / level.shape.classes;
+  stream.column_step = step % level.shape.classes;
   return stream;
 }
 

@@ -14,14 +14,14 @@ namespace rsloss {
 // One tensor of the preds list with what belongs to it.
 struct GhmDeviceLevel {
   const void* preds;    // [elements]
-  const void* targets;  // dense: floating [elements]; class indices: int32/int64 [elements / row]
+  const void* targets;  // dense: floating [elements]; class indices: int32/int64 [elements / shape.classes]
   Type targets_type;
-  const void* weights;  // floating [elements], or [elements / row]; null: every element is valid
+  const void* weights;  // floating [elements], or [elements / shape.classes]; null: every element is valid
   Type weights_type;
   bool weights_by_row;
   int64_t elements;
-  int64_t row;      // elements of a row; read with class indices and weights by row only
-  void* gradients;  // [elements], type of preds; out, of backward only
+  IndexShape shape;  // read with class indices and weights by row only
+  void* gradients;   // [elements], type of preds; out, of backward only
 };
 
 struct GhmProblem {

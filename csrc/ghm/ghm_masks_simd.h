@@ -18,12 +18,62 @@ static void clear_words(uint64_t* words) {
   for (int word = 0; word < kBlockWords; ++word) words[word] = 0;
 }
 
+// Of a map, whose neighbours are of different rows: bits(row, column, count) are those of the elements of a column in `count`
+// rows, at most 64, from `row` on.
+template <class Bits>
+static inline void fill_planes(const GhmLevel& level, const GhmBlock& block, uint64_t* words, const Bits& bits) {
+  const int64_t places = level.shape.places, classes = level.shape.classes;
+  int64_t plane = block.begin / places, place = block.begin - plane * places;
+  int64_t column = plane % classes, first_row = plane / classes * places;
+  for (int64_t at = 0, count; at < block.size; at += count) {
+    count = block.size - at < places - place ? block.size - at : places - place;
+    if (count > 64) count = 64;
+    const uint64_t found = bits(first_row + place, column, static_cast<int>(count));
+    words[at / 64] |= found << at % 64;
+    if (at % 64 + count > 64) words[at / 64 + 1] |= found >> (64 - at % 64);
+    place += count;
+    if (place < places) continue;
+    place = 0;
+    if (++column < classes) continue;
+    column = 0;
+    first_row += places;
+  }
+}
+
+template <class Label>
+static uint64_t equal_bits(const Label* labels, int64_t wanted, int count) {
+  uint64_t bits = 0;
+  int i = 0;
+#if RSL_ISA == 512
+  constexpr int lanes = 64 / sizeof(Label);
+  for (; i + lanes <= count; i += lanes) {
+    const __m512i label = _mm512_loadu_si512(labels + i);
+    if constexpr (sizeof(Label) == 8) bits |= uint64_t{_mm512_cmpeq_epi64_mask(label, _mm512_set1_epi64(wanted))} << i;
+    else bits |= uint64_t{_mm512_cmpeq_epi32_mask(label, _mm512_set1_epi32(static_cast<int32_t>(wanted)))} << i;
+  }
+#elif RSL_ISA == 256
+  constexpr int lanes = 32 / sizeof(Label);
+  for (; i + lanes <= count; i += lanes) {
+    const __m256i label = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(labels + i));
+    if constexpr (sizeof(Label) == 8) {
+      const __m256i is_equal = _mm256_cmpeq_epi64(label, _mm256_set1_epi64x(wanted));
+      bits |= uint64_t{static_cast<uint32_t>(_mm256_movemask_pd(_mm256_castsi256_pd(is_equal)))} << i;
+    } else {
+      const __m256i is_equal = _mm256_cmpeq_epi32(label, _mm256_set1_epi32(static_cast<int32_t>(wanted)));
+      bits |= uint64_t{static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(is_equal)))} << i;
+    }
+  }
+#endif
+  for (; i < count; ++i) bits |= uint64_t{labels[i] == wanted} << i;
+  return bits;
+}
+
 // Calls body(row, begin, end) for the rows of the block, with their elements counted from its first one.
 template <class Body>
 static inline void for_rows(const GhmLevel& level, const GhmBlock& block, const Body& body) {
-  int64_t row = block.begin / level.classes, begin = row * level.classes - block.begin;
-  for (; begin < block.size; ++row, begin += level.classes) {
-    const int64_t end = begin + level.classes;
+  int64_t row = block.begin / level.shape.classes, begin = row * level.shape.classes - block.begin;
+  for (; begin < block.size; ++row, begin += level.shape.classes) {
+    const int64_t end = begin + level.shape.classes;
     body(row, begin < 0 ? 0 : begin, end < block.size ? end : block.size);
   }
 }
@@ -32,11 +82,16 @@ template <class Label>
 static void fill_from_labels(const GhmLevel& level, const Label* labels, GhmBlock& block) {
   clear_words(block.one);
   clear_words(block.soft);
-  int64_t row = block.begin / level.classes, begin = row * level.classes - block.begin;
-  for (; begin < block.size; ++row, begin += level.classes) {
+  if (level.shape.places > 1) {
+    return fill_planes(level, block, block.one, [&](int64_t row, int64_t column, int count) {
+      return equal_bits(labels + row, column + level.first_label, count);
+    });
+  }
+  int64_t row = block.begin / level.shape.classes, begin = row * level.shape.classes - block.begin;
+  for (; begin < block.size; ++row, begin += level.shape.classes) {
     const int64_t label = labels[row];
     // In this order nothing overflows, whatever the label.
-    if (label < level.first_label || label - level.first_label >= level.classes) continue;
+    if (label < level.first_label || label - level.first_label >= level.shape.classes) continue;
     const int64_t at = begin + (label - level.first_label);
     if (at >= 0 && at < block.size) block.one[at / 64] |= uint64_t{1} << at % 64;
   }
@@ -105,6 +160,13 @@ static void fill_valid(const GhmLevel& level, GhmBlock& block) {
   dispatch_floating(level.weight_type, [&](auto tag) {
     const auto* weights = static_cast<const decltype(tag)*>(level.weights);
     if (!level.row_weights) return fill_valid_elements(weights + block.begin, block);
+    if (level.shape.places > 1) {
+      return fill_planes(level, block, block.valid, [&](int64_t row, int64_t, int count) {
+        uint64_t bits = 0;
+        for (int i = 0; i < count; ++i) bits |= uint64_t{widen(weights[row + i]) > 0} << i;
+        return bits;
+      });
+    }
     for_rows(level, block, [&](int64_t row, int64_t begin, int64_t end) {
       if (widen(weights[row]) > 0) set_bits(block.valid, begin, end);
     });

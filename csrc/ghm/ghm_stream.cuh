@@ -2,6 +2,7 @@
 // of them are valid. Types are told apart at run time, once per step; labels are followed without a division.
 #pragma once
 
+#include "common/map_cursor.cuh"
 #include "common/quads.cuh"
 #include "ghm/ghm_kernels.cuh"
 #include "ghm/ghm_two_float.cuh"
@@ -28,8 +29,8 @@ struct GhmStream {
   bool weights_by_row;
   bool background_first;
   int64_t elements;
-  int64_t row;
-  // What a thread advances by from step to step: rows, and elements of a row.
+  IndexShape shape;
+  // What a thread advances by from step to step where rows lie together: rows, and elements of a row.
   int64_t row_step;
   int64_t column_step;
 };
@@ -41,29 +42,29 @@ enum class GhmForm { kDense, kLabels, kRegression };
 class RowWalk {
  public:
   __device__ __forceinline__ RowWalk(const GhmStream& stream, int64_t element) : stream_(stream) {
-    const uint64_t at = static_cast<uint64_t>(element), width = static_cast<uint64_t>(stream.row);
+    const uint64_t at = static_cast<uint64_t>(element), width = static_cast<uint64_t>(stream.shape.classes);
     // A division of 64 bits costs several of 32.
     row_ =
         static_cast<int64_t>((at | width) >> 32 == 0 ? static_cast<uint32_t>(at) / static_cast<uint32_t>(width) : at / width);
-    column_ = element - row_ * stream.row;
+    column_ = element - row_ * stream.shape.classes;
   }
   __device__ __forceinline__ void step() {
     row_ += stream_.row_step;
     column_ += stream_.column_step;
-    if (column_ < stream_.row) return;
-    column_ -= stream_.row;
+    if (column_ < stream_.shape.classes) return;
+    column_ -= stream_.shape.classes;
     ++row_;
   }
   // Calls visit(row, v, next v), the elements [v, next v) of the quad, for every row that its first `count` reach into.
   template <class Visit>
   __device__ __forceinline__ void for_rows(int count, Visit visit) const {
     int64_t row = row_;
-    int64_t left = stream_.row - column_;
+    int64_t left = stream_.shape.classes - column_;
     for (int v = 0; v < count; ++row) {
       const int next = left < count - v ? v + static_cast<int>(left) : count;
       visit(row, v, next);
       v = next;
-      left = stream_.row;
+      left = stream_.shape.classes;
     }
   }
   __device__ __forceinline__ int64_t column() const { return column_; }
@@ -102,14 +103,23 @@ __device__ __forceinline__ void stream_quads(const GhmStream& stream, Use use) {
 
     unsigned valid = (1u << count) - 1;
     unsigned positive = 0;  // bits
-    if (by_row) {
+    if (by_row && stream.shape.places > 1) {
+      MapCursor cursor(stream.shape, first);
+      for (int v = 0; v < count; ++v, cursor.skip(1)) {
+        if (stream.weights_by_row && !is_valid_row(stream.weights, cursor.row())) valid &= ~(1u << v);
+        if constexpr (form == GhmForm::kLabels) {
+          const int64_t label = load_label(stream.targets, cursor.row());
+          if (label == cursor.column() + (stream.background_first ? 1 : 0)) positive |= 1u << v;
+        }
+      }
+    } else if (by_row) {
       walk.for_rows(count, [&](int64_t row, int v, int next) {
         if (stream.weights_by_row && !is_valid_row(stream.weights, row)) valid &= ~((1u << next) - (1u << v));
         if constexpr (form == GhmForm::kLabels) {
           // The element of this row that is its class; none where there is no such class.
           const int64_t label = load_label(stream.targets, row);
           const int64_t first_label = stream.background_first ? 1 : 0;
-          if (label < first_label || label - first_label >= stream.row) return;
+          if (label < first_label || label - first_label >= stream.shape.classes) return;
           const int64_t at = label - first_label - (v == 0 ? walk.column() : -v);
           if (at >= v && at < next) positive |= 1u << at;
         }

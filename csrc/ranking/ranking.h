@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "common/host_device.h"
+#include "common/index_shape.h"
 
 namespace rsloss {
 
@@ -15,18 +16,6 @@ enum RecordRow { kLogit = 0, kQuality = 1, kSegment = 2, kIndex = 3, kRecordRows
 enum GradientRow { kGradientIndex = 0, kFirst = 1, kSecond = 2, kGradientSegment = 3, kGradientRows = 4 };
 enum LineRow { kBreakpoint = 0, kValue = 1, kSlope = 2, kLineRows = 3 };
 enum CountEntry { kFound = 0, kNegatives = 1, kElements = 2, kCounts = 3 };
-
-// A tensor of logits with class indices is [outer, classes, places] in memory, its labels are [outer, places]: rows have one
-// place.
-struct IndexShape {
-  int64_t classes;
-  int64_t places;
-
-  // Of the label of an element.
-  RSL_HOST_DEVICE int64_t row(int64_t element) const {
-    return places == 1 ? element / classes : element / (classes * places) * places + element % places;
-  }
-};
 
 // A false-positive sum, or a sum over worse positives, at or below this shares out no error (eps of the authors' code).
 constexpr double kEps = 1e-10;

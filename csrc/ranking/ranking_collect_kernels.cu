@@ -1,5 +1,6 @@
 // Collects the positives and the mask of the negatives: one pass over the targets that counts, a scan of the blocks' counts,
 // and a pass over those words that hold positives.
+#include "common/map_cursor.cuh"
 #include "ranking/ranking_device.cuh"
 #include "ranking/ranking_segments.cuh"
 
@@ -36,38 +37,6 @@ __device__ __forceinline__ WordBits dense_word(const CollectLevel& level, int64_
   }
   return bits;
 }
-
-// The row and the column of an element of a map.
-class MapCursor {
- public:
-  __device__ __forceinline__ MapCursor(const IndexShape& shape, int64_t element) : shape_(shape) {
-    const int64_t plane = divide(element, shape.places);
-    const int64_t outer = divide(plane, shape.classes);
-    place_ = element - plane * shape.places;
-    column_ = plane - outer * shape.classes;
-    first_row_ = outer * shape.places;
-  }
-  __device__ __forceinline__ int64_t row() const { return first_row_ + place_; }
-  __device__ __forceinline__ int64_t column() const { return column_; }
-  __device__ __forceinline__ void skip(int64_t elements) {
-    for (place_ += elements; place_ >= shape_.places; place_ -= shape_.places) {
-      if (++column_ < shape_.classes) continue;
-      column_ = 0;
-      first_row_ += shape_.places;
-    }
-  }
-
- private:
-  // A division of 64 bits costs several of 32.
-  static __device__ __forceinline__ int64_t divide(int64_t a, int64_t b) {
-    return (a | b) >> 32 == 0 ? static_cast<uint32_t>(a) / static_cast<uint32_t>(b) : a / b;
-  }
-
-  const IndexShape& shape_;
-  int64_t place_;
-  int64_t column_;
-  int64_t first_row_;
-};
 
 // Class indices of a map: by a whole warp like dense targets, as neighbours have labels that are neighbours. `cursor` stands at
 // the lane's first element of the word, and behind it at that of the next word.

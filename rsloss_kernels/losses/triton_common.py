@@ -221,3 +221,24 @@ def rounded_to(value, TYPE: tl.constexpr):
         return value.to(tl.float32).to(tl.float16)
     else:
         return value.to(TYPE)
+
+
+@triton.jit
+def row_and_class(start, lane, size, classes, inner, MAPS: tl.constexpr):
+    """Row and class of the elements start + lane of `[outer, classes, inner]`; beyond the last element those of the last."""
+    lane = tl.minimum(lane, size - 1 - start).to(tl.int32)
+    # Only the first plane and row need a 64-bit division.
+    if MAPS:
+        first_plane = start // inner
+        ahead = (start - first_plane * inner).to(inner.dtype) + lane
+        plane = ahead // inner
+        inside_plane = ahead - plane * inner
+    else:
+        first_plane = start
+        plane = lane
+    first_outer = first_plane // classes
+    ahead = (first_plane - first_outer * classes).to(tl.int32) + plane
+    row = first_outer + ahead // classes
+    if MAPS:
+        row = row * inner + inside_plane
+    return row, ahead % classes

@@ -86,6 +86,10 @@ def harmonize_all(generator: torch.Generator) -> None:
             for weights in ([], by_element, by_row):
                 harmonizing(preds, soft, weights, bins, None)
                 harmonizing(preds, labels, weights, bins, None, background_first=offset == 1)
+            maps = [numbers(shape, pred_type, 4) for shape in ((2, 6, 7, 9), (1, 3, 0), (1, 6, 1), (3, 3, 130))]
+            rows = [(pred.shape[0], pred.shape[1] // 3, *pred.shape[2:]) for pred in maps]
+            of_maps = [torch.randint(-2, 6, row, generator=generator) for row in rows]
+            harmonizing(maps, of_maps, [numbers(row, weight_type) for row in rows], bins, None, background_first=offset == 1)
             harmonizing(preds, soft, by_element, bins, 0.02)
             harmonizing(preds, soft, [], bins, 1e30)
 

@@ -20,27 +20,6 @@ def product(x, y):
 
 
 @triton.jit
-def row_and_class(start, lane, size, classes, inner, MAPS: tl.constexpr):
-    """Row and class of the elements start + lane of `[outer, classes, inner]`; beyond the last element those of the last."""
-    lane = tl.minimum(lane, size - 1 - start).to(tl.int32)
-    # Only the first plane and row need a 64-bit division.
-    if MAPS:
-        first_plane = start // inner
-        ahead = (start - first_plane * inner).to(inner.dtype) + lane
-        plane = ahead // inner
-        inside_plane = ahead - plane * inner
-    else:
-        first_plane = start
-        plane = lane
-    first_outer = first_plane // classes
-    ahead = (first_plane - first_outer * classes).to(tl.int32) + plane
-    row = first_outer + ahead // classes
-    if MAPS:
-        row = row * inner + inside_plane
-    return row, ahead % classes
-
-
-@triton.jit
 def loss_and_slope(logit, target, gamma, of_positives, of_negatives, MODULATOR: tl.constexpr, IS_HARD: tl.constexpr):
     """Loss of an element, its derivative by the logit, and whether the class weights drop it. `IS_HARD`: targets are 0 or 1."""
     is_one = target == 1

@@ -11,8 +11,16 @@ import triton.language as tl
 from torch import Tensor
 
 from rsloss_kernels.losses.focal.op_checks import row_shape
-from rsloss_kernels.losses.focal.triton_elements import row_and_class, weighted_loss_and_slope
-from rsloss_kernels.losses.triton_common import Configuration, configuration, float_bits, float_of, launching_on, rounded_to
+from rsloss_kernels.losses.focal.triton_elements import weighted_loss_and_slope
+from rsloss_kernels.losses.triton_common import (
+    Configuration,
+    configuration,
+    float_bits,
+    float_of,
+    launching_on,
+    rounded_to,
+    row_and_class,
+)
 
 # Arguments that change from call to call without a gain from code of their own; floats travel as the bits of a float64.
 PLAIN_INTEGERS = ("inner", "rows", "ignore_index", "scale_bits", "entries", "class_entries")

@@ -1,11 +1,14 @@
 """GHM-C and GHM-R: the public functions and modules."""
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rsloss_kernels import _backends, _checks, _library, distributed
+from rsloss_kernels.losses import levels as reading
 from rsloss_kernels.losses.ghm import op_checks
+from rsloss_kernels.losses.levels import Levels
 
 EMPTY_BINS = ("skip", "count")
 # Of a row that every process of a group sends: the tables of the most bins there can be.
@@ -39,9 +42,10 @@ class Request(NamedTuple):
     """The checked arguments of a GHM loss, in the form that the operators take."""
 
     function: str
-    pred: Tensor
-    target: Tensor
-    weights: list[Tensor]  # empty, or one
+    levels: Levels | None  # what predictions are; None: one tensor
+    preds: list[Tensor]
+    targets: list[Tensor]  # one per level
+    weights: list[Tensor]  # empty, or one per level
     bins: int
     mu: float | None
     is_background_first: bool
@@ -53,13 +57,13 @@ class Request(NamedTuple):
     @property
     def elements(self) -> tuple:
         """What every operator takes, without gradients."""
-        return [self.pred.detach()], [self.target], self.weights
+        return [pred.detach() for pred in self.preds], self.targets, self.weights
 
 
 def ghm_classification_loss(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
+    logits: Tensor | Sequence[Tensor],
+    target: Tensor | Sequence[Tensor],
+    weight: Tensor | Sequence[Tensor] | None = None,
     *,
     bins: int = 10,
     momentum: float = 0.0,
@@ -69,6 +73,8 @@ def ghm_classification_loss(
     background: str = "last",
     process_group: object | None = None,
     average_gradients: bool = True,
+    layout: str = "rows",
+    num_classes: int | None = None,
 ) -> Tensor | GHMLoss | GHMCorrectedLoss:
     """GHM-C: cross entropy in which every element counts by the inverse density of its gradient norm.
 
@@ -77,6 +83,7 @@ def ghm_classification_loss(
 
     Args:
         logits: any shape, class logits; float16, bfloat16, float32 or float64. For class indices the last dimension is the C classes.
+            Or levels of a head, see `layout`.
         target: dense, with the shape of `logits`, any real dtype (integral one-hot too, for which a float32 copy is made), values within
             [0, 1]; or class indices, an integral dtype with the shape of `logits` less its last dimension. No label is ignored: one that
             is no foreground class, negative ones included, is a row of zeros, as in MMDetection; give what is to be ignored the weight 0.
@@ -97,6 +104,8 @@ def ghm_classification_loss(
             the same options, else all raise (in graphs and on a GPU, where nothing is read on the host: NaN, state unchanged).
         average_gradients: with a process group, multiply gradients by the group's size, for DistributedDataParallel, which averages
             gradients; False for a reducer that sums them.
+        layout, num_classes: for a head's output as it is, as in `sigmoid_focal_loss`: a list of levels [..., C] or of maps, with `target`
+            and `weight` in the shapes of its `targets` and `weight`.
 
     Returns:
         The 0-d loss, float64 for float64 logits, else float32. With `acc_sum` the named tuple `(loss, acc_sum)`, with `num_updates`
@@ -113,7 +122,8 @@ def ghm_classification_loss(
         RuntimeError: a forced backend that cannot run.
     """
     request = read_arguments(
-        "ghm_classification_loss", "logits", logits, target, weight, bins, None, momentum, empty_bins, background, process_group
+        *("ghm_classification_loss", "logits", logits, target, weight, bins, None, momentum, empty_bins, background, process_group),
+        *(layout, num_classes),
     )
     return _with_state(*evaluate(request, *read_state(request, acc_sum, num_updates), average_gradients), acc_sum, num_updates)
 
@@ -201,27 +211,40 @@ def gradient_density(
 def read_arguments(
     function: str,
     pred_name: str,
-    pred: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
+    pred: Tensor | Sequence[Tensor],
+    target: Tensor | Sequence[Tensor],
+    weight: Tensor | Sequence[Tensor] | None,
     bins: int,
     mu: float | None,
     momentum: float,
     empty_bins: str,
     background: str,
     process_group: object | None,
+    layout: str = "rows",
+    num_classes: int | None = None,
 ) -> Request:
-    _checks.check_tensor(function, pred_name, pred)
-    _checks.check_floating(function, pred_name, pred)
-    _checks.check_strided(function, pred_name, pred)
     check_options(function, bins, mu, momentum, empty_bins, background)
-    target = _read_target(function, pred_name, pred, target, mu, background)
-    weights = [] if weight is None else [_read_weight(function, pred_name, pred, weight, mu)]
+    may_be_levels = mu is None and not (layout == "rows" and num_classes is None and isinstance(target, Tensor))
+    if may_be_levels or (mu is None and isinstance(pred, (list, tuple))):
+        levels = reading.read_levels(function, pred, layout, num_classes)
+        preds = levels.logits
+        targets, weights = _read_targets_of_levels(levels, target, background), _read_weights_of_levels(levels, weight)
+        if levels.num_classes == 1 and not targets[0].is_floating_point():
+            # Or labels in the shape of the logits would be one-hot by mistake.
+            preds = [pred.view(*target.shape, 1) for pred, target in zip(preds, targets, strict=True)]
+    else:
+        _checks.check_tensor(function, pred_name, pred)
+        _checks.check_floating(function, pred_name, pred)
+        _checks.check_strided(function, pred_name, pred)
+        levels, preds = None, [_checks.contiguous(pred)]
+        targets = [_read_target(function, pred_name, pred, target, mu, background)]
+        weights = [] if weight is None else [_read_weight(function, pred_name, pred, weight, mu)]
     group = None if process_group is None else distributed.resolve_group(function, process_group)
     return Request(
         function,
-        _checks.contiguous(pred),
-        target,
+        levels,
+        preds,
+        targets,
         weights,
         bins,
         None if mu is None else float(mu),
@@ -229,7 +252,7 @@ def read_arguments(
         float(momentum),
         empty_bins == "count",
         group,
-        _backends.resolve("ghm_histogram", pred.device.type),
+        _backends.resolve("ghm_histogram", preds[0].device.type),
     )
 
 
@@ -250,8 +273,7 @@ def _read_target(function: str, pred_name: str, pred: Tensor, target: Tensor, mu
     if target.shape != pred.shape:
         if mu is None and _checks.is_index_form(target, pred):
             labels = _checks.as_labels(function, target, "target").contiguous()
-            if _checks.debug_checks() and labels.numel() and int(labels.max()) > pred.shape[-1]:
-                raise ValueError(f"{function}: target must be class indices up to {pred.shape[-1]}, got {int(labels.max())}")
+            _check_values(function, labels, pred.shape[-1])
             return labels
         if mu is None and pred.dim() > 0 and target.shape == pred.shape[:-1]:
             wanted = f"integers where it has the shape of {pred_name} less its last dimension (class indices)"
@@ -264,20 +286,40 @@ def _read_target(function: str, pred_name: str, pred: Tensor, target: Tensor, mu
         # Zeros and ones need no more; box offsets may be large.
         target = target.to(torch.float32 if mu is None else torch.float64)
     _checks.check_floating(function, "target", target)
-    if mu is None and _checks.debug_checks() and bool(((target < 0) | (target > 1)).any()):
-        raise ValueError(f"{function}: target must be within [0, 1], got [{float(target.min())}, {float(target.max())}]")
+    if mu is None:
+        _check_values(function, target, 1)
     return _checks.plain(target)
+
+
+def _check_values(function: str, target: Tensor, num_classes: int) -> None:
+    """Of targets as read, for GHM-C."""
+    if not _checks.debug_checks() or not target.numel():
+        return
+    if target.is_floating_point() and bool(((target < 0) | (target > 1)).any()):
+        raise ValueError(f"{function}: target must be within [0, 1], got [{float(target.min())}, {float(target.max())}]")
+    if not target.is_floating_point() and int(target.max()) > num_classes:
+        raise ValueError(f"{function}: target must be class indices up to {num_classes}, got {int(target.max())}")
+
+
+def _read_targets_of_levels(levels: Levels, target: Tensor | Sequence[Tensor], background: str) -> list[Tensor]:
+    targets, _ = reading.read_targets(levels, target, None, background, "target")
+    for value in targets:
+        _check_values(levels.function, value, levels.num_classes)
+    return targets
+
+
+def _read_weights_of_levels(levels: Levels, weight: Tensor | Sequence[Tensor] | None) -> list[Tensor]:
+    if weight is None:
+        return []
+    values, _ = reading.read_values(levels, "weight", weight, True, True)
+    return [_as_weight(levels.function, value) for value in values]
 
 
 def _read_weight(function: str, pred_name: str, pred: Tensor, weight: Tensor, mu: float | None) -> Tensor:
     _checks.check_tensor(function, "weight", weight)
     _checks.check_strided(function, "weight", weight)
     _check_device(function, "weight", weight, pred_name, pred)
-    if not (weight.dtype.is_floating_point or weight.dtype.is_complex):
-        # Whether it is above 0 is all that matters, and an infinity tells that too.
-        weight = weight.to(torch.float16)
-    if weight.dtype not in _checks.LOGIT_TYPES:
-        raise TypeError(f"{function}: weight must be float16, bfloat16, float32, float64, integers or bool, got {weight.dtype}")
+    weight = _as_weight(function, weight)
     if weight.shape == pred.shape:
         if mu is None and weight.dim() > 0 and weight.shape[-1] > 1 and weight.stride(-1) == 0:
             # Expanded weights of rows: a copy would have one number per element.
@@ -286,6 +328,15 @@ def _read_weight(function: str, pred_name: str, pred: Tensor, weight: Tensor, mu
         less = " (or that less its last dimension)" if mu is None else ""
         _checks.check_shape(function, "weight", weight, pred.shape, f"the shape of {pred_name}{less}")
     return _checks.plain(weight)
+
+
+def _as_weight(function: str, weight: Tensor) -> Tensor:
+    if not (weight.dtype.is_floating_point or weight.dtype.is_complex):
+        # Whether it is above 0 is all that matters, and an infinity tells that too.
+        weight = weight.to(torch.float16)
+    if weight.dtype not in _checks.LOGIT_TYPES:
+        raise TypeError(f"{function}: weight must be float16, bfloat16, float32, float64, integers or bool, got {weight.dtype}")
+    return weight
 
 
 def _check_device(function: str, name: str, value: Tensor, pred_name: str, pred: Tensor) -> None:
@@ -325,7 +376,7 @@ def read_state(request: Request, acc_sum: Tensor | None, num_updates: Tensor | N
     for name, value in (("acc_sum", acc_sum), ("num_updates", num_updates)):
         if value is not None:
             _checks.check_tensor(request.function, name, value)
-    op_checks.check_state(request.function, acc_sum, num_updates, request.pred, request.bins, request.momentum)
+    op_checks.check_state(request.function, acc_sum, num_updates, request.preds[0], request.bins, request.momentum)
     return tuple(value if value is None else _checks.plain(value) for value in (acc_sum, num_updates))
 
 
@@ -333,7 +384,7 @@ def evaluate(
     request: Request, acc_sum: Tensor | None, num_updates: Tensor | None, average_gradients: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss, with its gradient, and the new state."""
-    elements = [request.pred], [request.target], request.weights
+    elements = request.preds, request.targets, request.weights
     options = request.bins, request.mu, request.is_background_first, request.momentum, request.count_empty_bins
     if request.group is None:
         return _library.differentiable("ghm_forward", request.backend, *elements, acc_sum, num_updates, *options)

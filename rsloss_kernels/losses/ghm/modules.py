@@ -1,5 +1,6 @@
 """GHMC and GHMR: the losses as modules with MMDetection's constructor and forward, and the state of their momentum."""
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -7,6 +8,7 @@ from torch import Tensor
 from rsloss_kernels import _checks, distributed
 from rsloss_kernels._state import StatefulLoss, keeps_statistics, store, weighted
 from rsloss_kernels.losses.ghm import api, op_checks, reference
+from rsloss_kernels.losses.levels import LAYOUTS, check_num_classes
 
 REDUCTIONS = ("none", "mean")
 
@@ -16,6 +18,8 @@ class _GradientHarmonizing(distributed.HoldsGroup, StatefulLoss):
 
     mu: float | None = None
     background: str = "last"
+    layout: str = "rows"
+    num_classes: int | None = None
 
     def __init__(
         self,
@@ -61,16 +65,17 @@ class _GradientHarmonizing(distributed.HoldsGroup, StatefulLoss):
 
     def forward(
         self,
-        pred: Tensor,
-        target: Tensor,
-        label_weight: Tensor | None = None,
+        pred: Tensor | Sequence[Tensor],
+        target: Tensor | Sequence[Tensor],
+        label_weight: Tensor | Sequence[Tensor] | None = None,
         avg_factor: float | Tensor | None = None,
         reduction_override: str | None = None,
-    ) -> Tensor:
+    ) -> Tensor | list[Tensor]:
         """The loss times `loss_weight`.
 
         Args:
             pred: GHMC: class logits, for class indices [..., C]; GHMR: box offsets. Any shape; float16, bfloat16, float32 or float64.
+                GHMC takes levels of a head too, see `ghm_classification_loss`.
             target: the shape of `pred`, any real dtype (of an integral one a copy is made: float32 for GHMC, float64 for GHMR); for GHMC
                 values within [0, 1] (integral one-hot too), or class indices, integers with the shape of `pred` less its last dimension:
                 any label that is no foreground class, negative ones too, is background.
@@ -81,10 +86,10 @@ class _GradientHarmonizing(distributed.HoldsGroup, StatefulLoss):
                 fourth, before `avg_factor`. Other keywords, which MMDetection's GHMC swallows, are a TypeError.
 
         Returns:
-            0-d for "mean"; for "none" the shape and dtype of `pred`: the loss of each element times the weight of its bin, 0 where it
-            is not valid. As published these weights are those of the mean times a normaliser: the number of valid elements for GHMC,
-            the sum of `label_weight` for GHMR, at least 1 (with a process group, of all processes). Here gradients are never
-            multiplied by the group's size.
+            0-d for "mean"; for "none" the shape and dtype of `pred` (a list for a list): the loss of each element times the weight of its
+            bin, 0 where it is not valid. As published these weights are those of the mean times a normaliser: the number of valid
+            elements for GHMC, the sum of `label_weight` for GHMR, at least 1 (with a process group, of all processes). Here gradients
+            are never multiplied by the group's size.
 
         Raises TypeError, ValueError: wrong types, shapes, devices or ranges.
         """
@@ -104,37 +109,48 @@ class _GradientHarmonizing(distributed.HoldsGroup, StatefulLoss):
             self.empty_bins,
             self.background,
             self.process_group,
+            self.layout,
+            self.num_classes,
         )
         state = api.read_state(request, getattr(self, "acc_sum", None), getattr(self, "num_updates", None))
         if reduction == "mean":
             loss, *new_state = api.evaluate(request, *state, self.average_gradients)
         else:
-            loss, *new_state = self._elementwise(request, pred, label_weight, state)
+            losses, *new_state = self._elementwise(request, label_weight, state)
+            losses = [weighted(level, self.loss_weight) for level in losses]
         if keeps_statistics(self):
             for buffer, value in zip(state, new_state, strict=True):
                 if buffer is not None:
                     store(buffer, value)
-        return weighted(loss, self.loss_weight)
+        if reduction == "mean":
+            return weighted(loss, self.loss_weight)
+        return losses[0] if request.levels is None else request.levels.restore(losses)
 
     def _elementwise(
-        self, request: api.Request, pred: Tensor, label_weight: Tensor | None, state: tuple[Tensor | None, Tensor | None]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """In plain torch operations but for the weights of the bins."""
+        self, request: api.Request, label_weight: Tensor | None, state: tuple[Tensor | None, Tensor | None]
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
+        """One per level, in plain torch operations but for the weights of the bins."""
         histogram, is_agreed = api.read_histogram(request, self.average_gradients, self.bias_correction)
         _, acc_sum, num_updates, weights = api.finalize(request, histogram, *state)
-        weights = weights * self._normaliser(request, histogram, pred, label_weight).clamp(min=1)
+        weights = weights * self._normaliser(request, histogram, label_weight).clamp(min=1)
         if is_agreed is not None:
             weights = torch.where(is_agreed, weights, torch.nan)
+        valid = request.weights or [None] * len(request.preds)
+        levels = zip(request.preds, request.targets, valid, strict=True)
+        return [self._losses_of_level(request, weights, *level) for level in levels], acc_sum, num_updates
 
-        is_valid = reference.valid_elements(pred, request.weights[0] if request.weights else None)
-        dense = reference.as_dense(request.target, pred, request.is_background_first)
+    def _losses_of_level(
+        self, request: api.Request, weights: Tensor, pred: Tensor, target: Tensor, valid: Tensor | None
+    ) -> Tensor:
+        is_valid = reference.valid_elements(pred, valid)
+        dense = reference.as_dense(target, pred, request.is_background_first)
         # An element that does not count may hold NaN, which must reach neither the loss nor its gradient.
         values, dense = (torch.where(is_valid, value, 0.0) for value in (pred.double(), dense))
         of_bin = weights[reference.bin_of(values.detach(), dense, self.bins, self.mu)]
         losses = reference.element_losses(values, dense, self.mu) * torch.where(is_valid, of_bin, 0.0)
-        return losses.to(pred.dtype), acc_sum, num_updates
+        return losses.to(pred.dtype)
 
-    def _normaliser(self, request: api.Request, histogram: Tensor, pred: Tensor, label_weight: Tensor | None) -> Tensor:
+    def _normaliser(self, request: api.Request, histogram: Tensor, label_weight: Tensor | None) -> Tensor:
         return histogram[0].sum()
 
     def extra_repr(self) -> str:
@@ -165,7 +181,7 @@ class GHMC(_GradientHarmonizing):
         use_sigmoid: must be True, else NotImplementedError: there is no other form.
         loss_weight: factor of the loss.
         reduction: "mean" or "none" (see `forward`); "sum" is a ValueError, as published.
-        background: "last" (classes 0..C-1, background C) or "first" (background 0, classes 1..C).
+        background, layout, num_classes: as in `ghm_classification_loss`.
         empty_bins: "skip": as the authors' code, empty bins do not count and keep their state; "count": as the paper, all count and decay.
         bias_correction: divide the running counts by what the momentum has gathered so far, so that the first steps weigh like later
             ones.
@@ -191,8 +207,12 @@ class GHMC(_GradientHarmonizing):
         bias_correction: bool = False,
         process_group: object | None = None,
         average_gradients: bool = True,
+        layout: str = "rows",
+        num_classes: int | None = None,
     ):
-        self.background = background
+        self.background, self.layout, self.num_classes = background, layout, num_classes
+        _checks.check_choice("GHMC", "layout", layout, LAYOUTS)
+        check_num_classes("GHMC", num_classes)
         super().__init__(
             bins, momentum, loss_weight, reduction, empty_bins, bias_correction, process_group, average_gradients
         )
@@ -201,7 +221,7 @@ class GHMC(_GradientHarmonizing):
         self.use_sigmoid = use_sigmoid
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, background={self.background!r}"
+        return f"{super().extra_repr()}, background={self.background!r}, layout={self.layout!r}, num_classes={self.num_classes}"
 
 
 class GHMR(_GradientHarmonizing):
@@ -240,9 +260,9 @@ class GHMR(_GradientHarmonizing):
             bins, momentum, loss_weight, reduction, empty_bins, bias_correction, process_group, average_gradients
         )
 
-    def _normaliser(self, request: api.Request, histogram: Tensor, pred: Tensor, label_weight: Tensor | None) -> Tensor:
+    def _normaliser(self, request: api.Request, histogram: Tensor, label_weight: Tensor | None) -> Tensor:
         # A weight of NaN is not valid, and leaves no trace.
-        own = histogram.new_full((), pred.numel()) if label_weight is None else label_weight.double().nansum()
+        own = histogram.new_full((), request.preds[0].numel()) if label_weight is None else label_weight.double().nansum()
         return distributed.sum_over_group(own, request.group)
 
     def extra_repr(self) -> str:

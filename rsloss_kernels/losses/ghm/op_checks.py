@@ -1,4 +1,6 @@
 """Checks of the arguments of the GHM operators, for the backends written in Python; the compiled ones check the same in C++."""
+import math
+
 import torch
 from torch import Tensor
 
@@ -49,6 +51,23 @@ def check_state(
         _checks.check_shape(function, name, value, (bins,), "one number per bin")
 
 
+def index_shape(pred: Tensor, rows: Tensor) -> tuple[int, int]:
+    """Classes and places of a level: it is [outer, classes, places], what each row has one of, `rows`, is [outer, places]."""
+    if rows.dim() < pred.dim():
+        return pred.shape[-1], 1
+    return pred.shape[1] // max(rows.shape[1], 1), max(math.prod(pred.shape[2:]), 1)
+
+
+def _has_rows(value: Tensor, pred: Tensor) -> bool:
+    """[...] for [..., C], or [B, A, *spatial] for maps [B, A * C, *spatial] with C above 1."""
+    if pred.dim() > 0 and value.shape == pred.shape[:-1]:
+        return True
+    if pred.dim() < 2 or value.dim() != pred.dim() or value.shape[0] != pred.shape[0] or value.shape[2:] != pred.shape[2:]:
+        return False
+    rows, elements = value.shape[1], pred.shape[1]
+    return elements == 0 if rows == 0 else elements % rows == 0 and elements != rows
+
+
 def _check_number(op: str, name: str, values: list[Tensor], preds: list[Tensor]) -> None:
     if len(values) != len(preds):
         raise ValueError(f"{op}: {name} must hold as many tensors as preds, {len(preds)}, got {len(values)}")
@@ -74,13 +93,16 @@ def _check_levels(op: str, preds: list[Tensor], targets: list[Tensor], weights: 
             _checks.check_shape(op, "targets", target, pred.shape, "the shape of preds")
         elif rows is None:
             raise ValueError(f"{op}: preds must have a last dimension of classes for class indices, got shape []")
-        else:
-            _checks.check_shape(op, "targets", target, rows, "the shape of preds less the last dimension (class indices)")
+        elif not _has_rows(target, pred):
+            maps = ", or [B, A, *spatial] for maps [B, A * C, *spatial]"
+            _checks.check_shape(op, "targets", target, rows, f"the shape of preds less the last dimension (class indices){maps}")
         if weights:
             weight = weights[number]
             _checks.check_placement(op, "weights", weight, preds[0])
             _checks.check_dtype(op, "weights", weight, *_checks.LOGIT_TYPES)
-            if weight.shape != rows:
+            # Of class indices the rows are those of the labels.
+            is_index = not target.is_floating_point()
+            if rows is None or not (weight.shape == target.shape if is_index else _has_rows(weight, pred)):
                 less = "" if rows is None else f" or that less the last dimension, {list(rows)}"
                 _checks.check_shape(op, "weights", weight, pred.shape, f"the shape of preds{less}")
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, softplus
 
+from rsloss_kernels.losses.ghm.op_checks import index_shape
+
 # Sums of float64 that are added up apart: among many equal numbers the errors of one long sum do not average out.
 LANES = 64
 # In units of mu: from here on sqrt(d^2 + mu^2) is |d| to the last bit.
@@ -82,14 +84,19 @@ def as_dense(target: Tensor, pred: Tensor, background_first: bool) -> Tensor:
 
 def _is_label(target: Tensor, pred: Tensor, background_first: bool) -> Tensor:
     """Class indices -> where the target is 1, in the shape of `pred`."""
-    return target[..., None] == torch.arange(pred.shape[-1], device=target.device) + int(background_first)
+    classes, places = index_shape(pred, target)
+    column = torch.arange(classes, device=target.device) + int(background_first)
+    return (target.reshape(-1, 1, places) == column[:, None]).view(pred.shape)
 
 
 def valid_elements(pred: Tensor, weights: Tensor | None) -> Tensor:
-    """Where the weight is above 0; `weights` has the shape of `pred`, or that less the last dimension."""
+    """Where the weight is above 0; `weights` has the shape of `pred`, or is one per row."""
     if weights is None:
         return torch.ones_like(pred, dtype=torch.bool)
-    return (weights if weights.dim() == pred.dim() else weights[..., None]).expand(pred.shape) > 0
+    if weights.shape == pred.shape:
+        return weights > 0
+    classes, places = index_shape(pred, weights)
+    return (weights > 0).reshape(-1, 1, places).repeat(1, classes, 1).view(pred.shape)
 
 
 class _Hard:

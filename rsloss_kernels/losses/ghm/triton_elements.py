@@ -15,10 +15,11 @@ from rsloss_kernels.losses.triton_common import (
     log1p_of,
     log1p_of_fraction,
     reciprocal,
+    row_and_class,
 )
 
 # Arguments that change from call to call without a gain from code of their own; floats travel as the bits of a float64.
-PLAIN_INTEGERS = ("bins", "entries", "mu_bits", "momentum_bits", "log_momentum_bits", "scale_bits")
+PLAIN_INTEGERS = ("places", "bins", "entries", "mu_bits", "momentum_bits", "log_momentum_bits", "scale_bits")
 
 
 @triton.jit(do_not_specialize=PLAIN_INTEGERS)
@@ -55,9 +56,11 @@ def read_elements(
     lane,
     size,
     classes,
+    places,
     BACKGROUND_FIRST: tl.constexpr,
     WEIGHT_PER_ROW: tl.constexpr,
     IS_INDEX: tl.constexpr,
+    IS_MAP: tl.constexpr,
 ):
     """Prediction and target of the elements start + lane in float64, and whether each is valid."""
     inside = lane < size - start
@@ -65,11 +68,7 @@ def read_elements(
     row = start + lane
     column = lane
     if IS_INDEX or WEIGHT_PER_ROW:
-        # Only the first row needs a 64-bit division.
-        first_row = start // classes
-        ahead = (start - first_row * classes).to(tl.int32) + lane
-        row = first_row + ahead // classes
-        column = ahead % classes
+        row, column = row_and_class(start, lane, size, classes, places, IS_MAP)
     if IS_INDEX:
         label = tl.load(targets_ptr + row, mask=inside, other=-1)
         target = (label == column + (1 if BACKGROUND_FIRST else 0)).to(tl.float64)

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rsloss_kernels.losses.ghm.op_checks import index_shape
 from rsloss_kernels.losses.ghm.triton_elements import PLAIN_INTEGERS, harmonize, read_elements, write_edges
 from rsloss_kernels.losses.triton_common import configuration, float_bits, float_of, launching_on, rounded_to
 
@@ -25,12 +26,14 @@ def histogram_kernel(
     partials_ptr,  # [2, bins + 1, entries], from the first entry of this level on
     size,
     classes,
+    places,
     bins,
     mu_bits,
     entries,
     BACKGROUND_FIRST: tl.constexpr,
     WEIGHT_PER_ROW: tl.constexpr,
     IS_INDEX: tl.constexpr,
+    IS_MAP: tl.constexpr,
     IS_REGRESSION: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -42,7 +45,8 @@ def histogram_kernel(
     start = tl.program_id(0).to(tl.int64) * BLOCK
     while start < size:
         pred, target, is_valid = read_elements(
-            *(preds_ptr, targets_ptr, weights_ptr, start, lane, size, classes), BACKGROUND_FIRST, WEIGHT_PER_ROW, IS_INDEX
+            *(preds_ptr, targets_ptr, weights_ptr, start, lane, size, classes, places),
+            *(BACKGROUND_FIRST, WEIGHT_PER_ROW, IS_INDEX, IS_MAP),
         )
         loss, slope, bin_index = harmonize(pred, target, edges_ptr, bins, mu_bits, IS_REGRESSION, IS_INDEX)
         is_nan = (loss != loss) | (slope != slope)
@@ -130,18 +134,21 @@ def gradient_kernel(
     results_ptr,
     size,
     classes,
+    places,
     bins,
     mu_bits,
     BACKGROUND_FIRST: tl.constexpr,
     WEIGHT_PER_ROW: tl.constexpr,
     IS_INDEX: tl.constexpr,
+    IS_MAP: tl.constexpr,
     IS_REGRESSION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     start = tl.program_id(0).to(tl.int64) * BLOCK
     lane = tl.arange(0, BLOCK)
     pred, target, is_valid = read_elements(
-        *(preds_ptr, targets_ptr, weights_ptr, start, lane, size, classes), BACKGROUND_FIRST, WEIGHT_PER_ROW, IS_INDEX
+        *(preds_ptr, targets_ptr, weights_ptr, start, lane, size, classes, places),
+        *(BACKGROUND_FIRST, WEIGHT_PER_ROW, IS_INDEX, IS_MAP),
     )
     _, slope, bin_index = harmonize(pred, target, edges_ptr, bins, mu_bits, IS_REGRESSION, IS_INDEX)
     gradient = slope * (tl.load(bin_weights_ptr + bin_index) * tl.load(grad_loss_ptr).to(tl.float64))
@@ -154,18 +161,21 @@ def _levels(preds: list[Tensor], targets: list[Tensor], weights: list[Tensor], m
     for number, (pred, target) in enumerate(zip(preds, targets, strict=True)):
         weight = weights[number] if weights else None
         is_index = not target.is_floating_point()
-        per_row = weight is not None and weight.dim() < pred.dim()
+        per_row = weight is not None and weight.shape != pred.shape
+        classes, places = index_shape(pred, target if is_index else weight) if is_index or per_row else (1, 1)
         if pred.numel():
             yield number, {
                 "preds_ptr": pred,
                 "targets_ptr": target,
                 "weights_ptr": weight,
                 "size": pred.numel(),
-                "classes": pred.shape[-1] if is_index or per_row else 1,
+                "classes": classes,
+                "places": places,
                 "mu_bits": float_bits(mu or 0.0),
                 "BACKGROUND_FIRST": is_index and background_first,
                 "WEIGHT_PER_ROW": per_row,
                 "IS_INDEX": is_index,
+                "IS_MAP": places > 1,
                 "IS_REGRESSION": mu is not None,
             }
 

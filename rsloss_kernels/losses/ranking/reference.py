@@ -76,17 +76,17 @@ def _read_dense(targets: Tensor) -> tuple[Tensor, Tensor]:
     return (flat > 0) | flat.isnan(), flat == 0
 
 
-def _read_labels(labels: Tensor, classes: int, places: int, background_first: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _read_labels(labels: Tensor, num_classes: int, places: int, background_first: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Of the positives the rows and the flat indices, which ascend; and which elements are negatives. Elements are [outer, classes,
     places], labels [outer, places]. A label above the classes is background.
     """
     flat = labels.flatten().long()
     column = flat - 1 if background_first else flat
-    row = ((column >= 0) & (column < classes)).nonzero().squeeze(1)
-    index, order = ((row // places * classes + column[row]) * places + row % places).sort()
-    is_negative = (flat >= 0).view(-1, 1, places).repeat(1, classes, 1).flatten()
+    rows = ((column >= 0) & (column < num_classes)).nonzero().squeeze(1)
+    index, order = ((rows // places * num_classes + column[rows]) * places + rows % places).sort()
+    is_negative = (flat >= 0).view(-1, 1, places).repeat(1, num_classes, 1).flatten()
     is_negative[index] = False
-    return row[order], index, is_negative
+    return rows[order], index, is_negative
 
 
 def _pack(bits: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from rsloss_kernels.losses.ranking.triton_common import (
     segment_of,
     stream_block,
 )
-from rsloss_kernels.losses.triton_common import launching_on
+from rsloss_kernels.losses.triton_common import launching_on, row_and_class
 
 
 @triton.jit
@@ -42,26 +42,9 @@ def read_targets(
         row = start + lane
         is_positive = (target > 0) | (target != target)
         is_negative = target == 0
-    elif IS_MAP:
-        # [outer, classes, places]; only scalars are divided in 64 bits.
-        first_plane = start // places
-        outer = first_plane // classes
-        rest = tl.minimum((first_plane + 1) * places - start, 1 << 30).to(tl.int32)
-        beyond = lane - rest
-        passed = tl.where(beyond < 0, 0, 1 + tl.maximum(beyond, 0) // tl.minimum(places, 1 << 30).to(tl.int32))
-        plane = (first_plane - outer * classes).to(tl.int32) + passed
-        column = plane % classes
-        row = (start + lane - (first_plane + passed) * places) + (outer + plane // classes) * places
-        label = tl.load(targets_ptr + row, mask=inside, other=-1)
-        is_positive = label == column + (1 if BACKGROUND_FIRST else 0)
-        is_negative = (label >= 0) & (is_positive == 0)
     else:
-        # Only the first row needs a 64-bit division.
-        first_row = start // classes
-        ahead = (start - first_row * classes).to(tl.int32) + lane
-        row = first_row + ahead // classes
+        row, column = row_and_class(start, lane, size, classes, places, IS_MAP)
         label = tl.load(targets_ptr + row, mask=inside, other=-1)
-        column = ahead % classes
         is_positive = label == column + (1 if BACKGROUND_FIRST else 0)
         is_negative = (label >= 0) & (is_positive == 0)
     segment = lane * 0
