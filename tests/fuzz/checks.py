@@ -6,7 +6,7 @@ import harness
 import numpy as np
 import torch
 from harness import Backend, Evaluation
-from rsloss_kernels import ClassGroups, use_backend
+from rsloss_kernels import ClassGroups, _library, use_backend
 from torch import Tensor
 
 from .case import Case, Wanted
@@ -26,20 +26,20 @@ def check(case: Case, backends: Sequence[Backend]) -> list[Backend]:
     memory = {level.untyped_storage().data_ptr(): _bytes(level) for level in [*case.given, *case.logits]}
     before = {pointer: value.clone() for pointer, value in memory.items()}
     chosen = [backend for backend in backends if _takes(backend, case)]
+    results: list[tuple[Backend, Evaluation]] = []
+    # Of numpy, which the oracles and Triton's interpreter compute with.
     with np.errstate(all="ignore"):
         wanted = case.truth()
-    results: list[tuple[Backend, Evaluation]] = []
-    for backend in chosen:
-        first, second = (_with_threads(number, case, backend) for number in (1, 2))
-        _assert_same(first, second, backend, case)
-        for pointer, value in memory.items():
-            assert torch.equal(value, before[pointer]), f"{backend.id}: an argument changed"
-        assert_true(backend, case, first, wanted)
-        if results and (wanted.gradient is None or None in wanted.losses):
-            assert_agree(backend, case, first, *results[0])
-        results.append((backend, first))
-        if case.also is not None:
-            with np.errstate(all="ignore"):
+        for backend in chosen:
+            first, second = (_with_threads(number, case, backend) for number in (1, 2))
+            _assert_same(first, second, backend, case)
+            for pointer, value in memory.items():
+                assert torch.equal(value, before[pointer]), f"{backend.id}: an argument changed"
+            assert_true(backend, case, first, wanted)
+            if results and (wanted.gradient is None or None in wanted.losses):
+                assert_agree(backend, case, first, *results[0])
+            results.append((backend, first))
+            if case.also is not None:
                 case.also(backend)
     return chosen
 
@@ -47,6 +47,8 @@ def check(case: Case, backends: Sequence[Backend]) -> list[Backend]:
 def _takes(backend: Backend, case: Case) -> bool:
     if case.loss in WITHOUT_BACKENDS:
         return backend.name == "reference" or backend.device == "cuda"
+    if case.loss == "seesaw" and backend.name not in _library.implemented_by("seesaw_forward"):
+        return False  # by design
     return not (backend.is_slow and case.elements > LARGEST_ON_SLOW)
 
 
@@ -128,8 +130,8 @@ def noise_of(case: Case, dtype: torch.dtype) -> float:
     return max(case.noise, SMALLEST.get(dtype, 0.0)) if case.slack == 1 else SMALLEST_OF_POWERS[dtype]
 
 
-def assert_gradient(backend: Backend, case: Case, value: Tensor, expected: Tensor, label: str, gates: int = 1) -> None:
-    slack = case.slack * gates
+def assert_gradient(backend: Backend, case: Case, value: Tensor, expected: Tensor, label: str) -> None:
+    slack = case.slack
     noise = noise_of(case, value.dtype)
     if slack > 1 and value.dtype == torch.float64:
         bound = slack * backend.gradient_gate(value.dtype) * expected.nan_to_num(0).abs().amax().item() if expected.numel() else 0.0
@@ -173,9 +175,13 @@ def assert_agree(backend: Backend, case: Case, got: Evaluation, other: Backend, 
     label = f"{backend.id} beside {other.id} {case.loss}"
     gate = case.slack * (backend.loss_gate(dtype) + other.loss_gate(dtype))
     for value, wanted in zip(got.losses, expected.losses, strict=True):
-        relative, _ = harness.ROUNDING.get(value.dtype, (ROUNDING[value.dtype], 0.0))
+        relative, smallest = harness.ROUNDING.get(value.dtype, (ROUNDING.get(value.dtype, 0.0), 0.0))
         value, wanted = settle(value, wanted.double(), label)
-        bound = (gate + relative * (value.dim() > 0)) * wanted.abs() + noise_of(case, value.dtype)
+        bound = (gate + 2 * relative * (value.dim() > 0)) * wanted.abs() + 2 * smallest + noise_of(case, value.dtype)
         harness.assert_within(value, wanted, bound, f"{label} loss")
     value, wanted = settle(got.gradient, expected.gradient.double(), label)
-    assert_gradient(backend, case, value, wanted, label, 2)
+    largest = wanted.nan_to_num(0).abs().amax() if wanted.numel() else 0.0
+    relative, smallest = harness.ROUNDING.get(dtype, (0.0, 0.0))
+    gate = case.slack * (backend.gradient_gate(dtype, case.narrow) + other.gradient_gate(dtype, case.narrow))
+    bound = gate * largest + 2 * relative * wanted.abs() + 2 * smallest + noise_of(case, dtype)
+    harness.assert_within(value, wanted, bound, f"{label} gradient")

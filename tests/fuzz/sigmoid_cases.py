@@ -61,7 +61,7 @@ def draw(source: Source, name: str, loss: SigmoidLoss) -> Case:
     exponent = torch.as_tensor(options.get("focal_gamma", options.get("beta", options.get("gamma", 0.0)))).max()
     slack = max(1.0, (float(exponent) + options.get("scale_factor", 0.0)) / LARGEST_EXPONENT)
     if not is_eqlv2 and source.chance(0.4):
-        options["avg_factor"] = source.pick(FACTORS, 1e-30 if slack == 1 else 1.0, 1e30)
+        options["avg_factor"] = source.pick(FACTORS, 1e-10 if slack == 1 else 1.0, 1e30)
         if source.chance(0.5):
             options["avg_factor"] = torch.tensor(options["avg_factor"], dtype=source.pick((torch.float32, torch.float64)))
     rows = form.to_rows(levels)
