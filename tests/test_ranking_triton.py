@@ -127,5 +127,5 @@ def test_configurations_hang_on_the_device_and_on_sizes(kernels):
         assert entries[-1].capability == 0 and entries[-1].most is None, name
         assert name not in ORDERED or len(entries) == 1, name
         assert common.choose(name, 1 << 40, 75) == entries[-1].configuration
-    assert common.choose("ranking stream", common.SMALL, 90).block < common.choose("ranking stream", common.SMALL + 1, 90).block
+    assert common.choose("ranking search", common.SMALL, 90).block < common.choose("ranking search", common.SMALL + 1, 90).block
     assert common.choose("ranking values", 1 << 20, 120) != common.choose("ranking values", 1 << 20, 100)

@@ -57,7 +57,7 @@ class Entry(NamedTuple):
 # the size of its tensor or the kind of GPU. Small tensors take small blocks, so that every processor has one.
 SMALL = 1 << 18
 CONFIGURATIONS = {
-    "ranking stream": (Entry(Configuration(512), most=SMALL), Entry(Configuration(1024))),
+    "ranking stream": (Entry(Configuration(1024)),),
     # Blocks of 2048 would spill registers.
     "ranking search": (
         Entry(Configuration(512, registers=128), most=SMALL),
