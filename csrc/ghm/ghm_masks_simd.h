@@ -154,6 +154,19 @@ static void fill_valid_elements(const double* weights, GhmBlock& block) {
   for (int i = 0; i < block.size; ++i) block.valid[i / 64] |= uint64_t{weights[i] > 0} << i % 64;
 }
 
+// Of `count` weights, at most 64.
+template <class In>
+static uint64_t above_zero_bits(const In* weights, int count) {
+  uint64_t bits = 0;
+  int i = 0;
+  if constexpr (sizeof(In) <= 4) {
+    for (; i + kFloats <= count; i += kFloats)
+      bits |= static_cast<uint64_t>(greater_mask(load_floats(weights + i), all_floats(0))) << i;
+  }
+  for (; i < count; ++i) bits |= uint64_t{widen(weights[i]) > 0} << i;
+  return bits;
+}
+
 static void fill_valid(const GhmLevel& level, GhmBlock& block) {
   clear_words(block.valid);
   if (level.weights == nullptr) return set_bits(block.valid, 0, block.size);
@@ -161,11 +174,8 @@ static void fill_valid(const GhmLevel& level, GhmBlock& block) {
     const auto* weights = static_cast<const decltype(tag)*>(level.weights);
     if (!level.row_weights) return fill_valid_elements(weights + block.begin, block);
     if (level.shape.places > 1) {
-      return fill_planes(level, block, block.valid, [&](int64_t row, int64_t, int count) {
-        uint64_t bits = 0;
-        for (int i = 0; i < count; ++i) bits |= uint64_t{widen(weights[row + i]) > 0} << i;
-        return bits;
-      });
+      return fill_planes(level, block, block.valid,
+                         [&](int64_t row, int64_t, int count) { return above_zero_bits(weights + row, count); });
     }
     for_rows(level, block, [&](int64_t row, int64_t begin, int64_t end) {
       if (widen(weights[row]) > 0) set_bits(block.valid, begin, end);
