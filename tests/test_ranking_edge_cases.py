@@ -195,6 +195,16 @@ def test_all_positives_at_one_large_logit(backend, loss, centre):
             assert_agrees(backend, loss, *loss.arguments(logits, targets), delta=delta)
 
 
+def test_negatives_further_from_a_positive_than_the_largest_number(backend, loss):
+    """Their distance is infinite, and 0 times that NaN."""
+    largest = torch.finfo(torch.float32).max
+    logits, targets = torch.full((9,), largest), torch.zeros(9)
+    logits[0], targets[0] = -largest, 1.0
+    for delta in (0.0, 0.5):
+        got, _ = assert_agrees(backend, loss, *loss.arguments(logits, targets), delta=delta)
+        assert got.gradient.isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_subnormal_logits_and_signed_zeros(backend, loss, dtype):
     tiny = torch.finfo(dtype).smallest_normal / 8

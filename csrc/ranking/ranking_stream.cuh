@@ -213,9 +213,10 @@ struct Lines {
     if (isnan(value)) return value;
     const int k = locator.find(value, segment);
     if (k < 0) return 0;
-    // At +inf the last line is flat; its distance would be inf * 0.
-    const T distance = isinf(value) ? T(0) : value - static_cast<T>(locator.edges[k]);
-    return static_cast<T>(values[k]) + static_cast<T>(slopes[k]) * distance;
+    // A flat line may be infinitely long, or longer than the largest number; 0 times that would be NaN.
+    const T slope = static_cast<T>(slopes[k]);
+    const T distance = slope == 0 ? T(0) : value - static_cast<T>(locator.edges[k]);
+    return static_cast<T>(values[k]) + slope * distance;
   }
 };
 

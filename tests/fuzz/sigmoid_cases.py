@@ -142,7 +142,7 @@ def draw_common(source: Source, loss: SigmoidLoss, form: Form, is_dense: bool, o
     if loss.is_equalized:
         is_weighting = source.chance(0.8)
         gamma = exponent()
-        options["gamma"] = 2.0 if gamma == 0 and is_weighting else gamma
+        options["gamma"] = 2.0 if gamma < 1e-3 and is_weighting else gamma
         options |= {"scale_factor": source.pick((8.0, 0.0, 1.0), 1e3), "weighting_factor": is_weighting}
         if loss.modulator == "focal":
             options["alpha"] = source.pick((0.25, -1.0, 0.0, 1.0, 0.5))
