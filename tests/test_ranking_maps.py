@@ -294,7 +294,7 @@ def test_bad_regression_losses_are_refused(generator):
     head = Head(generator, 2, 2, 3, ((5, 7), (3, 2)))
     with pytest.raises(TypeError, match="alrp_loss: regression_losses must be a Tensor"):
         alrp_loss(head.maps, head.labels, head.per_level(head.quality), **head.options)
-    with pytest.raises(ValueError, match="alrp_loss: regression_losses must be a list with one per level of logits or have shape"):
+    with pytest.raises(ValueError, match="alrp_loss: regression_losses must be a list with one per level of logits, or have shape"):
         alrp_loss(head.maps, head.labels, head.quality[:, :-1], **head.options)
     with pytest.raises(RuntimeError, match="regression_losses must have one value per positive"):
         alrp_loss(head.maps, head.labels, torch.ones(3), **head.options)

@@ -273,7 +273,7 @@ def _split(levels: Levels, name: str, value: Tensor, per_row: bool, per_element:
     of_rows = levels.row_shape
     shapes = [] if of_rows is None else [of_rows] * per_row + [(*of_rows, levels.num_classes)] * per_element
     if tuple(value.shape) not in shapes:
-        wanted = "".join(f" or have shape {list(shape)}" for shape in shapes)
+        wanted = ", or have shape " + " or ".join(str(list(shape)) for shape in shapes) if shapes else ""
         raise ValueError(
             f"{levels.function}: {name} must be a list with one per level of logits{wanted}, got {list(value.shape)}"
         )
