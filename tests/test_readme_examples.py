@@ -40,6 +40,16 @@ def random_inputs(generator: torch.Generator) -> dict:
     }
 
 
+def of_maps(generator: torch.Generator) -> dict:
+    labels = torch.randint(0, 81, (2, 16 + 4), generator=generator)
+    return {
+        "rank_sort_loss": rsloss_kernels.rank_sort_loss,
+        "maps": [torch.randn(2, 80, side, side, generator=generator).requires_grad_() for side in (4, 2)],
+        "labels": labels,
+        "ious": torch.rand(labels.shape, generator=generator),
+    }
+
+
 def of_equalized_focal(generator: torch.Generator) -> dict:
     maps = [torch.randn(2, 3 * 1203, side, side, generator=generator).requires_grad_() for side in (4, 2)]
     labels = torch.randint(0, 1204, (2, 3 * (16 + 4)), generator=generator)
@@ -80,6 +90,7 @@ EXAMPLES = {
     "from rsloss_kernels import rank_sort_loss": (random_inputs, "sorting_loss"),
     "from rsloss_kernels import RankSortLoss, SelfBalancing": (random_inputs, "loss"),
     "from rsloss_kernels import SelfBalancing, alrp_loss": (random_inputs, "loss"),
+    "# maps: one": (of_maps, "sorting"),
     "from mmdet.models.losses import GHMC, GHMR": (in_mmdetection, "loss"),
     "from rsloss_kernels import EqualizedFocalLoss": (of_equalized_focal, "loss"),
     "from rsloss_kernels import ClassGroups": (of_group_softmax, "loss"),
