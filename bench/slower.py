@@ -4,22 +4,29 @@ import re
 from bench import results
 
 OURS = re.compile(r"\w+ \[(cpp|cuda|triton)\]")
-# {loss: [(beginning of the other's name, why)]}
-RANKING = [("focal", "a focal loss ranks nothing; the tables of P positives and their order among each other come on top of the passes over N")]
+
+
+def every_record(record: dict) -> bool:
+    return True
+
+
+# {loss: [(beginning of the other's name, of which records, why)]}
+OF_RANKS = "a focal loss ranks nothing; the tables of P positives and their order among each other come on top of the passes over N"
+OF_CLASSES = "the equalized losses have a power and weights of each class and sum gradients for their state, a focal loss not"
+RANKING = [("focal", every_record, OF_RANKS)]
 CALL = "so few elements that only the call counts, which autograd in Python makes dearer"
 WHY = {
     "rank_sort": RANKING,
     "ap": RANKING,
     "alrp": RANKING,
-    "focal": [("focal", "the equalized losses have a power and weights of each class and sum gradients for their state, a focal loss not")],
+    "focal": [("focal", lambda record: record["loss"] != "focal", OF_CLASSES)],
     "ghm": [
-        ("focal", "GHM needs all gradient norms binned before the first weight is known: one pass more"),
-        ("smooth L1", "GHM needs all gradient norms binned before the first weight is known: one pass more"),
+        ("focal", every_record, "GHM needs all gradient norms binned before the first weight is known: one pass more"),
+        ("smooth L1", every_record, "GHM needs all gradient norms binned before the first weight is known: one pass more"),
     ],
-    "smooth_l1": [("smooth L1, eager", CALL), ("smooth L1, torch.compile", CALL)],
-    "seesaw": [("plain softmax", "Seesaw reads a weight for each pair of classes, and counts")],
-    "group_softmax": [("plain softmax", "others are drawn anew in each group and step")],
-    "maps": [(f"cat + permute {name}", "maps that are this small cost more by their number than by their size") for name in ("[", "focal")],
+    "smooth_l1": [("smooth L1", lambda record: record["size"] <= 100_000, CALL)],
+    "seesaw": [("plain softmax", every_record, "Seesaw reads a weight for each pair of classes, and counts")],
+    "group_softmax": [("plain softmax", every_record, "others are drawn anew in each group and step")],
 }
 UNKNOWN = "why is not known"
 
@@ -38,8 +45,9 @@ def slower(loss: str, records: list[dict]) -> str:
     for record in records:
         own, is_other = ours.get(_problem(record, names)), not OURS.match(record["provider"])
         if own and is_other and record["provider"] != "copy floor" and record["median_ms"] and own > record["median_ms"]:
-            found.setdefault(record["provider"], []).append(f"{own / record['median_ms']:.3g} x ({_told(record, loss)})")
-    lines = [f"- `{provider}`: {', '.join(places)}: {_why(loss, provider)}." for provider, places in found.items()]
+            place = f"{own / record['median_ms']:.3g} x ({_told(record, loss)})"
+            found.setdefault((record["provider"], _why(loss, record)), []).append(place)
+    lines = [f"- `{provider}`: {', '.join(places)}: {why}." for (provider, why), places in found.items()]
     return "\n".join(["Slower than another, times its time:\n", *lines]) + "\n" if lines else ""
 
 
@@ -57,5 +65,6 @@ def _told(record: dict, loss: str) -> str:
     return " ".join(parts)
 
 
-def _why(loss: str, provider: str) -> str:
-    return next((why for beginning, why in WHY.get(loss, ()) if provider.startswith(beginning)), UNKNOWN)
+def _why(loss: str, record: dict) -> str:
+    reasons = (why for name, holds, why in WHY.get(loss, ()) if record["provider"].startswith(name) and holds(record))
+    return next(reasons, UNKNOWN)

@@ -3,7 +3,8 @@
 A library goes to `<cache>/<library>-torch<version>-<hash of sources and flags>/`, is built in a folder of its own and moved
 there in one step, so that no process ever sees half a library; a file lock keeps many processes from doing the same work at once.
 The cache is TORCH_EXTENSIONS_DIR/rsloss_kernels, else XDG_CACHE_HOME/rsloss_kernels, else ~/.cache/rsloss_kernels. A library there
-is code that this process runs: it is loaded only where nobody but its user and root can have written it.
+is code that this process runs: it is loaded only where nobody but its user and root can have written it, the cache, or one of its
+folders, and where no folder above lets everyone replace them.
 """
 import contextlib
 import os
@@ -43,8 +44,8 @@ def cached(backend: str) -> pathlib.Path | None:
 
 
 def why_not_trusted(path: pathlib.Path) -> str | None:
-    """None if nobody but the user of this process and root can put something in the place of `path`, in the cache, or of a folder on
-    the way to it; else the reason in words. Permissions of other systems than POSIX are not looked at."""
+    """None if only the user of this process and root own and can write `path`, in the cache, and what holds it up to the cache, and no
+    folder above is everyone's; else the reason in words. Permissions of other systems than POSIX are not looked at."""
     if os.name != "posix":
         return None
     path = path.resolve()

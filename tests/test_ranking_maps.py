@@ -87,6 +87,7 @@ def test_maps_have_the_bits_of_rows(backend, loss, layout, geometry, generator):
 def test_a_chunk_of_images_is_a_segment_over_all_levels(backend, generator):
     for batch, segments in ((4, 4), (4, 2)):
         head = Head(generator, batch, 1, 3, ((4, 5), (7,)))
+        head.labels[:, 0] = 0  # every image has a positive, or it would not be in the mean
         for loss in (LOSSES["rank_sort"], LOSSES["ap"]):
             for form in ("labels", "dense_maps"):
                 assert_as_rows(backend, head, loss, form, segments=segments)
@@ -254,7 +255,8 @@ def test_operators_refuse_labels_that_do_not_fit_maps(backend, generator):
     head = Head(generator, 2, 2, 3, ((5, 7),))
     logits, labels, quality = operator_arguments(head, backend.device)
     collect = _library.operator("ranking_collect", backend.name)
-    for bad in (labels[0][:1], labels[0].flatten(2), labels[0].expand(2, 2, 5, 7).repeat(1, 2, 1, 1), labels[0][..., :-1].contiguous()):
+    twice = labels[0].expand(2, 2, 5, 7).repeat(1, 2, 1, 1)
+    for bad in (labels[0][:1], labels[0][:, :0].contiguous(), labels[0].flatten(2), twice, labels[0][..., :-1].contiguous()):
         with pytest.raises((RuntimeError, ValueError), match="ranking_collect: targets must have"):
             collect(logits, [bad], [], None, 1, 10, True, False)
     with pytest.raises((RuntimeError, ValueError), match="ranking_collect: targets must have"):

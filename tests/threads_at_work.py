@@ -31,7 +31,24 @@ def losses(seed: int) -> None:
     grouped = torch.randn(ROWS, groups.num_logits, generator=generator)
     keys = torch.Generator().manual_seed(seed)
     images, counts = torch.arange(ROWS) % 7, torch.rand(CLASSES + 1, generator=generator).double() * 100
+    # Levels of a head, ragged, two anchors, some rows ignored.
+    sides = ((37, 41), (19, 5))
+    maps = torch.randn(2 * 2 * CLASSES * sum(a * b for a, b in sides), generator=generator) - 4
+    map_labels = torch.randint(-1, CLASSES + 1, (2, 2 * sum(a * b for a, b in sides)), generator=generator)
+    map_labels[torch.rand(map_labels.shape, generator=generator) < 0.9] = CLASSES
+
+    def of_maps(loss):
+        def call(flat: torch.Tensor) -> torch.Tensor:
+            parts = flat.split([4 * CLASSES * a * b for a, b in sides])
+            levels = [part.view(2, 2 * CLASSES, a, b) for part, (a, b) in zip(parts, sides, strict=True)]
+            return loss(levels, map_labels, layout="anchor_major", num_classes=CLASSES)
+
+        return maps, call
+
     calls = {
+        "ranking, maps": of_maps(lambda *given, **options: sum(r.rank_sort_loss(*given, **options))),
+        "GHM-C, maps": of_maps(r.ghm_classification_loss),
+        "focal, maps": of_maps(lambda *given, **options: r.sigmoid_focal_loss(*given, reduction="sum", **options)),
         "ranking": (logits, lambda x: sum(r.rank_sort_loss(x, labels, quality))),
         "ranking, dense": (logits, lambda x: sum(r.rank_sort_loss(x, dense))),
         "segments": (logits, lambda x: sum(r.rank_sort_loss(x, labels, quality, segments=images, num_segments=7))),

@@ -26,7 +26,7 @@ inline void check_target_shape(const char* op, const Tensor& logits, const Tenso
   bool matches = targets.dim() == dims && (!is_map || dims >= 2);
   for (int64_t d = 0; matches && d < dims; ++d) {
     const int64_t wanted = logits.size(d), got = targets.size(d);
-    matches = is_map && d == 1 ? wanted % (got > 0 ? got : 1) == 0 : got == wanted;
+    matches = is_map && d == 1 ? (got == 0 ? wanted == 0 : wanted % got == 0) : got == wanted;
   }
   STD_TORCH_CHECK(matches, op, ": targets must have the shape of logits, ", shape_of(logits),
                   !has_labels ? ", got "

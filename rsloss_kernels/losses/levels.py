@@ -97,8 +97,8 @@ def read_levels(
                 f"{function}: all levels of logits must have one dtype and device, {given[0].dtype} on {given[0].device}, "
                 f"got {level.dtype} on {level.device}"
             )
-        if level.dim() < (1 if layout == "rows" else 2):
-            wanted = "[..., C]" if layout == "rows" else "[B, A * C, *spatial]"
+        if level.dim() < (2 if layout != "rows" or len(given) > 1 else 1):
+            wanted = "[B, A * C, *spatial]" if layout != "rows" else "[rows, ..., C] in a list" if len(given) > 1 else "[..., C]"
             raise ValueError(f"{function}: logits must have shape {wanted}, got {list(level.shape)}")
     wanted = _read_num_classes(function, given[0], layout, num_classes, of_table)
     if layout == "rows":
@@ -111,12 +111,11 @@ def read_levels(
 def _as_list(function: str, name: str, value: object) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
-    values = value
-    if not isinstance(values, (list, tuple)) or not values:
+    if not isinstance(value, (list, tuple)) or not value:
         raise TypeError(f"{function}: {name} must be a Tensor or a list of one or more, got {_describe(value)}")
-    for entry in values:
+    for entry in value:
         _checks.check_tensor(function, name, entry)
-    return list(values)
+    return list(value)
 
 
 def _describe(value: object) -> str:
@@ -128,7 +127,8 @@ def _read_num_classes(function: str, first: Tensor, layout: str, num_classes: in
     if num_classes is None:
         num_classes = of_table
     if num_classes is None:
-        num_classes = first.shape[-1 if layout == "rows" else 1]
+        # Without elements there may be no classes either.
+        return max(first.shape[-1 if layout == "rows" else 1], 1)
     if num_classes < 1:
         raise ValueError(f"{function}: num_classes must be at least 1, got {num_classes}")
     return num_classes
@@ -150,7 +150,7 @@ def _check_channels(function: str, found: int, num_classes: int, is_right: bool)
 
 def _read_rows(function: str, level: Tensor, num_classes: int) -> Level:
     *rows, channels = level.shape
-    _check_channels(function, channels, num_classes, channels == num_classes)
+    _check_channels(function, channels, num_classes, channels == num_classes or channels == 0)
     return Level(level, _checks.contiguous(level), "", {}, tuple(rows))
 
 
@@ -237,12 +237,12 @@ def _table(numbers: list[tuple[int, ...]], like: Tensor) -> Tensor:
 
 
 def read_values(
-    levels: Levels, name: str, value: Tensor | Sequence[Tensor], per_row: bool, per_element: bool
+    levels: Levels, name: str, value: Tensor | Sequence[Tensor], per_row: bool, per_element: bool, rows_first: bool = False
 ) -> tuple[list[Tensor], bool]:
     """Targets, qualities or weights, one per level and contiguous, as the operators take them; and whether rows have one each.
 
     `value` is a list with one per level, or one tensor for all: then its next to last dimension, or the last one of what rows have
-    one of, runs over the levels. Nothing is converted.
+    one of, runs over the levels. Nothing is converted. What has the shape of the logits is read as they are, unless `rows_first`.
     """
     function, given = levels.function, levels.levels
     if isinstance(value, Tensor) and len(given) == 1:
@@ -257,16 +257,13 @@ def read_values(
         _checks.check_strided(function, name, entry)
         _checks.check_device(function, name, entry, level.given)
     values = [entry.detach() if entry.requires_grad else entry for entry in values]
-    read = [_read_value(levels, name, level, entry, per_row, per_element) for level, entry in zip(given, values, strict=True)]
-    if len(read) > 1 and any(has_rows != read[0][1] for _, has_rows in read):
-        # Some shapes mean either, of one class or without elements: those follow the other levels.
-        try:
-            read = [_read_value(levels, name, level, entry, False, True) for level, entry in zip(given, values, strict=True)]
-        except ValueError:
-            raise ValueError(
-                f"{function}: {name} must have one form on all levels, got some per row and some per element"
-            ) from None
-    return [ordered for ordered, _ in read], read[0][1]
+    forms = [_forms_of(levels, name, level, entry, per_row, per_element) for level, entry in zip(given, values, strict=True)]
+    # Some shapes fit several forms, of one class or of as many places as classes: they follow the other levels, then the order below.
+    order = (ROWS, AS_LOGITS, CLASSES_LAST) if rows_first else (AS_LOGITS, CLASSES_LAST, ROWS)
+    form = next((form for form in order if all(form in found for found in forms)), None)
+    if form is None:
+        raise ValueError(f"{function}: {name} must have one form on all levels, got {' and '.join(str(list(entry.shape)) for entry in values)}")
+    return [_ordered(level, entry, form) for level, entry in zip(given, values, strict=True)], form == ROWS
 
 
 def _split(levels: Levels, name: str, value: Tensor, per_row: bool, per_element: bool) -> Sequence[Tensor]:
@@ -280,33 +277,54 @@ def _split(levels: Levels, name: str, value: Tensor, per_row: bool, per_element:
     return value.split([level.counted[1] for level in levels.levels], len(of_rows) - 1)
 
 
-def _read_value(levels: Levels, name: str, level: Level, value: Tensor, per_row: bool, per_element: bool) -> tuple[Tensor, bool]:
-    shape = tuple(value.shape)
+# What `values` may be: one per row; one per element in the logits' own shape; or with the classes behind what rows have one of.
+ROWS, AS_LOGITS, CLASSES_LAST = "rows", "as logits", "classes last"
+
+
+def _forms_of(levels: Levels, name: str, level: Level, value: Tensor, per_row: bool, per_element: bool) -> list[str]:
+    """The forms that the shape of `value` fits; raises if there is none."""
     if not level.order:
-        if per_row and shape == level.rows:
-            return _checks.contiguous(value), True
-        if per_element and shape == level.given.shape:
-            return _checks.contiguous(value).view(level.logits.shape), False
-        wanted = [level.rows] * per_row + [tuple(level.given.shape)] * per_element
+        shapes = {ROWS: [level.rows], AS_LOGITS: [tuple(level.given.shape)], CLASSES_LAST: []}
     else:
         batch, places, anchors, classes = (level.sizes[letter] for letter in "BSAC")
         spatial = tuple(level.given.shape[2:])
         of_rows = [(batch, places * anchors), (batch, *spatial, anchors)] + [(batch, *spatial)] * (anchors == 1)
-        rows, elements = _operator_shapes(level.order, level.sizes, level.given)
-        if per_row and shape in of_rows:
-            ordered = _permute(value.reshape(batch, places, anchors), "BSA", level.order.replace("C", ""))
-            return ordered.contiguous().view(rows), True
-        of_elements = [(*of_row, classes) for of_row in of_rows]
-        in_head = "BCAS" if level.order in ("BCAS", "BSCA") else "BACS"
-        if per_element and shape == level.given.shape:
-            named = value.reshape([level.sizes[letter] for letter in in_head])
-            return _permute(named, in_head, level.order).contiguous().view(elements), False
-        if per_element and shape in of_elements:
-            named = value.reshape(batch, places, anchors, classes)
-            return _permute(named, "BSAC", level.order).contiguous().view(elements), False
-        wanted = of_rows * per_row + [tuple(level.given.shape), *of_elements] * per_element
-    forms = " or ".join(str(list(form)) for form in dict.fromkeys(wanted))
-    raise ValueError(f"{levels.function}: {name} must have shape {forms} for logits {list(level.given.shape)}, got {list(shape)}")
+        shapes = {ROWS: of_rows, AS_LOGITS: [tuple(level.given.shape)], CLASSES_LAST: [(*of_row, classes) for of_row in of_rows]}
+    wanted = {form: fitting for form, fitting in shapes.items() if (per_row if form == ROWS else per_element)}
+    found = [form for form, fitting in wanted.items() if tuple(value.shape) in fitting]
+    if not found:
+        forms = " or ".join(str(list(shape)) for shape in dict.fromkeys(shape for fitting in wanted.values() for shape in fitting))
+        raise ValueError(
+            f"{levels.function}: {name} must have shape {forms} for logits {list(level.given.shape)}, got {list(value.shape)}"
+        )
+    return found
+
+
+def _ordered(level: Level, value: Tensor, form: str) -> Tensor:
+    """`value` in the order of the operators' level, contiguous."""
+    if not level.order:
+        return _checks.contiguous(value) if form == ROWS else _checks.contiguous(value).view(level.logits.shape)
+    rows, elements = _operator_shapes(level.order, level.sizes, level.given)
+    batch, places, anchors, classes = (level.sizes[letter] for letter in "BSAC")
+    if form == ROWS:
+        return _permute(value.reshape(batch, places, anchors), "BSA", level.order.replace("C", "")).contiguous().view(rows)
+    if form == CLASSES_LAST:
+        return _permute(value.reshape(batch, places, anchors, classes), "BSAC", level.order).contiguous().view(elements)
+    in_head = "BCAS" if level.order in ("BCAS", "BSCA") else "BACS"
+    named = value.reshape([level.sizes[letter] for letter in in_head])
+    return _permute(named, in_head, level.order).contiguous().view(elements)
+
+
+def unexpanded(levels: Levels, weight: Tensor | Sequence[Tensor]) -> Tensor | Sequence[Tensor]:
+    """Weights of rows that were expanded over the classes, per row again: a copy would have one number per element."""
+    entries = [weight] if isinstance(weight, Tensor) else weight if isinstance(weight, (list, tuple)) else []
+    for level, entry in zip(levels.levels, entries, strict=False):
+        if level.order or not isinstance(entry, Tensor) or entry.layout != torch.strided or entry.dim() != level.given.dim():
+            return weight
+        if entry.shape[-1] != levels.num_classes or levels.num_classes == 1 or entry.stride(-1) != 0:
+            return weight
+    per_row = [entry[..., 0] for entry in entries]
+    return per_row[0] if isinstance(weight, Tensor) else per_row or weight
 
 
 def read_targets(
@@ -330,12 +348,13 @@ def read_targets(
         names = ", ".join(sorted({str(entry.dtype) for entry in entries}))
         raise TypeError(f"{function}: {name} must be class indices or floating, of one dtype on all levels, got {names}")
     is_integral = not dtype.is_floating_point
-    values, has_labels = read_values(levels, name, targets, is_integral and dtype != torch.bool, name != "labels")
+    is_index = is_integral and dtype != torch.bool
+    values, has_labels = read_values(levels, name, targets, is_index, name != "labels", rows_first=True)
     if has_labels:
         values = [_checks.as_labels(function, value, name) for value in values]
     else:
         if is_integral:
-            values = [value.to(levels.first.dtype) for value in values]
+            values = [value.to(torch.float32) for value in values]
         for value in values:
             _checks.check_floating(function, "targets", value)
     if quality is None:

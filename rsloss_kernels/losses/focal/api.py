@@ -64,7 +64,7 @@ def sigmoid_focal_loss(
             anchor: [B, *spatial]) in the order (h, w, anchor). A label that is no foreground class is background; a negative one
             drops its row. Or dense, any real dtype, with the shape of the logits or that of labels and C: values in [0, 1] mix the two
             terms as in torchvision, one below 0 drops its element. A list with one per level, or one tensor in which the levels follow
-            one another ([B, K] or [B, K, C]).
+            one another ([B, K] or [B, K, C]). All levels have one form; where shapes fit two, dense ones are read as the logits are.
         alpha: weight of positives, 1 - alpha that of negatives; below 0: both weigh 1.
         gamma: at least 0, one number or a Tensor [C].
         weight: floating, integral or bool; per row, with the shape of labels, or per element, with that of dense targets. Elements whose

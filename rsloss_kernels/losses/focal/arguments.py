@@ -47,7 +47,7 @@ def _check_target_values(levels: Levels, name: str, values: list[Tensor]) -> Non
 def read_weights(levels: Levels, weight: Tensor | Sequence[Tensor] | None) -> list[Tensor]:
     if weight is None:
         return []
-    values, _ = read_values(levels, "weight", _unexpanded(levels, weight), True, True)
+    values, _ = read_values(levels, "weight", reading.unexpanded(levels, weight), True, True)
     read = []
     for value in values:
         if not (value.dtype.is_floating_point or value.dtype.is_complex):
@@ -55,18 +55,6 @@ def read_weights(levels: Levels, weight: Tensor | Sequence[Tensor] | None) -> li
         _checks.check_floating(levels.function, "weight", value)
         read.append(value)
     return read
-
-
-def _unexpanded(levels: Levels, weight: Tensor | Sequence[Tensor]) -> Tensor | Sequence[Tensor]:
-    """Weights of rows that were expanded over the classes, per row again: a copy would have one number per element."""
-    entries = [weight] if isinstance(weight, Tensor) else weight if isinstance(weight, (list, tuple)) else []
-    for level, entry in zip(levels.levels, entries, strict=False):
-        if level.order or not isinstance(entry, Tensor) or entry.layout != torch.strided or entry.dim() != level.given.dim():
-            return weight
-        if entry.shape[-1] != levels.num_classes or levels.num_classes == 1 or entry.stride(-1) != 0:
-            return weight
-    per_row = [entry[..., 0] for entry in entries]
-    return per_row[0] if isinstance(weight, Tensor) else per_row or weight
 
 
 def read_reduction(
@@ -100,7 +88,7 @@ def _divided_by(divisor: float, loss_weight: float, levels: Levels) -> tuple[Ten
 
 
 def read_ignore_index(function: str, ignore_index: int | None) -> int | None:
-    if ignore_index is not None and (isinstance(ignore_index, bool) or not isinstance(ignore_index, int)):
+    if ignore_index is not None and not _checks.is_int(ignore_index):
         raise TypeError(f"{function}: ignore_index must be an int or None, got {type(ignore_index).__name__}")
     return ignore_index
 
@@ -168,7 +156,8 @@ def has_few_rows(levels: Levels, targets: object, weight: object) -> bool:
     if levels.is_list or first.order:
         return False
     # A graph serves any number of rows, 1-D logits apart.
-    if first.rows and (torch.compiler.is_compiling() or levels.num_rows >= FEW_ROWS):
+    has_none = not torch.compiler.is_compiling() and levels.numel == 0
+    if first.rows and not has_none and (torch.compiler.is_compiling() or levels.num_rows >= FEW_ROWS):
         return False
     per_element = [targets] if weight is None else [targets, weight]
     return all(isinstance(value, Tensor) and value.shape == first.given.shape for value in per_element) and targets.is_floating_point()

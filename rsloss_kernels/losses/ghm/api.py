@@ -196,6 +196,8 @@ def gradient_density(
 
     Raises: as the losses.
     """
+    for name, value in (("pred", pred), ("target", target)):
+        _checks.check_tensor("gradient_density", name, value)
     request = read_arguments(
         "gradient_density", "pred", pred, target, weight, bins, mu, 0.0, empty_bins, background, process_group
     )
@@ -311,7 +313,7 @@ def _read_targets_of_levels(levels: Levels, target: Tensor | Sequence[Tensor], b
 def _read_weights_of_levels(levels: Levels, weight: Tensor | Sequence[Tensor] | None) -> list[Tensor]:
     if weight is None:
         return []
-    values, _ = reading.read_values(levels, "weight", weight, True, True)
+    values, _ = reading.read_values(levels, "weight", reading.unexpanded(levels, weight), True, True)
     return [_as_weight(levels.function, value) for value in values]
 
 

@@ -11,7 +11,7 @@ SMALLEST_MU, LARGEST_MU = 1e-30, 1e30
 
 
 def check_bins(function: str, bins: int) -> None:
-    if isinstance(bins, bool) or not isinstance(bins, int):
+    if not _checks.is_int(bins):
         raise TypeError(f"{function}: bins must be an int, got {type(bins).__name__}")
     if not 1 <= bins <= MAX_BINS:
         raise ValueError(f"{function}: bins must be within 1..{MAX_BINS}, got {bins}")

@@ -74,7 +74,12 @@ def check_map_labels(op: str, level: Tensor, labels: Tensor) -> None:
     """[B, A, *spatial] for [B, A * C, *spatial]."""
     is_map = level.dim() >= 2 and labels.dim() == level.dim()
     rest = [dim for dim in range(level.dim()) if dim != 1]
-    if not is_map or any(labels.shape[dim] != level.shape[dim] for dim in rest) or level.shape[1] % max(labels.shape[1], 1):
+    if is_map and all(labels.shape[dim] == level.shape[dim] for dim in rest):
+        channels, anchors = level.shape[1], labels.shape[1]
+        is_map = channels == 0 if anchors == 0 else channels % anchors == 0
+    else:
+        is_map = False
+    if not is_map:
         raise ValueError(
             f"{op}: targets must have shape [B, A, *spatial] for maps [B, A * C, *spatial] of logits, {list(level.shape)}, got "
             f"{list(labels.shape)}"
