@@ -44,8 +44,12 @@ def test_order_of_elements_does_not_matter(backend, loss, elements, gamma, dtype
     logits, targets, weight = tensors(elements, dtype)
     before = loss.evaluate(backend, logits, targets, weight=weight, **exponent(loss, gamma))
     after = loss.evaluate(backend, logits[order], targets[order], weight=weight[order], **exponent(loss, gamma))
-    # An element is one computation, wherever it stands; only the sum may round differently.
-    assert torch.equal(bits(after.gradient), bits(before.gradient[order]))
+    # An element is one computation, wherever it stands; only the sum may round differently. PyTorch's powers depend on the place.
+    if backend.name == "reference":
+        allowed = 8 * torch.finfo(dtype).eps * before.gradient[order].abs().double() + torch.finfo(dtype).tiny * torch.finfo(dtype).eps
+        harness.assert_within(after.gradient, before.gradient[order].double(), allowed, "gradient")
+    else:
+        assert torch.equal(bits(after.gradient), bits(before.gradient[order]))
     rounding = 1e-13 if dtype == torch.float64 else 2.0**-23
     harness.assert_within(after.losses[0], before.losses[0].double(), rounding * before.losses[0].abs().double() + 2.0**-149, "loss")
 

@@ -41,9 +41,11 @@ class Form:
 
     @property
     def is_ambiguous(self) -> bool:
-        """Whether [B, S A, C], or [B, *spatial, A] of one class, is the shape of some logits too, as which it is read then."""
+        """Whether [B, S A, C] or [B, *spatial, A] is the shape of some logits too, or one of them that of the other: it may be read as
+        the wrong one then."""
         shapes = zip(self.shapes, self.rows, self.sizes, strict=True) if self.is_maps else ()
-        return any(shape in ((*rows, self.classes), (shape[0], *shape[2:], sizes[2])) for shape, rows, sizes in shapes)
+        forms = ((shape, (*rows, self.classes), (shape[0], *shape[2:], sizes[2])) for shape, rows, sizes in shapes)
+        return any(len(set(form)) < 3 for form in forms)
 
     def to_rows(self, values: Sequence[Tensor]) -> Tensor:
         """[B K, C], of values in the shapes of the logits: those of an image level after level, place after place, anchor by anchor."""
