@@ -4,6 +4,50 @@
 // same.
 #include "ranking/ranking_lanes_simd.h"
 
+// Fused where those of the vectors are, and whatever the optimiser does: an element has the same bits in a vector and alone.
+template <class T>
+static inline T multiply_add(T a, T b, T c) {
+#if RSL_ISA != 0
+  if constexpr (sizeof(T) == sizeof(float)) return __builtin_fmaf(a, b, c);
+  else return __builtin_fma(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+template <class T>
+static inline T searched_gradient(const GradientPass<T>& pass, int32_t part, int32_t from, T value) {
+  const int32_t bin = count_edges(pass.edges, pass.parts[part].end, from, value);
+  if (bin == pass.parts[part].first) return 0;
+  const Line<T> line = pass.lines[bin];
+  // A flat line may be longer than the largest finite value, up to infinity.
+  return line.slope == 0 ? line.value : multiply_add(line.slope, value - pass.edges[bin - 1], line.value);
+}
+
+// The cell at `address`, that of the value, whose value is NaN.
+static inline float crowded_gradient(const GradientPass<float>& pass, int32_t address, float value) {
+  int32_t before;
+  __builtin_memcpy(&before, &pass.cells[address].slope, sizeof before);
+  return searched_gradient(pass, address / pass.part_cells, before, value);
+}
+
+static inline float gradient_one(const GradientPass<float>& pass, int32_t part, float value) {
+  if (value != value) return value;
+  if (!(value >= pass.edges[pass.parts[part].first])) return 0;
+  const int32_t cell = cell_of(pass.grid, value), address = part * pass.part_cells + cell;
+  const CellLine line = pass.cells[address];
+  if (line.value != line.value) return crowded_gradient(pass, address, value);
+  const float bounded = value < pass.grid.top ? value : pass.grid.top;
+  const float t = multiply_add(bounded, pass.grid.scale, -(pass.grid.origin + static_cast<float>(cell)));
+  return multiply_add(line.slope, t, line.value);
+}
+
+static inline double gradient_one(const GradientPass<double>& pass, int32_t part, double value) {
+  if (value != value) return value;
+  const int32_t first = pass.parts[part].first;
+  return value >= pass.edges[first] ? searched_gradient(pass, part, first, value) : 0;
+}
+
 template <class In, class T>
 static void gradient_word(const In* logits, int64_t count, uint64_t negatives, const int32_t* part, const GradientPass<T>& pass,
                           In* gradient) {

@@ -223,38 +223,6 @@ struct GradientPass {
   int32_t part_cells;
 };
 
-template <class T>
-inline T searched_gradient(const GradientPass<T>& pass, int32_t part, int32_t from, T value) {
-  const int32_t bin = count_edges(pass.edges, pass.parts[part].end, from, value);
-  if (bin == pass.parts[part].first) return 0;
-  const Line<T> line = pass.lines[bin];
-  // A flat line may be longer than the largest finite value, up to infinity.
-  return line.slope == 0 ? line.value : line.value + line.slope * (value - pass.edges[bin - 1]);
-}
-
-// The cell at `address`, that of the value, whose value is NaN.
-inline float crowded_gradient(const GradientPass<float>& pass, int32_t address, float value) {
-  int32_t before;
-  __builtin_memcpy(&before, &pass.cells[address].slope, sizeof before);
-  return searched_gradient(pass, address / pass.part_cells, before, value);
-}
-
-inline float gradient_one(const GradientPass<float>& pass, int32_t part, float value) {
-  if (value != value) return value;
-  if (!(value >= pass.edges[pass.parts[part].first])) return 0;
-  const int32_t cell = cell_of(pass.grid, value), address = part * pass.part_cells + cell;
-  const CellLine line = pass.cells[address];
-  if (line.value != line.value) return crowded_gradient(pass, address, value);
-  const float bounded = value < pass.grid.top ? value : pass.grid.top;
-  return line.value + line.slope * (bounded * pass.grid.scale - (pass.grid.origin + static_cast<float>(cell)));
-}
-
-inline double gradient_one(const GradientPass<double>& pass, int32_t part, double value) {
-  if (value != value) return value;
-  const int32_t first = pass.parts[part].first;
-  return value >= pass.edges[first] ? searched_gradient(pass, part, first, value) : 0;
-}
-
 // The same pass for elements of one part alone, which is number 0 then.
 template <class Pass>
 Pass pass_of_part(Pass pass, int32_t part) {
