@@ -55,6 +55,6 @@ setup(
     license="Apache-2.0",
     packages=find_packages(include=["rsloss_kernels", "rsloss_kernels.*"]) + source_packages,
     package_dir={"rsloss_kernels": "rsloss_kernels", "rsloss_kernels.csrc": "csrc"},
-    package_data={"": ["*.md"], **{name: ["*.h", "*.cuh", "*.cpp", "*.cu"] for name in source_packages}},
+    package_data={"": ["*.md", "py.typed"], **{name: ["*.h", "*.cuh", "*.cpp", "*.cu"] for name in source_packages}},
     **(native_parts(load_build_rules()) if BUILDING & set(sys.argv) else {}),
 )

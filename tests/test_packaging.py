@@ -85,7 +85,7 @@ def test_pure_wheel_carries_the_sources(pure_wheel):
     assert {f"rsloss_kernels/{name}" for name in sources()} <= names
     assert any(name.endswith("/LICENSE") for name in names)
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "rsloss_kernels").rglob("*.py")}
-    assert modules <= names
+    assert {*modules, "rsloss_kernels/py.typed"} <= names
     assert not [name for name in names if name.split("/")[0] in ("tests", "bench", "python")]
 
 
@@ -119,7 +119,8 @@ def test_sdist_holds_what_a_build_and_the_tests_need(tree, tmp_path):
     listing = subprocess.run(["git", "ls-files", "tests", "requirements", "python"], cwd=ROOT, capture_output=True, text=True)
     wanted = set(listing.stdout.split()) if listing.returncode == 0 else {"tests/test_packaging.py"}
     assert {name for name in wanted if (ROOT / name).exists()} <= names
-    assert {"setup.py", "pyproject.toml", "LICENSE", "Makefile", "README.md", "rsloss_kernels/_build.py"} <= names
+    assert {"setup.py", "pyproject.toml", "LICENSE", "Makefile", "README.md"} <= names
+    assert {"rsloss_kernels/_build.py", "rsloss_kernels/py.typed"} <= names
 
 
 def test_nothing_compiled_still_works_and_says_so(installed):
