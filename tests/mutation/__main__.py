@@ -72,6 +72,17 @@ def compile_in(tree: pathlib.Path) -> bool:
     return done.returncode == 0
 
 
+def compiled_in(tree: pathlib.Path) -> list[pathlib.Path]:
+    return [tree / "build", *tree.glob("rsloss_kernels/*.so")]
+
+
+def copy(one: pathlib.Path, to: pathlib.Path) -> pathlib.Path:
+    """A file or folder with its times, in place of what is there."""
+    if to.is_dir():
+        shutil.rmtree(to)
+    return pathlib.Path((shutil.copytree if one.is_dir() else shutil.copy2)(one, to))
+
+
 def environment(tree: pathlib.Path, fault: Fault | None = None) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("RSLOSS_", "TRITON_"))}
     kept |= {"PYTHONPATH": str(tree)}
@@ -93,15 +104,17 @@ def is_killed(tree: pathlib.Path, fault: Fault) -> bool:
             raise SystemExit(f"{fault.name}: its tests fail without it, or are none:\n{output}")
         _passing.add((fault.backend, fault.tests))
     path = tree / fault.file
-    original = path.read_text()
-    path.write_text(mutated(tree, fault))
-    try:
-        compiles = fault.backend != "cpp" or compile_in(tree)
-        status = run_tests(tree, fault)[0] if compiles else 1
-    finally:
-        path.write_text(original)
-        if fault.backend == "cpp":
-            compile_in(tree)
+    touched = [path, *(compiled_in(tree) if fault.backend == "cpp" else ())]
+    with tempfile.TemporaryDirectory() as aside:
+        kept = [copy(place, pathlib.Path(aside) / str(number)) for number, place in enumerate(touched)]
+        path.write_text(mutated(tree, fault))
+        try:
+            compiles = fault.backend != "cpp" or compile_in(tree)
+            status = run_tests(tree, fault)[0] if compiles else 1
+        finally:
+            # With the times of before: nothing is to be compiled again.
+            for original, place in zip(kept, touched, strict=True):
+                copy(original, place)
     # 1: tests failed. Others are no verdict: no tests, a usage error, an interruption; a crash or a hang is one.
     verdict = "does not compile" if not compiles else {0: "SURVIVES", 1: "noticed"}.get(status, f"noticed (exit status {status})")
     if not compiles or status in (2, 4, 5):

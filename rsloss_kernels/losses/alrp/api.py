@@ -1,7 +1,7 @@
 """aLRP loss: the public functions and the module."""
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -339,3 +339,6 @@ class ALRPLoss(ranking.RankingLoss):
         """`alrp_loss` of a batch, with its arguments; `classification` is multiplied by `loss_weight`."""
         classification, rank, order = alrp_loss(logits, targets, regression_losses, **self.options())
         return ALRPLosses(weighted(classification, self.loss_weight), rank, order)
+
+    if TYPE_CHECKING:
+        __call__ = forward

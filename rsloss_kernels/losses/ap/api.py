@@ -1,5 +1,6 @@
 """AP loss: the public function and module."""
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -124,3 +125,6 @@ class APLoss(ranking.RankingLoss):
         """
         options = self.options(segments=segments, num_segments=num_segments)
         return weighted(average_precision_loss(logits, targets, **options), self.loss_weight)
+
+    if TYPE_CHECKING:
+        __call__ = forward

@@ -1,5 +1,6 @@
 """DynamicSmoothL1Loss: smooth L1 whose beta follows the regression targets."""
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -89,6 +90,9 @@ class DynamicSmoothL1Loss(WindowedValue):
         avg_factor = None if reduction == "none" else avg_factor
         # A copy: an update before backward must not change what this forward used.
         return api.evaluate(name, pred, target, self.beta.clone(), weight, reduction, avg_factor, self.loss_weight, AVG_EPS)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     @torch.no_grad()
     def update(

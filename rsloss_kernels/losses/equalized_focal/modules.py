@@ -1,6 +1,7 @@
 """EqualizedFocalLoss, EqualizedQualityFocalLoss and EQLv2Loss: the losses as modules that keep the gradients of each class."""
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -203,6 +204,9 @@ class EqualizedFocalLoss(_EqualizedFocus):
         """
         return self._evaluate(pred, target, None, weight, avg_factor, reduction_override)
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, alpha={self.alpha!r}"
 
@@ -241,6 +245,9 @@ class EqualizedQualityFocalLoss(_EqualizedFocus):
         if not isinstance(target, (tuple, list)) or len(target) != 2:
             raise TypeError(f"{type(self).__name__}: target must be a tuple (labels, quality), got {type(target).__name__}")
         return self._evaluate(pred, *target, weight, avg_factor, reduction_override)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
 class EQLv2Loss(_GradientBalance):
@@ -303,6 +310,9 @@ class EQLv2Loss(_GradientBalance):
         loss, sums = api.eqlv2_loss_and_sums(api.read_eqlv2("EQLv2Loss", cls_score, label, self.pos_neg, *settings))
         self._accumulate(loss, sums)
         return loss
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def get_cls_channels(self, num_classes: int) -> int:
         """Channels of a classifier for `num_classes` foreground classes."""

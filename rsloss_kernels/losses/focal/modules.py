@@ -1,5 +1,6 @@
 """SigmoidFocalLoss, QualityFocalLoss and VarifocalLoss: the losses as modules with MMDetection's constructors and forwards."""
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -102,6 +103,9 @@ class _SigmoidLoss(nn.Module):
         if self.layout != "rows":
             raise ValueError(f"{name}: layout must be 'rows' with reduction 'none', which sums over the classes, got {self.layout!r}")
         return [level.sum(-1) for level in losses] if levels.is_list else losses.sum(-1)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def _table(self) -> tuple[arguments.ClassTable, int]:
         """How classes weigh, and the modulator."""

@@ -1,6 +1,7 @@
 """GHMC and GHMR: the losses as modules with MMDetection's constructor and forward, and the state of their momentum."""
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -125,6 +126,9 @@ class _GradientHarmonizing(distributed.HoldsGroup, StatefulLoss):
         if reduction == "mean":
             return weighted(loss, self.loss_weight)
         return losses[0] if request.levels is None else request.levels.restore(losses)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def _elementwise(
         self, request: api.Request, label_weight: Tensor | None, state: tuple[Tensor | None, Tensor | None]

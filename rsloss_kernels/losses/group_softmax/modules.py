@@ -1,6 +1,7 @@
 """GroupSoftmaxLoss with the call signatures of MMDetection, and the conversion of an ordinary classifier."""
 import math
 import numbers
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -100,6 +101,9 @@ class GroupSoftmaxLoss(StatefulLoss):
             class_weights=self.class_weights,
         )
         return weighted(losses if reduction_override == "none" else losses.sum(), self.loss_weight)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def _without_weightless(self, label: Tensor, weight: Tensor) -> Tensor:
         name = type(self).__name__

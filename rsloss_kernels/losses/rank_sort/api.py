@@ -1,6 +1,6 @@
 """Rank & Sort loss: the public function and module."""
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
@@ -166,3 +166,6 @@ class RankSortLoss(ranking.RankingLoss):
         """
         losses = rank_sort_loss(logits, targets, quality, **self.options(segments=segments, num_segments=num_segments))
         return RankSortLosses(*(weighted(loss, self.loss_weight) for loss in losses))
+
+    if TYPE_CHECKING:
+        __call__ = forward

@@ -1,4 +1,6 @@
 """SeesawLoss: the loss as a module that counts the samples of each class, with the call signatures of MMDetection."""
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -105,6 +107,9 @@ class SeesawLoss(distributed.HoldsGroup, StatefulLoss):
         if not self.return_dict:
             return objectness + classes
         return {"loss_cls_objectness": objectness, "loss_cls_classes": classes}
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     @torch.no_grad()
     def _count(self, labels: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 A handful of 0-d operations, one row maximum and two sums: plain PyTorch on every backend, nothing read on the host.
 """
 import warnings
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -81,6 +82,9 @@ class SelfBalancing(distributed.HoldsGroup, StatefulLoss):
         reference, value = (distributed.sum_over_group(both, group) / distributed.world_size(group)).unbind()
         factor = (self._step if self.mode == "step" else self._running)(reference, value, result_type)
         return loss.to(result_type) * factor.to(result_type)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def _step(self, reference: Tensor, value: Tensor, result_type: torch.dtype) -> Tensor:
         factor = reference / value
