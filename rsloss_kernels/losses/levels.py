@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rsloss_kernels import _checks
 
+Levelled = Tensor | Sequence[Tensor]  # one tensor, or one per level
 LAYOUTS = ("rows", "anchor_major", "class_major")
 
 

@@ -70,6 +70,8 @@ class DynamicLabelAssignment(WindowedValue):
     change in `update` alone, in training mode.
     """
 
+    iou_threshold: Tensor
+    iou_sum: Tensor
     value_name = "iou_threshold"
 
     def __init__(

@@ -37,6 +37,8 @@ class DynamicSmoothL1Loss(WindowedValue):
     backward.
     """
 
+    beta: Tensor
+    beta_history: Tensor
     value_name = "beta"
 
     def __init__(

@@ -38,6 +38,11 @@ def check_count(function: str, name: str, value: object) -> int:
 class WindowedValue(distributed.HoldsGroup, StatefulLoss):
     """A 0-d float64 buffer, `value_name`, that may change at the end of each window of `update_iter_interval` steps."""
 
+    num_steps: Tensor
+    num_recorded: Tensor
+    num_updates: Tensor
+    schedule_steps: Tensor
+    schedule_values: Tensor
     value_name: str
 
     def __init__(

@@ -1,7 +1,7 @@
 """EqualizedFocalLoss, EqualizedQualityFocalLoss and EQLv2Loss: the losses as modules that keep the gradients of each class."""
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 import torch
 from torch import Tensor
@@ -11,13 +11,17 @@ from rsloss_kernels._state import StatefulLoss, keeps_statistics, store
 from rsloss_kernels.losses.equalized_focal import api
 from rsloss_kernels.losses.focal import arguments
 from rsloss_kernels.losses.focal.op import Modulator
-from rsloss_kernels.losses.levels import LAYOUTS
+from rsloss_kernels.losses.levels import LAYOUTS, Levelled
 
 
 class _GradientBalance(distributed.HoldsGroup, StatefulLoss):
     """The state that the losses share: sums over all steps of how strongly each class's positives and negatives pulled."""
 
+    pos_grad: Tensor
+    neg_grad: Tensor
+    pos_neg: Tensor
     initial_ratio = 1.0
+    _options: tuple[str, ...] = ()
 
     def __init__(self, num_classes: int, loss_weight: float, process_group: object | None):
         super().__init__()
@@ -185,11 +189,31 @@ class EqualizedFocalLoss(_EqualizedFocus):
         options = (weighting_factor, reduction, background, ignore_index, layout)
         super().__init__(num_classes, gamma, scale_factor, loss_weight, process_group, *options)
 
+    @overload
     def forward(
         self,
-        pred: Tensor | Sequence[Tensor],
-        target: Tensor | Sequence[Tensor],
-        weight: Tensor | Sequence[Tensor] | None = None,
+        pred: Tensor,
+        target: Levelled,
+        weight: Levelled | None = None,
+        avg_factor: float | Tensor | None = None,
+        reduction_override: str | None = None,
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        pred: Levelled,
+        target: Levelled,
+        weight: Levelled | None = None,
+        avg_factor: float | Tensor | None = None,
+        reduction_override: str | None = None,
+    ) -> Tensor | list[Tensor]: ...
+
+    def forward(
+        self,
+        pred: Levelled,
+        target: Levelled,
+        weight: Levelled | None = None,
         avg_factor: float | Tensor | None = None,
         reduction_override: str | None = None,
     ) -> Tensor | list[Tensor]:
@@ -233,11 +257,31 @@ class EqualizedQualityFocalLoss(_EqualizedFocus):
         options = (weighting_factor, reduction, background, ignore_index, layout)
         super().__init__(num_classes, gamma, scale_factor, loss_weight, process_group, *options)
 
+    @overload
     def forward(
         self,
-        pred: Tensor | Sequence[Tensor],
-        target: tuple[Tensor | Sequence[Tensor], Tensor | Sequence[Tensor]],
-        weight: Tensor | Sequence[Tensor] | None = None,
+        pred: Tensor,
+        target: tuple[Levelled, Levelled],
+        weight: Levelled | None = None,
+        avg_factor: float | Tensor | None = None,
+        reduction_override: str | None = None,
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        pred: Levelled,
+        target: tuple[Levelled, Levelled],
+        weight: Levelled | None = None,
+        avg_factor: float | Tensor | None = None,
+        reduction_override: str | None = None,
+    ) -> Tensor | list[Tensor]: ...
+
+    def forward(
+        self,
+        pred: Levelled,
+        target: tuple[Levelled, Levelled],
+        weight: Levelled | None = None,
         avg_factor: float | Tensor | None = None,
         reduction_override: str | None = None,
     ) -> Tensor | list[Tensor]:

@@ -1,13 +1,14 @@
 """Focal, quality focal and varifocal loss: the public functions."""
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypedDict, overload
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 from rsloss_kernels import _backends, _library
 from rsloss_kernels.losses.focal import arguments
 from rsloss_kernels.losses.focal.op import Modulator
-from rsloss_kernels.losses.levels import Levels, read_levels
+from rsloss_kernels.losses.levels import Levelled, Levels, read_levels
 
 
 class Request(NamedTuple):
@@ -35,6 +36,56 @@ class Request(NamedTuple):
         if reduction == "none":
             return self.levels.restore(self.call("focal_elements"))
         return self.call("focal_forward", False)[0]
+
+
+class Keywords(TypedDict, total=False):
+    """Those that all functions share but `reduction`, for the types of what they return."""
+
+    weight: Levelled | None
+    class_weight: Tensor | Sequence[float] | None
+    class_mask: Tensor | Sequence[bool] | None
+    avg_factor: float | Tensor | None
+    background: str
+    ignore_index: int | None
+    layout: str
+    num_classes: int | None
+
+
+class FocalKeywords(Keywords, total=False):
+    alpha: float
+    gamma: float | Tensor
+
+
+class QualityKeywords(Keywords, total=False):
+    beta: float | Tensor
+
+
+class VarifocalKeywords(FocalKeywords, total=False):
+    iou_weighted: bool
+
+
+@overload
+def sigmoid_focal_loss(
+    logits: Tensor, targets: Levelled, *, reduction: str = "none", **keywords: Unpack[FocalKeywords]
+) -> Tensor: ...
+
+
+@overload
+def sigmoid_focal_loss(
+    logits: Sequence[Tensor], targets: Levelled, *, reduction: Literal["none"] = "none", **keywords: Unpack[FocalKeywords]
+) -> list[Tensor]: ...
+
+
+@overload
+def sigmoid_focal_loss(
+    logits: Sequence[Tensor], targets: Levelled, *, reduction: Literal["mean", "sum"], **keywords: Unpack[FocalKeywords]
+) -> Tensor: ...
+
+
+@overload
+def sigmoid_focal_loss(
+    logits: Levelled, targets: Levelled, *, reduction: str = "none", **keywords: Unpack[FocalKeywords]
+) -> Tensor | list[Tensor]: ...
 
 
 def sigmoid_focal_loss(
@@ -101,6 +152,34 @@ def sigmoid_focal_loss(
     return make_request(levels, targets, None, table, Modulator.FOCAL, *common).reduce(reduction)
 
 
+@overload
+def quality_focal_loss(
+    logits: Tensor, targets: Levelled, quality: Levelled | None = None, *, reduction: str = "none",
+    **keywords: Unpack[QualityKeywords],
+) -> Tensor: ...
+
+
+@overload
+def quality_focal_loss(
+    logits: Sequence[Tensor], targets: Levelled, quality: Levelled | None = None, *, reduction: Literal["none"] = "none",
+    **keywords: Unpack[QualityKeywords],
+) -> list[Tensor]: ...
+
+
+@overload
+def quality_focal_loss(
+    logits: Sequence[Tensor], targets: Levelled, quality: Levelled | None = None, *, reduction: Literal["mean", "sum"],
+    **keywords: Unpack[QualityKeywords],
+) -> Tensor: ...
+
+
+@overload
+def quality_focal_loss(
+    logits: Levelled, targets: Levelled, quality: Levelled | None = None, *, reduction: str = "none",
+    **keywords: Unpack[QualityKeywords],
+) -> Tensor | list[Tensor]: ...
+
+
 def quality_focal_loss(
     logits: Tensor | Sequence[Tensor],
     targets: Tensor | Sequence[Tensor],
@@ -134,6 +213,34 @@ def quality_focal_loss(
     table = arguments.ClassTable(read_gamma(function, "beta", beta, levels), 1.0, 1.0, class_weight, class_mask)
     common = (weight, reduction, avg_factor, background, ignore_index)
     return make_request(levels, targets, quality, table, Modulator.QUALITY, *common).reduce(reduction)
+
+
+@overload
+def varifocal_loss(
+    logits: Tensor, targets: Levelled, quality: Levelled | None = None, *, reduction: str = "none",
+    **keywords: Unpack[VarifocalKeywords],
+) -> Tensor: ...
+
+
+@overload
+def varifocal_loss(
+    logits: Sequence[Tensor], targets: Levelled, quality: Levelled | None = None, *, reduction: Literal["none"] = "none",
+    **keywords: Unpack[VarifocalKeywords],
+) -> list[Tensor]: ...
+
+
+@overload
+def varifocal_loss(
+    logits: Sequence[Tensor], targets: Levelled, quality: Levelled | None = None, *, reduction: Literal["mean", "sum"],
+    **keywords: Unpack[VarifocalKeywords],
+) -> Tensor: ...
+
+
+@overload
+def varifocal_loss(
+    logits: Levelled, targets: Levelled, quality: Levelled | None = None, *, reduction: str = "none",
+    **keywords: Unpack[VarifocalKeywords],
+) -> Tensor | list[Tensor]: ...
 
 
 def varifocal_loss(

@@ -1,6 +1,5 @@
 """SigmoidFocalLoss, QualityFocalLoss and VarifocalLoss: the losses as modules with MMDetection's constructors and forwards."""
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +7,7 @@ from torch import Tensor, nn
 from rsloss_kernels import _checks
 from rsloss_kernels.losses.focal import api, arguments
 from rsloss_kernels.losses.focal.op import Modulator
-from rsloss_kernels.losses.levels import LAYOUTS, Levels, read_levels
+from rsloss_kernels.losses.levels import LAYOUTS, Levelled, Levels, read_levels
 
 # What MMDetection adds to `avg_factor`.
 EPS = torch.finfo(torch.float32).eps
@@ -51,11 +50,31 @@ class _SigmoidLoss(nn.Module):
         self.layout = layout
         self.num_classes = num_classes
 
+    @overload
     def forward(
         self,
-        pred: Tensor | Sequence[Tensor],
-        target: Tensor | Sequence[Tensor],
-        weight: Tensor | Sequence[Tensor] | None = None,
+        pred: Tensor,
+        target: Levelled | tuple[Levelled, Levelled],
+        weight: Levelled | None = None,
+        avg_factor: float | Tensor | None = None,
+        reduction_override: str | None = None,
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        pred: Levelled,
+        target: Levelled | tuple[Levelled, Levelled],
+        weight: Levelled | None = None,
+        avg_factor: float | Tensor | None = None,
+        reduction_override: str | None = None,
+    ) -> Tensor | list[Tensor]: ...
+
+    def forward(
+        self,
+        pred: Levelled,
+        target: Levelled | tuple[Levelled, Levelled],
+        weight: Levelled | None = None,
         avg_factor: float | Tensor | None = None,
         reduction_override: str | None = None,
     ) -> Tensor | list[Tensor]:

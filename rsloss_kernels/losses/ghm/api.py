@@ -1,14 +1,15 @@
 """GHM-C and GHM-R: the public functions and modules."""
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict, overload
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from rsloss_kernels import _backends, _checks, _library, distributed
 from rsloss_kernels.losses import levels as reading
 from rsloss_kernels.losses.ghm import op_checks
-from rsloss_kernels.losses.levels import Levels
+from rsloss_kernels.losses.levels import Levelled, Levels
 
 EMPTY_BINS = ("skip", "count")
 # Of a row that every process of a group sends: the tables of the most bins there can be.
@@ -58,6 +59,54 @@ class Request(NamedTuple):
     def elements(self) -> tuple:
         """What every operator takes, without gradients."""
         return [pred.detach() for pred in self.preds], self.targets, self.weights
+
+
+class Keywords(TypedDict, total=False):
+    """Those that both losses share but their state, for the types of what they return."""
+
+    bins: int
+    momentum: float
+    empty_bins: str
+    process_group: object | None
+    average_gradients: bool
+
+
+class ClassificationKeywords(Keywords, total=False):
+    background: str
+    layout: str
+    num_classes: int | None
+
+
+class RegressionKeywords(Keywords, total=False):
+    mu: float
+
+
+@overload
+def ghm_classification_loss(
+    logits: Levelled, target: Levelled, weight: Levelled | None = None, *, acc_sum: None = None, num_updates: None = None,
+    **keywords: Unpack[ClassificationKeywords],
+) -> Tensor: ...
+
+
+@overload
+def ghm_classification_loss(
+    logits: Levelled, target: Levelled, weight: Levelled | None = None, *, acc_sum: Tensor, num_updates: None = None,
+    **keywords: Unpack[ClassificationKeywords],
+) -> GHMLoss: ...
+
+
+@overload
+def ghm_classification_loss(
+    logits: Levelled, target: Levelled, weight: Levelled | None = None, *, acc_sum: Tensor, num_updates: Tensor,
+    **keywords: Unpack[ClassificationKeywords],
+) -> GHMCorrectedLoss: ...
+
+
+@overload
+def ghm_classification_loss(
+    logits: Levelled, target: Levelled, weight: Levelled | None = None, *, acc_sum: Tensor | None = None, num_updates: Tensor | None = None,
+    **keywords: Unpack[ClassificationKeywords],
+) -> Tensor | GHMLoss | GHMCorrectedLoss: ...
 
 
 def ghm_classification_loss(
@@ -126,6 +175,34 @@ def ghm_classification_loss(
         *(layout, num_classes),
     )
     return _with_state(*evaluate(request, *read_state(request, acc_sum, num_updates), average_gradients), acc_sum, num_updates)
+
+
+@overload
+def ghm_regression_loss(
+    pred: Tensor, target: Tensor, weight: Tensor | None = None, *, acc_sum: None = None, num_updates: None = None,
+    **keywords: Unpack[RegressionKeywords],
+) -> Tensor: ...
+
+
+@overload
+def ghm_regression_loss(
+    pred: Tensor, target: Tensor, weight: Tensor | None = None, *, acc_sum: Tensor, num_updates: None = None,
+    **keywords: Unpack[RegressionKeywords],
+) -> GHMLoss: ...
+
+
+@overload
+def ghm_regression_loss(
+    pred: Tensor, target: Tensor, weight: Tensor | None = None, *, acc_sum: Tensor, num_updates: Tensor,
+    **keywords: Unpack[RegressionKeywords],
+) -> GHMCorrectedLoss: ...
+
+
+@overload
+def ghm_regression_loss(
+    pred: Tensor, target: Tensor, weight: Tensor | None = None, *, acc_sum: Tensor | None = None, num_updates: Tensor | None = None,
+    **keywords: Unpack[RegressionKeywords],
+) -> Tensor | GHMLoss | GHMCorrectedLoss: ...
 
 
 def ghm_regression_loss(

@@ -1,7 +1,6 @@
 """GHMC and GHMR: the losses as modules with MMDetection's constructor and forward, and the state of their momentum."""
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 import torch
 from torch import Tensor
@@ -9,7 +8,7 @@ from torch import Tensor
 from rsloss_kernels import _checks, distributed
 from rsloss_kernels._state import StatefulLoss, keeps_statistics, store, weighted
 from rsloss_kernels.losses.ghm import api, op_checks, reference
-from rsloss_kernels.losses.levels import LAYOUTS, check_num_classes
+from rsloss_kernels.losses.levels import LAYOUTS, Levelled, check_num_classes
 
 REDUCTIONS = ("none", "mean")
 
@@ -17,6 +16,8 @@ REDUCTIONS = ("none", "mean")
 class _GradientHarmonizing(distributed.HoldsGroup, StatefulLoss):
     """What both modules share. `mu` is None for GHM-C."""
 
+    acc_sum: Tensor
+    num_updates: Tensor
     mu: float | None = None
     background: str = "last"
     layout: str = "rows"
@@ -64,11 +65,31 @@ class _GradientHarmonizing(distributed.HoldsGroup, StatefulLoss):
         """So many that `1 - momentum**updates` is exactly 1 in float64."""
         return math.ceil(40 / -math.log(self.momentum))
 
+    @overload
     def forward(
         self,
-        pred: Tensor | Sequence[Tensor],
-        target: Tensor | Sequence[Tensor],
-        label_weight: Tensor | Sequence[Tensor] | None = None,
+        pred: Tensor,
+        target: Levelled,
+        label_weight: Levelled | None = None,
+        avg_factor: float | Tensor | None = None,
+        reduction_override: str | None = None,
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        pred: Levelled,
+        target: Levelled,
+        label_weight: Levelled | None = None,
+        avg_factor: float | Tensor | None = None,
+        reduction_override: str | None = None,
+    ) -> Tensor | list[Tensor]: ...
+
+    def forward(
+        self,
+        pred: Levelled,
+        target: Levelled,
+        label_weight: Levelled | None = None,
         avg_factor: float | Tensor | None = None,
         reduction_override: str | None = None,
     ) -> Tensor | list[Tensor]:

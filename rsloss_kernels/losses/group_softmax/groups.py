@@ -36,6 +36,10 @@ class ClassGroups(StatefulLoss):
     Raises TypeError, ValueError: classes that are missing, repeated or out of range; more than 63 groups of classes.
     """
 
+    class_columns: Tensor
+    group_starts: Tensor
+    group_others: Tensor
+
     def __init__(
         self, groups: Sequence[Sequence[int]], *, background_form: str = "softmax", background_group: str = "first"
     ):

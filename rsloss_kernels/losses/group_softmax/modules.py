@@ -31,6 +31,7 @@ class GroupSoftmaxLoss(StatefulLoss):
     Raises TypeError, ValueError: wrong types or ranges.
     """
 
+    class_weights: Tensor | None
     custom_cls_channels = True
     custom_activation = True
     custom_accuracy = True

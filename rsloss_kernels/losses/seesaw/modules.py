@@ -21,17 +21,21 @@ class SeesawLoss(distributed.HoldsGroup, StatefulLoss):
         reduction: "mean", "sum" or "none", see `seesaw_loss`.
         return_dict: whether forward returns the two losses apart, else their sum.
         process_group: None (no communication: each process counts its own samples, as published), "default" (all processes if
-            torch.distributed is initialised) or a group, whose samples are counted together, in one collective per step.
+            torch.distributed is initialised) or a group, whose samples are counted together: one collective for the counts, before the
+            loss, and one number after it, whether the losses of all processes are finite.
         use_sigmoid: must be False, else NotImplementedError.
 
     Buffer `cum_samples`, float64 [C + 1] whatever the module is cast to, at first 0: the rows of each class and of the background, weights
-    aside. A forward in training mode with gradients enabled adds its own before the loss (published: in evaluation mode too). Not for use
-    within activation checkpointing, whose second forward would count again.
+    aside. A forward in training mode with gradients enabled adds its own before the loss (published: in evaluation mode too); where a loss
+    is not finite on any process, they are taken back (published: they stay). Not for use within activation checkpointing, whose second
+    forward would count again.
     """
 
     custom_cls_channels = True
     custom_activation = True
     custom_accuracy = True
+
+    cum_samples: Tensor
 
     def __init__(
         self,
@@ -102,7 +106,7 @@ class SeesawLoss(distributed.HoldsGroup, StatefulLoss):
         settings = (self.p, self.q, self.eps, reduction, None if reduction == "none" else avg_factor, EPS)
         losses = api.evaluate(name, cls_score, labels, counts, label_weights, *settings)
         if counts is not self.cum_samples:
-            store(self.cum_samples, counts)
+            store(self.cum_samples, torch.where(self._are_finite(losses), counts, self.cum_samples))
         objectness, classes = (weighted(value, self.loss_weight) for value in losses)
         if not self.return_dict:
             return objectness + classes
@@ -121,9 +125,17 @@ class SeesawLoss(distributed.HoldsGroup, StatefulLoss):
         else:
             counts = torch.zeros(self.num_classes + 2, dtype=torch.int64, device=labels.device)
             counts = counts.index_add(0, places.long(), torch.ones_like(places, dtype=torch.int64))
-        counts = counts[1:].double()
-        group = None if self.process_group is None else distributed.resolve_group(type(self).__name__, self.process_group)
-        return distributed.sum_over_group(counts, group)
+        return distributed.sum_over_group(counts[1:].double(), self._group())
+
+    @torch.no_grad()
+    def _are_finite(self, losses: tuple[Tensor, Tensor]) -> Tensor:
+        """0-d bool: those of all processes."""
+        # Finite numbers may overflow in their sum, but not as float64; infinities and NaN survive in it.
+        total = torch.stack([value.sum(dtype=torch.float64) for value in losses]).sum()
+        return distributed.sum_over_group(total, self._group()).isfinite()
+
+    def _group(self):
+        return None if self.process_group is None else distributed.resolve_group(type(self).__name__, self.process_group)
 
     def get_cls_channels(self, num_classes: int) -> int:
         """Channels of the classifier for `num_classes` classes, which must be C."""

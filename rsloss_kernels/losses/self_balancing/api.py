@@ -40,6 +40,11 @@ class SelfBalancing(distributed.HoldsGroup, StatefulLoss):
     One module per task and stage. Raises TypeError, ValueError for wrong arguments.
     """
 
+    SB_weight: Tensor
+    counter: Tensor
+    reference_sum: Tensor
+    loss_sum: Tensor
+
     def __init__(
         self, mode: str = "step", period: int = DEFAULT_PERIOD, initial: float = 50.0, *, process_group: object | None = None
     ):
