@@ -80,7 +80,8 @@ class Backend:
 def _emulate_cuda() -> None:
     """Compiles the CUDA sources for the host and loads them as kernels of the `.cuda` overloads for CPU tensors, once."""
     if not _library.has_native_kernel("ranking_bin", "cuda", "cpu"):
-        importlib.import_module("cuda_on_cpu.build").load_emulated_cuda()
+        is_sanitized = os.environ.get("RSLOSS_TEST_SANITIZED", "0") != "0"
+        importlib.import_module("cuda_on_cpu.build").load_emulated_cuda(is_sanitized)
         _backends.look_up_reasons()
 
 

@@ -9,10 +9,9 @@ import subprocess
 import sys
 
 import pytest
-from cuda_on_cpu import build
+import sanitized
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-PACKAGE = ROOT / "rsloss_kernels"
 TESTS = ("test_rank_sort.py", "test_ranking_edge_cases.py", "test_ghm_values.py", "test_ghm_edge_cases.py",
          "test_group_softmax_values.py", "test_group_softmax_edge_cases.py", "test_focal_values.py", "test_focal_edge_cases.py",
          "test_smooth_l1_values.py", "test_ranking_maps.py", "test_ghm_maps.py",
@@ -34,32 +33,14 @@ def test_lesser_processors(capability):
     run_tests(*map(str, tests), "-k", "cpp and not graph", RSLOSS_CPU_CAPABILITY=capability)
 
 
-# GCC 12 takes the undefined halves of its own AVX-512 intrinsics for variables that were never set.
-# Not optimised: three paths of vectors, checked everywhere, take the optimiser minutes.
-SANITIZED = ("-O0", "-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-psabi")
-
-
-def install(folder: pathlib.Path, name: str, sanitize: bool, *flags: str) -> None:
-    """The package with a library compiled for this test."""
-    shutil.copytree(PACKAGE, folder / "rsloss_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    sources = sorted((ROOT / "csrc").glob("*/*_cpu.cpp"))
-    library = build.compile_library(name, sources, sanitize=sanitize, flags=[*SANITIZED, *flags])
-    shutil.copy(library, folder / "rsloss_kernels" / "_ops_cpu.so")
-
-
 @pytest.mark.parametrize("capability", ["avx512", "plain"])
 def test_sanitizers_find_nothing(tmp_path, capability):
-    install(tmp_path, "ops_cpu", True)
+    environment = {**sanitized.environment_of(tmp_path, "cpp"), "RSLOSS_CPU_CAPABILITY": capability}
     # The tests below would pass with the installed library too: it must be this one that a process in this folder loads.
-    script = "import rsloss_kernels; print([line.split()[-1] for line in open('/proc/self/maps') if '_ops_cpu' in line][0])"
-    environment = {**build.sanitizer_environment(), "RSLOSS_CPU_CAPABILITY": capability}
-    loaded = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
-    assert pathlib.Path(loaded.stdout.strip()).parent == tmp_path / "rsloss_kernels"
+    assert sanitized.loaded_library(tmp_path, environment).parent == tmp_path / "rsloss_kernels"
     tests = [ROOT / "tests" / name for name in TESTS]
     selection = "cpp and (apart or finite or nothing or dense or labels or capacity)"
-    run_tests(
-        *map(str, tests), "-k", selection, cwd=tmp_path, RSLOSS_CPU_CAPABILITY=capability, **build.sanitizer_environment()
-    )
+    run_tests(*map(str, tests), "-k", selection, cwd=tmp_path, **environment)
 
 
 RACE = """
@@ -88,7 +69,7 @@ def test_no_two_threads_race(tmp_path):
     subprocess.run(["g++", "-fsanitize=thread", "-g1", "race.cpp", "-o", "race"], cwd=tmp_path, check=True)
     control = subprocess.run([*fixed, "./race"], cwd=tmp_path, capture_output=True, text=True, env={**environment, "LD_PRELOAD": ""})
     assert control.returncode == 66 and "data race" in control.stderr, "the sanitizer does not see a race here"
-    install(tmp_path, "ops_cpu_threads", False, "-fsanitize=thread", "-DRSL_OWN_THREADS")
+    sanitized.install(tmp_path, "ops_cpu_threads", False, "-fsanitize=thread", "-DRSL_OWN_THREADS")
     program = [*fixed, sys.executable, str(ROOT / "tests" / "threads_at_work.py"), str(tmp_path / "rsloss_kernels")]
     done = subprocess.run(program, cwd=tmp_path, env=environment, capture_output=True, text=True)
     report = done.stdout + done.stderr
