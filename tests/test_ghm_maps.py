@@ -129,3 +129,20 @@ def test_bad_input_is_refused_by_name(fault, generator):
     if fault == "layout":
         with pytest.raises(exception, match=f"GHMC: {message}"):
             GHMC(layout="columns")
+
+
+def test_one_place_and_three_spatial_dimensions(backend, generator):
+    """Dimensions of length 1 may be anywhere in the order of memory."""
+    head = Head(generator, 1, 3, 4, ((1, 1, 1), (1, 1, 1)))
+    head.maps[0] = head.maps[0].permute(4, 3, 2, 1, 0).contiguous().permute(4, 3, 2, 1, 0)
+    got = run(backend, head.maps, head.labels, **head.options)
+    wanted = run(backend, head.rows(head.maps), head.labels)
+    assert_close(got[0][0], wanted[0][0], "loss")
+    assert_close(head.rows(got[1]), wanted[1][0], "gradient")
+
+
+def test_a_list_of_one_weight_beside_one_tensor(backend, generator):
+    logits, labels = torch.randn((9, 3), generator=generator), torch.randint(-1, 4, (9,), generator=generator)
+    weight = torch.rand(9, generator=generator) - 0.3
+    wanted, got = (run(backend, logits, labels, value) for value in (weight, [weight]))
+    assert torch.equal(got[0][0], wanted[0][0]) and torch.equal(got[1][0], wanted[1][0])

@@ -9,6 +9,7 @@ from rsloss_kernels import gradient_density, use_backend
 from torch import Tensor
 
 from .case import Case, Wanted
+from .levels import draw_form, draw_labels, lay_level, per_level
 from .source import FLOATS, INF, INTEGERS, NAN, Source
 
 BINS = (1, 2, 3, 5, 10, 30, 256)
@@ -17,6 +18,8 @@ MORE_MUS = (1e-30, 1e-6, 1e3, 1e30)
 
 
 def draw(source: Source, name: str, loss: ghm_samples.GHM) -> Case:
+    if not loss.is_regression and source.chance(0.25):
+        return draw_levels(source, name, loss)
     dtype, shape = source.dtype(), source.shape(source.size(), 4, fewest_dims=0)
     pred = source.lay(source.broken(source.values(shape, dtype), 0.1), may_expand=True)
     options: dict = {"bins": source.pick(BINS) if source.chance(0.7) else source.random.randint(1, 256)}
@@ -43,14 +46,7 @@ def draw(source: Source, name: str, loss: ghm_samples.GHM) -> Case:
     @functools.cache
     def truth() -> Wanted:
         of_oracle = {key: value for key, value in options.items() if value is not None}
-        found = loss.truth(pred.contiguous(), cleaned.contiguous(), *([] if weight is None else [weight]), **of_oracle)
-        if is_on_an_edge(pred, cleaned, weight, options, loss.is_regression):
-            return Wanted((None,), None)
-        check = None
-        if options.get("acc_sum") is not None:
-            def check(backend, got):
-                ghm_samples.assert_state(got, found, options)
-        return Wanted(found.losses, found.gradient(upstream), check)
+        return wanted_of(loss, pred, cleaned, weight, of_oracle, upstream)
 
     def also(backend: harness.Backend) -> None:
         if truth().gradient is None:
@@ -63,6 +59,59 @@ def draw(source: Source, name: str, loss: ghm_samples.GHM) -> Case:
         name, loss.name, loss.function, [pred], False, (target, weight), options, (upstream,), truth, source.given, source.notes,
         narrow=loss.narrow, also=also if source.chance(0.1) and not target.is_floating_point() else None,
     )  # fmt: skip
+
+
+def draw_levels(source: Source, name: str, loss: ghm_samples.GHM) -> Case:
+    """Of maps, or levels of rows."""
+    dtype, form = source.dtype(), draw_form(source, source.pick((1, 2, 3, 4, 7)), True, 2000)
+    logits = [lay_level(source, source.broken(source.values(shape, dtype), 0.05), form.is_maps) for shape in form.shapes]
+    options: dict = {"bins": source.pick(BINS)}
+    if form.is_maps:
+        options |= {"layout": form.layout, "num_classes": form.classes}
+    if source.chance(0.4):
+        kind, share = source.pick(FLOATS), source.pick((0.0, 0.3), 1.0)
+        drawn = [torch.where(source.mask(shape, share), 1.0, source.uniform(shape) * source.pick((0.0, 1.0))) for shape in form.shapes]
+        targets = [source.lay(source.broken(value.to(kind), 0.05)) for value in drawn]
+        flat = form.to_rows(targets)
+        target = targets if form.is_list else targets[0]
+    else:
+        options["background"] = source.pick(("last", "first"))
+        target, flat = draw_labels(source, form, options["background"])
+    weight = of_weights = None
+    if source.chance(0.5):
+        is_row = source.chance(0.5) or form.is_ambiguous
+        kind = source.pick(FLOATS)
+        weights = [
+            source.lay(torch.where(source.mask(shape, 0.3), 0.0, source.uniform(shape)).to(kind), may_expand=is_row)
+            for shape in (form.rows if is_row else form.shapes)
+        ]
+        of_weights = form.of_rows(weights) if is_row else form.to_rows(weights)
+        weight = per_level(source, weights, form) if is_row else weights if form.is_list else weights[0]
+    draw_state(source, options)
+    upstream = source.pick((1.0,), 0.7, -2.0, 0.0, 65536.0)
+    rows = form.to_rows(logits)
+    cleaned = torch.where(flat.isinf(), torch.nan, flat.double()) if flat.is_floating_point() else flat
+
+    @functools.cache
+    def truth() -> Wanted:
+        of_oracle = {key: value for key, value in options.items() if value is not None and key not in ("layout", "num_classes")}
+        return wanted_of(loss, rows, cleaned, of_weights, of_oracle, upstream)
+
+    return Case(
+        name, loss.name, loss.function, logits, form.is_list, (target, weight), options, (upstream,), truth, source.given, source.notes,
+        narrow=loss.narrow, to_canonical=form.to_flat,
+    )  # fmt: skip
+
+
+def wanted_of(loss: ghm_samples.GHM, pred: Tensor, target: Tensor, weight: Tensor | None, options: dict, upstream: float) -> Wanted:
+    found = loss.truth(pred.contiguous(), target.contiguous(), *([] if weight is None else [weight]), **options)
+    if is_on_an_edge(pred, target, weight, options, loss.is_regression):
+        return Wanted((None,), None)
+    check = None
+    if options.get("acc_sum") is not None:
+        def check(backend, got):
+            ghm_samples.assert_state(got, found, options)
+    return Wanted(found.losses, found.gradient(upstream).flatten(), check)
 
 
 def ghm_counts(pred: Tensor, target: Tensor, weight: Tensor | None, options: dict, backend: harness.Backend) -> Tensor:

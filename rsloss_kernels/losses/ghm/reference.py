@@ -86,7 +86,7 @@ def _is_label(target: Tensor, pred: Tensor, background_first: bool) -> Tensor:
     """Class indices -> where the target is 1, in the shape of `pred`."""
     classes, places = index_shape(pred, target)
     column = torch.arange(classes, device=target.device) + int(background_first)
-    return (target.reshape(-1, 1, places) == column[:, None]).view(pred.shape)
+    return (target.reshape(-1, 1, places) == column[:, None]).reshape(pred.shape)
 
 
 def valid_elements(pred: Tensor, weights: Tensor | None) -> Tensor:
