@@ -9,6 +9,8 @@ import itertools
 import os
 from collections.abc import Iterator
 
+import torch
+
 from rsloss_kernels import _ext, _library
 
 _PREFERENCE = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
@@ -17,7 +19,14 @@ _forced: str | None = None
 
 
 def resolve(operator: str, device_type: str) -> str:
-    """The backend that runs `operator` on tensors of `device_type`; raises `RuntimeError` if a forced one cannot."""
+    """The backend that runs `operator` on tensors of `device_type`; raises `RuntimeError` if a forced one cannot, and under a
+    transform of torch.func."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            f"rsloss_kernels: {operator} cannot run under a transform of torch.func (grad, vmap, jvp, functionalize, ...), which knows "
+            "no rule for its kernels. For gradients call the loss and torch.autograd.grad outside of the transform; in place of vmap "
+            "give the batch as one tensor (ranking losses: with segments), or call the loss for each part of it"
+        )
     if _forced is not None:
         reason = why_not(operator, _forced, device_type)
         if reason is not None:

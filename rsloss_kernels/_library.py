@@ -55,7 +55,8 @@ def define(
             torch.library.register_autograd(qualified, backward, setup_context=setup_context)
             _num_tables[name] = num_tables
             function = _eager_function(operator(name, backend), setup_context, backward, num_tables, num_saved_tables)
-            _functions[name, backend] = super(torch.autograd.Function, function).apply, function.apply
+            # The one in C++, without the one in Python around it, which refuses functorch's transforms: `_backends.resolve` has done so.
+            _functions[name, backend] = super(torch.autograd.Function, function).apply
 
 
 _implemented_by: dict[str, tuple[str, ...]] = {}
@@ -78,8 +79,8 @@ def without_derivative(reason: str) -> tuple[Callable, Callable[[str], Callable]
     return lambda ctx, inputs, output: None, make_backward
 
 
-# The `apply` of an autograd function in C++, and the one in Python around it, which does nothing but refuse functorch's transforms.
-_functions: dict[tuple[str, str], tuple[Callable, Callable]] = {}
+# The `apply` of an autograd function.
+_functions: dict[tuple[str, str], Callable] = {}
 _num_tables: dict[str, int] = {}
 
 
@@ -95,9 +96,7 @@ def differentiable(
     if torch.compiler.is_compiling():
         outputs = operator(name, backend)(logits, *args)
         return outputs[: len(outputs) - _num_tables[name]]
-    apply, checked_apply = _functions[name, backend]
-    if torch._C._are_functorch_transforms_active():
-        apply = checked_apply
+    apply = _functions[name, backend]
     return apply(args, logits) if isinstance(logits, torch.Tensor) else apply(args, *logits)
 
 
@@ -184,10 +183,16 @@ def _eager_function(
             kept.saved_tensors = ()
         return (None, *grad_logits) if takes_list else (None, grad_logits)
 
+    def jvp(ctx, *tangents):
+        raise RuntimeError(
+            f"rsloss_kernels: {loss} has no forward-mode derivative (torch.autograd.forward_ad): its gradient is a formula of its own; "
+            "call backward or torch.autograd.grad"
+        )
+
     # Named when it is made, after the loss and the backend: torch makes the name of `grad_fn` from it then.
     operator_name, _, backend = overload.name().removeprefix(f"{NAMESPACE}::").partition(".")
     loss = operator_name.rpartition("_")[0]
-    functions = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    functions = {"forward": staticmethod(forward), "backward": staticmethod(backward), "jvp": staticmethod(jvp)}
     return type(torch.autograd.Function)(f"{loss}_{backend}", (torch.autograd.Function,), functions)
 
 

@@ -93,19 +93,6 @@ def test_double_backward_is_refused_clearly(backend, loss, generator):
         gradient.square().sum().backward()
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
-@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.vmap, lambda f: lambda x: torch.func.jvp(f, (x,), (x,))])
-def test_functional_transforms_are_refused(backend, loss, generator, transform):
-    logits, *others = drawn(backend, loss, generator)
-
-    def total(values):
-        return sum(losses_of(backend, loss, values, *others))
-
-    batch = logits.detach()[None].expand(2, -1) if transform is torch.func.vmap else logits.detach()
-    with pytest.raises(RuntimeError, match="functorch transforms|Batching rule"):
-        transform(total)(batch)
-
-
 @pytest.mark.parametrize("form", ["dense", "index"])
 def test_other_arguments_get_no_gradient(backend, loss, generator, form):
     logits, *others = drawn(backend, loss, generator, form=form)
