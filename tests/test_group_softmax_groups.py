@@ -176,3 +176,30 @@ def test_training_a_classifier_of_rare_classes(generator):
     scores = group_softmax_scores(classifier(features), groups)
     assert torch.equal(scores.argmax(1), labels)
     assert group_softmax_loss(classifier(features), labels, groups, others_ratio=None).sum() < 1
+
+
+def test_buffers_that_something_else_wrote_to_are_put_back(generator):
+    """An average over the steps rounds 5 * 0.9 + 5 * 0.1 to 4."""
+    groups = ClassGroups([[2, 0], [], [1]])
+    logits = torch.randn(3, groups.num_logits, generator=generator)
+    expected = {name: value.clone() for name, value in groups.state_dict().items()}
+    scores = group_softmax_scores(logits, groups)
+    users = {
+        "used": lambda groups: group_softmax_scores(logits, groups),
+        "saved": lambda groups: groups.state_dict(),
+        "mode": lambda groups: groups.eval(),
+        "moved": lambda groups: groups.to(torch.float64),
+        "emptied": lambda groups: groups.to_empty(device="cpu"),
+    }
+    for name, use in users.items():
+        twin = copy.deepcopy(groups)
+        for buffer in twin.buffers():
+            buffer.copy_(buffer * 0.9 + buffer * 0.1 - 0.4)
+        assert not torch.equal(twin.class_columns, groups.class_columns)
+        use(twin)
+        assert all(torch.equal(value, getattr(twin, key)) for key, value in expected.items()), name
+        assert torch.equal(group_softmax_scores(logits, twin), scores), name
+    with torch.no_grad():
+        for value in twin.state_dict().values():
+            value.zero_()
+    assert torch.equal(group_softmax_scores(logits, twin), scores)

@@ -43,7 +43,7 @@ def _save(ctx, inputs, output):
     if isinstance(output, tuple):
         ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*logits, *targets, *qualities, *weights, class_table, normalizer)
+    ctx.save_for_backward(*logits, *targets, *qualities, *weights, normalizer, class_table)
 
 
 def _make_backward(read_grads):
@@ -51,7 +51,7 @@ def _make_backward(read_grads):
         focal_backward = _library.operator("focal_backward", backend)
 
         def backward(ctx, *grads):
-            *tensors, class_table, normalizer = ctx.saved_tensors
+            *tensors, normalizer, class_table = ctx.saved_tensors
             levels, begin = [], 0
             for number in ctx.numbers:
                 levels.append(tensors[begin : begin + number])
@@ -88,5 +88,6 @@ _library.define(
     _levels_fake,
     *_library.without_derivative("an element-wise sigmoid loss of this library has no second derivative"),
 )
-_library.define("focal", "focal_forward", FORWARD_SCHEMA, _forward_fake, _save, _make_backward(_of_loss))
-_library.define("focal", "focal_elements", ELEMENTS_SCHEMA, _levels_fake, _save, _make_backward(_of_elements))
+# The table of the classes is never the caller's: a loss with state makes it from that.
+_library.define("focal", "focal_forward", FORWARD_SCHEMA, _forward_fake, _save, _make_backward(_of_loss), num_saved_tables=1)
+_library.define("focal", "focal_elements", ELEMENTS_SCHEMA, _levels_fake, _save, _make_backward(_of_elements), num_saved_tables=1)

@@ -137,6 +137,8 @@ def _read_logits(function: str, name: str, logits: Tensor, groups: ClassGroups) 
     _checks.check_floating(function, name, logits)
     _checks.check_strided(function, name, logits)
     op_checks.check_columns(function, name, logits, groups)
+    if not torch.compiler.is_compiling():
+        groups.restore()
     device = groups.class_columns.device
     if device != logits.device:
         raise ValueError(

@@ -28,7 +28,8 @@ class ClassGroups(StatefulLoss):
         background_group: "first" or "last".
 
     Buffers `class_columns` int32 [C + 1], `group_starts` int64 [G + 1] and `group_others` int64 [G] (columns; -1: none) travel with
-    the module and its checkpoints. Loading a checkpoint takes over its groups; it must have as many classes.
+    the module and its checkpoints. Loading a checkpoint takes over its groups; it must have as many classes. Whatever else writes to them
+    (an average of a model's buffers over its steps, which rounds) is undone before they are used, saved, or a mode is set.
 
     Attributes: `num_classes` C, `num_groups` G, `num_logits` K; `starts` and `others`, the buffers as numbers; `background_group`,
     the index of that group.
@@ -131,6 +132,45 @@ class ClassGroups(StatefulLoss):
         self.num_classes, self.num_groups, self.num_logits = len(columns) - 1, len(others), starts[-1]
         background = columns[-1]
         self.background_group = next(g for g in range(len(others)) if starts[g] <= background < starts[g + 1])
+        self._keep()
+
+    def _keep(self) -> None:
+        """Copies of the buffers on their device, and how often these were written to."""
+        tables = zip(_BUFFERS, (self._columns, self.starts, self.others), strict=True)
+        buffers = [(getattr(self, name), numbers) for name, numbers in tables]
+        self._kept = [torch.tensor(numbers, dtype=buffer.dtype, device=buffer.device) for buffer, numbers in buffers]
+        self._note_versions()
+
+    def _note_versions(self) -> None:
+        self._versions = [_version(getattr(self, name)) for name in _BUFFERS]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Puts back what the buffers hold, if something wrote to them. Costs a look at three counters, and never waits for a device."""
+        if self._versions != [_version(getattr(self, name)) for name in _BUFFERS]:
+            for name, kept in zip(_BUFFERS, self._kept, strict=True):
+                getattr(self, name).copy_(kept)
+            self._note_versions()
+
+    def train(self, mode: bool = True) -> "ClassGroups":
+        self.restore()
+        return super().train(mode)
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self._keep()
+        # `to_empty` leaves anything in them.
+        self._versions = []
+        self.restore()
+        return self
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self._note_versions()
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        self.restore()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
         loaded = [state_dict.get(prefix + name) for name in _BUFFERS]
@@ -157,6 +197,11 @@ class ClassGroups(StatefulLoss):
         sizes = [len(group) for group in self.groups]
         place = "last" if self.background_group else "first"
         return f"{self.num_classes} classes in groups of {sizes}, background group {place}, {self.num_logits} logits"
+
+
+def _version(buffer: Tensor) -> int:
+    """How often it was written to. What was made in inference mode does not count it."""
+    return -1 if buffer.is_inference() else buffer._version
 
 
 def _read_groups(function: str, groups: Sequence[Sequence[int]]) -> list[list[int]]:

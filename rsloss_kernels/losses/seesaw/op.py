@@ -64,6 +64,7 @@ _library.define(
     _save,
     _make_backward,
     num_tables=2,
-    num_saved_tables=2,
+    # The counts, of which it gets the logarithms, are never the caller's own.
+    num_saved_tables=3,
     backends=BACKENDS,
 )
