@@ -42,7 +42,11 @@ def native_parts(rules) -> dict:
     extensions = [rules.extension(stem, ROOT / "csrc", ROOT) for stem in stems]
     if no_cuda is None:
         say(f"CUDA library: nvcc {' '.join(rules.nvcc_flags())}, architectures {os.environ['TORCH_CUDA_ARCH_LIST']}")
-    extensions.append(rules.report_extension(ROOT / "csrc", ROOT))
+    no_report = rules.why_no_report()
+    if no_report is None:
+        extensions.append(rules.report_extension(ROOT / "csrc", ROOT))
+    else:
+        say(f"no build report: {no_report}")
     return {"ext_modules": extensions, "cmdclass": {"build_ext": rules.build_ext_command()}}
 
 

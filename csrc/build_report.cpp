@@ -1,5 +1,5 @@
-// The module `_C`: says how the compiled part of the package was built. Holds no date and no path, so that builds can be
-// compared.
+// The module `_C`: says how the compiled part of the package was built. Holds no date and no folder of a build, so that builds
+// can be compared.
 #include <pybind11/pybind11.h>
 
 namespace {

@@ -6,6 +6,7 @@ library into a folder: `python _build.py _ops_cpu FOLDER`.
 import hashlib
 import os
 import pathlib
+import re
 import shlex
 import shutil
 import subprocess
@@ -25,6 +26,7 @@ SWITCHES = {
 }
 # One binary for torch 2.11 and newer: the stable ABI, whose headers hold no ATen.
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"]
+NO_FOLDER = "-fmacro-prefix-map"
 DEFAULT_ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")
 HOW_TO_COMPILE = (
     "with torch and a C++ compiler at hand, `pip install --no-build-isolation .` compiles it at installation, "
@@ -64,8 +66,13 @@ def cxx_flags() -> list[str]:
     # vectors returned by functions that are all inlined.
     optimisation = ["-O0", "-g"] if is_on("DEBUG") else ["-O3", "-g0"]
     # Error messages name the file that checks, without the folder it was compiled in.
-    prefix = f"-fmacro-prefix-map={source_root()}/="
+    prefix = f"{NO_FOLDER}={source_root()}/="
     return [*optimisation, "-std=c++17", prefix, "-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-psabi", *STABLE_ABI]
+
+
+def portable_cxx_flags() -> list[str]:
+    """`cxx_flags` without the folder of the sources, of which the library keeps nothing: the same for every installation."""
+    return [flag for flag in cxx_flags() if not flag.startswith(NO_FOLDER)]
 
 
 def nvcc_flags() -> list[str]:
@@ -94,9 +101,13 @@ def why_not_native() -> str | None:
     if is_on("RSLOSS_NO_EXT"):
         return "RSLOSS_NO_EXT is set"
     try:
-        import torch.utils.cpp_extension  # noqa: F401
+        import torch  # noqa: F401
     except ImportError as error:
         return f"torch cannot be imported while building ({error}); an isolated build never sees it"
+    try:
+        import torch.utils.cpp_extension  # noqa: F401
+    except ImportError as error:
+        return f"torch compiles by setuptools, which cannot be imported ({error}): pip install setuptools"
     if shutil.which(shlex.split(compiler())[0]) is None:
         return f"there is no C++ compiler {compiler()!r}"
     return None
@@ -110,9 +121,23 @@ def why_not_cuda() -> str | None:
         return "this torch was built without CUDA"
     from torch.utils.cpp_extension import CUDA_HOME
 
-    if CUDA_HOME is None:
+    if not CUDA_HOME:
         return "no CUDA toolkit was found (neither CUDA_HOME nor nvcc)"
+    nvcc = pathlib.Path(CUDA_HOME, "bin", "nvcc")
+    if not nvcc.exists():
+        return f"the CUDA toolkit in {CUDA_HOME} has no compiler: there is no {nvcc}"
+    # torch compiles nothing with the nvcc of another major version, and then the CPU library would be missing too.
+    shown = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release (\d+)\.\d+", shown)
+    if release and release[1] != torch.version.cuda.split(".")[0]:
+        return f"{nvcc} is of CUDA {release[0].split()[1]}, this torch of CUDA {torch.version.cuda}"
     return None
+
+
+def why_no_report() -> str | None:
+    """None if the build report can be compiled here, else the reason in words: alone of all it is a module of Python."""
+    header = pathlib.Path(sysconfig.get_path("include"), "Python.h")
+    return None if header.exists() else f"Python's headers are not installed: there is no {header}"
 
 
 def extension(stem: str, root: pathlib.Path, relative_to: pathlib.Path | None = None):
@@ -146,7 +171,7 @@ def report_extension(root: pathlib.Path, relative_to: pathlib.Path | None = None
         "TORCH": torch.__version__,
         "CUDA": why_not_cuda() or torch.version.cuda,
         "CUDA_ARCHITECTURES": os.environ.get("TORCH_CUDA_ARCH_LIST", "") if why_not_cuda() is None else "",
-        "CXX_FLAGS": " ".join(cxx_flags()),
+        "CXX_FLAGS": " ".join(portable_cxx_flags()),
         "NVCC_FLAGS": " ".join(nvcc_flags()) if why_not_cuda() is None else "",
     }
     return Extension(
@@ -181,7 +206,7 @@ def fingerprint(stem: str) -> str:
     root = source_root()
     uses_cuda = stem == LIBRARIES["cuda"]
     digest = hashlib.sha256()
-    facts = [torch.__version__, sysconfig.get_platform(), compiler(), *cxx_flags()]
+    facts = [torch.__version__, sysconfig.get_platform(), compiler(), *portable_cxx_flags()]
     if uses_cuda:
         facts += [torch.version.cuda or "", *nvcc_flags(), os.environ.get("TORCH_CUDA_ARCH_LIST", "")]
     digest.update("\n".join(facts).encode())

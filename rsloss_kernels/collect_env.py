@@ -4,6 +4,7 @@ import importlib.util
 import os
 import pathlib
 import platform
+import shlex
 import subprocess
 
 import torch
@@ -66,7 +67,7 @@ def _compiler() -> str:
     reason = _build.why_not_native()
     if reason is not None:
         return reason
-    shown = subprocess.run([*_build.compiler().split(), "--version"], capture_output=True, text=True).stdout
+    shown = subprocess.run([*shlex.split(_build.compiler()), "--version"], capture_output=True, text=True).stdout
     return shown.splitlines()[0] if shown else f"{_build.compiler()} does not say its version"
 
 
@@ -87,7 +88,7 @@ def _libraries() -> list[str]:
 
 def _build_report() -> list[str]:
     if importlib.util.find_spec("rsloss_kernels._C") is None:
-        return ["nothing was compiled when the package was installed"]
+        return ["none: nothing was compiled when the package was installed, or without Python's headers"]
     from rsloss_kernels import _C
 
     return [f"{name:<20} {value or '-'}" for name, value in _C.build_report().items()]
