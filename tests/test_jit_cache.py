@@ -2,8 +2,10 @@
 import os
 import pathlib
 import re
+import shutil
 
 import pytest
+import torch
 
 from rsloss_kernels import _build, _ext, _jit
 
@@ -73,17 +75,45 @@ def test_nothing_is_compiled_into_a_cache_that_others_can_write(library, monkeyp
         _jit.compiled("cpp")
 
 
+def pretend(stem: str, target: pathlib.Path) -> None:
+    """In place of compiling."""
+    target.mkdir()
+    (target / f"{stem}.so").write_bytes(b"")
+    for made in (target, target / f"{stem}.so"):
+        made.chmod(0o755)
+
+
+def test_versions_lie_side_by_side(tmp_path, monkeypatch):
+    """Of torch, of flags and of sources: each is compiled once and found again, wherever the package lies."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    compiled = []
+    monkeypatch.setattr(_jit, "_compile", lambda stem, target: (compiled.append(target), pretend(stem, target)))
+    moved = tmp_path / "moved" / "csrc"
+    shutil.copytree(_build.source_root(), moved)
+    changed = tmp_path / "changed" / "csrc"
+    shutil.copytree(moved, changed)
+    with open(changed / "ranking" / "ranking.h", "a") as header:
+        header.write("// another line\n")
+
+    def library(name=None, value=None):
+        with monkeypatch.context() as other:
+            if name is not None:
+                other.setattr(*name, value) if isinstance(name, tuple) else other.setenv(name, value)
+            return _jit.compiled("cpp")
+
+    own = library()
+    torches, flags = library((torch, "__version__"), "2.11.0"), library("DEBUG", "1")
+    sources = library((_build, "source_root"), lambda: changed)
+    assert len({own, torches, flags, sources}) == len(compiled) == 4
+    assert all(path.exists() for path in (own, torches, flags, sources)) and "torch2.11.0" in torches.parent.name
+    assert [library(), library("DEBUG", "1"), library((_build, "source_root"), lambda: moved)] == [own, flags, own]
+    assert len(compiled) == 4
+
+
 def test_a_new_cache_is_the_users_alone(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "fresh"))
     before = os.umask(0o002)
     try:
-
-        def pretend(stem, target):
-            target.mkdir()
-            (target / f"{stem}.so").write_bytes(b"")
-            for made in (target, target / f"{stem}.so"):
-                made.chmod(0o755)
-
         monkeypatch.setattr(_jit, "_compile", pretend)
         assert _jit.compiled("cpp").exists()
     finally:

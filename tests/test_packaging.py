@@ -5,10 +5,17 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
+import types
 import zipfile
 
+import install_site
 import pytest
+import torch
+import torch.utils.cpp_extension
+
+from rsloss_kernels import _build
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # What other tests of the same run may have set must not decide these.
@@ -40,15 +47,7 @@ def report_line(report: str, backend: str) -> str:
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory) -> pathlib.Path:
-    """The files of the checkout that belong to a release, without anything compiled."""
-    target = tmp_path_factory.mktemp("source") / "a tree"
-    for name in ("rsloss_kernels", "csrc", "requirements", "python", "bench", ".ci"):
-        if (ROOT / name).is_dir():
-            ignored = shutil.ignore_patterns("*.so", "__pycache__", "results", "out")
-            shutil.copytree(ROOT / name, target / name, ignore=ignored)
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "CONTRIBUTING.md", "SECURITY.md", "Makefile"):
-        shutil.copy(ROOT / name, target / name)
-    return target
+    return install_site.copy_sources(tmp_path_factory.mktemp("source") / "a tree")
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +64,21 @@ def pure_wheel(tree, tmp_path_factory) -> tuple[pathlib.Path, str]:
 @pytest.fixture(scope="module")
 def installed(pure_wheel, tmp_path_factory) -> pathlib.Path:
     """A folder that holds the pure-Python package as pip would install it."""
-    folder = tmp_path_factory.mktemp("site")
+    folder = tmp_path_factory.mktemp("installed") / "a site"
     with zipfile.ZipFile(pure_wheel[0]) as wheel:
         wheel.extractall(folder)
     return folder
+
+
+@pytest.fixture
+def site(pure_wheel, tmp_path) -> install_site.Site:
+    """A clean environment that sees this one's torch, with the pure-Python wheel installed."""
+    this = types.SimpleNamespace(command=sys.executable, python=pathlib.Path(sys.executable), packages=sysconfig.get_path("purelib"))
+    made = install_site.Site(this, tmp_path / "an installation")
+    # Not taken for installed because this environment's package can be seen too.
+    made.pip("install", "--no-deps", "--ignore-installed", "--no-index", pure_wheel[0])
+    yield made
+    made.unlock()
 
 
 def sources() -> set[str]:
@@ -109,7 +119,6 @@ def test_build_prints_every_switch_and_how_to_compile(pure_wheel):
 
 
 def test_sdist_holds_what_a_build_and_the_tests_need(tree, tmp_path):
-    shutil.copytree(ROOT / "tests", tree / "tests", ignore=shutil.ignore_patterns("__pycache__", "*.so"), dirs_exist_ok=True)
     made = run("-c", f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})", cwd=tree)
     assert made.returncode == 0, made.stdout + made.stderr
     (archive,) = tmp_path.glob("*.tar.gz")
@@ -184,6 +193,77 @@ def test_failed_compilation_names_both_causes(installed, tmp_path, compiler, why
     assert done.returncode != 0
     assert re.search(f"ImportError: .*Nothing precompiled was loaded: it was not compiled.*which failed: .*{why}", done.stderr)
     assert not list(tmp_path.rglob("*.so"))
+
+
+def test_a_read_only_installation_works_tells_of_a_read_only_cache_and_leaves_nothing(site):
+    site.lock()
+    site.probe("reference", RSLOSS_JIT="")
+    site.cache = site.folder / "locked" / "cache"
+    refused = "ImportError: .*it was not compiled.*which failed: the cache folder cannot be used .*Permission denied"
+    site.fails(refused, "-c", "import rsloss_kernels", RSLOSS_JIT="1")
+    site.unlock()
+    site.probe("reference")
+    assert list(site.package.rglob("__pycache__"))
+    site.uninstall()
+
+
+def test_build_without_a_compiler_installs_the_pure_package(site, tree):
+    site.hide(install_site.COMPILERS)
+    printed = site.run("setup.py", "build", "--build-base", site.folder / "built", cwd=tree)
+    install_site.expect(printed, r"nothing is compiled: there is no C\+\+ compiler 'c\+\+'\. .*python -m rsloss_kernels.build")
+    assert (site.folder / "built" / "lib" / "rsloss_kernels" / "csrc" / "ranking" / "ranking.h").exists()
+
+
+ONE_SOURCE = """
+import pathlib, sys
+sys.path.insert(0, sys.argv[1])
+import _build
+source = pathlib.Path(sys.argv[2], "one source.cpp")
+source.write_text('extern "C" int answer() { return 42; }')
+_build.cpu_sources = lambda root: [source]
+_build.compile_into("_ops_cpu", pathlib.Path(sys.argv[2], "made"))
+import ctypes
+print("answer", ctypes.CDLL(str(pathlib.Path(sys.argv[2], "made", "_ops_cpu.so"))).answer())
+"""
+
+
+@pytest.mark.parametrize("hidden", ["", "ninja"], ids=["ninja", "no-ninja"])
+def test_compiles_in_folders_with_spaces_with_ninja_and_without(tmp_path, hidden):
+    # The way of the real sources with one that compiles in a moment.
+    this = types.SimpleNamespace(command=sys.executable, python=pathlib.Path(sys.executable), packages=sysconfig.get_path("purelib"))
+    site = install_site.Site(this, tmp_path / "a folder")
+    site.hide(hidden)
+    (site.folder / "made").mkdir()
+    printed = site.run("-c", ONE_SOURCE, ROOT / "rsloss_kernels", site.folder)
+    install_site.expect(printed, "(?m)^answer 42$")
+    assert ("could not find ninja" in printed) == bool(hidden)
+
+
+def test_a_missing_setuptools_is_told(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.cpp_extension", None)
+    assert re.match("torch compiles by setuptools, which cannot be imported.*pip install setuptools", _build.why_not_native())
+
+
+def test_missing_headers_of_python_are_told(monkeypatch, tmp_path):
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / "no headers"))
+    wanted = f"Python's headers are not installed: there is no {tmp_path / 'no headers' / 'Python.h'}"
+    assert _build.why_no_report() == wanted
+
+
+def test_toolkits_that_cannot_compile_for_this_torch_are_told(monkeypatch, tmp_path):
+    def reason(toolkit):
+        monkeypatch.setattr(torch.utils.cpp_extension, "CUDA_HOME", toolkit and str(toolkit))
+        return _build.why_not_cuda()
+
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert reason(tmp_path) == "this torch was built without CUDA"
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert reason(None) == "no CUDA toolkit was found (neither CUDA_HOME nor nvcc)"
+    # As in containers that run CUDA but do not compile it.
+    assert reason(tmp_path) == f"the CUDA toolkit in {tmp_path} has no compiler: there is no {tmp_path / 'bin' / 'nvcc'}"
+    for release, wanted in (("12.9", f"is of CUDA 12.9, this torch of CUDA {torch.version.cuda}"), ("13.2", None), ("?", None)):
+        toolkit = install_site.toolkit(tmp_path / release, release)
+        assert reason(toolkit) == (wanted and f"{toolkit / 'bin' / 'nvcc'} {wanted}")
 
 
 def test_library_that_does_not_load_is_reported(installed, tmp_path):
