@@ -400,3 +400,16 @@ def test_operators_survive_tables_with_garbage(backend, positives):
         results = call_operator(backend, operator, arguments)
         assert len(results) == {BIN: 2, BACKWARD: 2, "average_precision_finalize": 3}.get(operator, 4)
     assert all(level.isnan().all() for level in call_operator(backend, BACKWARD, arguments)), "counts say overflow"
+
+
+def test_bits_behind_the_last_element_count_for_nothing(backend):
+    """The mask of a level fills whole words, its elements need not."""
+    arguments = operator_arguments(backend)
+    good = {operator: call_operator(backend, operator, arguments) for operator in (BIN, BACKWARD)}
+    is_stray = torch.cat([torch.arange(-(-level.numel() // 64) * 64) >= level.numel() for level in arguments["logits"]])
+    stray = (is_stray.view(-1, 8).int() << torch.arange(8)).sum(1).to(torch.uint8)
+    assert stray.any() and stray.shape == arguments["negatives"].shape
+    arguments["negatives"] = arguments["negatives"] | stray.to(backend.device)
+    for operator, wanted in good.items():
+        for mine, theirs in zip(call_operator(backend, operator, arguments), wanted, strict=True):
+            assert torch.equal(mine, theirs), operator

@@ -139,6 +139,7 @@ def count_not_above(table_ptr, base, value, size, top, wanted, count):
 
 @triton.jit
 def read_negatives(negatives_ptr, start, byte, size):
-    """The bits of the mask bytes start / 8 + byte, one row of 8 elements per byte."""
+    """The bits of the mask bytes start / 8 + byte, one row of 8 elements per byte; none beyond the last element."""
     packed = tl.load(negatives_ptr + start // 8 + byte, mask=byte * 8 < size - start, other=0).to(tl.int32)
-    return ((packed[:, None] >> tl.arange(0, 8)[None, :]) & 1) != 0
+    bit = tl.arange(0, 8)[None, :]
+    return (((packed[:, None] >> bit) & 1) != 0) & (byte[:, None] * 8 + bit < size - start)
