@@ -407,11 +407,14 @@ def _all_results(group, seed: int) -> dict:
     import distributed_ghm
     import distributed_maps
     import distributed_seesaw
+    import distributed_survival
 
     results = {"ghm": distributed_ghm.all_results(group, seed), "equalized": distributed_equalized.all_results(group, seed)}
     results["seesaw"] = distributed_seesaw.all_results(group)
     results["dynamic"] = distributed_dynamic.all_results(group)
     results["maps"] = distributed_maps.all_results(group, seed)
+    if dist.get_world_size(group) == 2:
+        results["survival"] = distributed_survival.all_results(group, seed)
     for name, case in {**CASES, **OVERFLOWS}.items():
         batch = draw(case, seed)
         try:

@@ -26,7 +26,8 @@ class GroupSoftmaxLoss(StatefulLoss):
         background: "first" (0 background, classes 1..C) or "last" (classes 0..C-1, C background).
         class_weights: [C], floating; factors of the weights of foreground rows in the group of their class. A buffer outside of the
             checkpoints, which keeps its dtype whatever the model is cast to.
-        generator: of the random numbers of the sampling; None: PyTorch's own (inside torch.compile always).
+        generator: of the random numbers of the sampling; None: PyTorch's own (inside torch.compile always). Its state is in no state_dict:
+            to resume bit by bit save `generator.get_state()`.
 
     Raises TypeError, ValueError: wrong types or ranges.
     """

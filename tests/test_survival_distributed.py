@@ -1,0 +1,129 @@
+"""Stateful losses in a training of several processes: inside of DistributedDataParallel, and where processes die.
+
+The first part looks at what the processes of test_distributed.py did (distributed_survival.py)."""
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import distributed_survival
+import pytest
+import torch
+from distributed_survival import STEPS, Head, batches
+from stateful_modules import STATEFUL, same_bits, state_of
+
+WORKER = pathlib.Path(__file__).with_name("survival_worker.py")
+GROUPED = [name for name, one in STATEFUL.items() if one.takes_group]
+
+
+@pytest.fixture(scope="module")
+def results(process_results) -> list[dict]:
+    return [of_process[2]["survival"] for of_process in process_results[:2]]
+
+
+def alone(name: str, state: dict, batch) -> dict:
+    """A step of a process by itself, from a state."""
+    head = Head(STATEFUL[name])
+    head.loss.load_state_dict(state)
+    head(batch).backward()
+    return state_of(head.loss)
+
+
+@pytest.mark.parametrize("broadcast", [True, False])
+@pytest.mark.parametrize("name", GROUPED)
+def test_with_a_group_the_state_is_one_for_all_processes(results, name, broadcast):
+    """Whatever becomes of buffers; a process without elements takes part."""
+    first, second = (of_process[name, True, broadcast] for of_process in results)
+    for step in range(STEPS):
+        assert same_bits(first[step]["after"], second[step]["after"]), step
+        assert torch.equal(first[step]["gradient"], second[step]["gradient"]) and first[step]["gradient"].isfinite().all()
+    assert not same_bits(first[0]["before"], first[-1]["after"])
+    assert all(map(same_bits, *([step["after"] for step in of_process[name, True, not broadcast]] for of_process in results)))
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_without_a_group_broadcast_buffers_decide_whose_state_goes_on(results, seed, name):
+    """True, DDP's default: every step begins with the state of the first process, and what the others gathered is lost. False: each goes
+    on with its own."""
+    for broadcast in (True, False):
+        begun_by = []
+        for rank, of_process in enumerate(results):
+            state = state_of(STATEFUL[name].make())
+            for step, batch in zip(of_process[name, False, broadcast], batches(seed, rank), strict=True):
+                before = begun_by[len(begun_by) % STEPS] if rank and broadcast else state
+                begun_by.append(before)
+                state = alone(name, before, batch)
+                assert same_bits(step["after"], state), (broadcast, rank)
+    assert not same_bits(results[0][name, False, False][-1]["after"], results[1][name, False, False][-1]["after"])
+
+
+def test_tables_do_not_change_in_a_broadcast(results):
+    for of_process in results:
+        for broadcast in (True, False):
+            for step in of_process["group_softmax", False, broadcast]:
+                assert same_bits(step["before"], step["after"]) and step["loss"].isfinite()
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_gradients_of_several_batches_add_and_each_moves_the_state(results, name):
+    for of_process in results:
+        (together, state), (apart, wanted) = (of_process[name, "accumulate"][how] for how in ("together", "apart"))
+        torch.testing.assert_close(together, apart, rtol=1e-12, atol=1e-14)
+        assert same_bits(state, wanted) and together.any()
+
+
+def test_compiled_data_parallel_steps(results):
+    for of_process in results:
+        (gradient, state), (wanted, wanted_state) = (of_process["compiled"][how] for how in ("compiled", "eager"))
+        torch.testing.assert_close(gradient, wanted, rtol=1e-12, atol=1e-14)
+        assert gradient.any() and all(torch.equal(state[key], wanted_state[key]) for key in wanted_state)
+    assert all(of_process["copy"] for of_process in results) and distributed_survival.STEPS == 3
+
+
+# --- processes that die ---
+
+
+def test_when_a_process_is_killed_the_others_raise_and_nothing_stays(tmp_path):
+    """One is killed where the others wait for it in the collective of a loss. Each of them ends with an error by itself."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "3"}
+    command = [sys.executable, str(WORKER), str(tmp_path), "--die-step", "2"]
+    processes = [
+        subprocess.Popen(command, env={**environment, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        for rank in range(3)
+    ]
+    try:
+        processes[1].wait(timeout=120)
+        died = time.monotonic()
+        outputs = [process.communicate(timeout=60)[1] for process in processes]
+        waited = time.monotonic() - died
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    assert processes[1].returncode == -signal.SIGKILL
+    for rank in (0, 2):
+        assert processes[rank].returncode == 1, outputs[rank][-2000:]
+        assert "RuntimeError" in outputs[rank] or "DistBackendError" in outputs[rank], outputs[rank][-2000:]
+    assert waited < 40, "the timeout of the group is 20 s"
+    for process in processes:
+        with pytest.raises(ProcessLookupError):
+            os.killpg(process.pid, 0)
+    # What was saved before goes on.
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 2
+
+
+def test_a_restarted_training_ends_with_the_weights_of_an_undisturbed_one(tmp_path):
+    """Under torchrun one of two processes kills itself in the middle of a step of the first attempt."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+    command += ["--monitor-interval", "0.1", str(WORKER), str(tmp_path), "--die-step", "3", "--steps", "6"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    disturbed, undisturbed = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("checkpoint", "undisturbed"))
+    assert (tmp_path / "resumed_at").read_text() == "3" and disturbed["step"] == undisturbed["step"] == 6
+    for part in ("model", "momentum"):
+        assert same_bits(disturbed[part], undisturbed[part])
+    start = torch.load(tmp_path / "start.pt", weights_only=True)
+    assert not torch.equal(start["linear.weight"], disturbed["model"]["linear.weight"])
