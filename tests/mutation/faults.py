@@ -81,7 +81,7 @@ CPP = [
     ("cells rounded to the nearest", "csrc/ranking/cell_grid.h", "inline int32_t cell_of(const CellGrid& grid, float value) { return static_cast<int32_t>(position_of(grid, value)); }", "inline int32_t cell_of(const CellGrid& grid, float value) { return static_cast<int32_t>(position_of(grid, value) + 0.5f); }", RANKING),
     ("invalid positives pass", "csrc/ranking/finalize_cpu.h", "for (int64_t i = windows.count; i < capacity_; ++i) is_broken_ |= is_invalid(i);", "", RANKING),
     ("second loss is not scaled", "csrc/ranking/finalize_cpu.h", "if (!terms.second.empty()) terms.second[i] *= scale;", "", RANKING),
-    ("interpolation runs over segments", "csrc/ap/ap_cpu.cpp", "  for (const SegmentRange& range : positives.windows.ranges) {\n    double smallest = 1;\n", "  double smallest = 1;\n  for (const SegmentRange& range : positives.windows.ranges) {\n", AP),
+    ("interpolation runs over segments", "csrc/ap/ap_cpu.cpp", "  for (const SegmentRange& range : positives.windows.ranges) {\n    double smallest = 1;\n", "  double smallest = 1;\n  for (const SegmentRange& range : positives.windows.ranges) {\n", f"tests/test_segments.py {AP}"),
     ("localisation of the positive itself", "csrc/alrp/alrp_cpu.cpp", "localisation_terms(sums[i], losses[i] - self * regression[i], positives", "localisation_terms(sums[i], losses[i], positives", ALRP),
     ("edges of GHM belong to the lower bin", "csrc/ghm/ghm.h", "return static_cast<double>(nearest) < threshold ? nextafterf(nearest, INFINITY) : nearest;", "return nextafterf(nearest, INFINITY);", GHM),
     ("easy elements are counted twice", "csrc/ghm/ghm_classification_simd.h", "  count -= filled - others.count;\n", "", GHM),
