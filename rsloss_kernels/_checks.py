@@ -22,18 +22,18 @@ def debug_checks() -> bool:
 def check_tensor(function: str, name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{function}: {name} must be a Tensor, got {type(value).__name__}")
+    check_strided(function, name, value)
 
 
 def check_logits(function: str, logits: Tensor) -> None:
     check_tensor(function, "logits", logits)
     if logits.dtype not in LOGIT_TYPES:
         raise TypeError(f"{function}: logits must be float16, bfloat16, float32 or float64, got {logits.dtype}")
-    check_strided(function, "logits", logits)
 
 
-def check_device(function: str, name: str, value: Tensor, logits: Tensor) -> None:
-    if value.device != logits.device:
-        raise ValueError(f"{function}: {name} must be on the device of logits, {logits.device}, got {value.device}")
+def check_device(function: str, name: str, value: Tensor, other: Tensor, other_name: str = "logits") -> None:
+    if value.device != other.device:
+        raise ValueError(f"{function}: {name} must be on the device of {other_name}, {other.device}, got {value.device}")
 
 
 def check_shape(function: str, name: str, value: Tensor, wanted: tuple[int, ...], meaning: str) -> None:
@@ -72,6 +72,12 @@ def check_delta(function: str, delta: float) -> float:
     return float(delta)
 
 
+def check_flag(function: str, name: str, value: object) -> None:
+    # Or "False" of a configuration would be true.
+    if value is not True and value is not False:
+        raise TypeError(f"{function}: {name} must be True or False, got {value!r}")
+
+
 def check_choice(function: str, name: str, value: object, choices: tuple) -> None:
     if value not in choices:
         raise ValueError(f"{function}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
@@ -100,6 +106,10 @@ def plain(value: Tensor) -> Tensor:
 def contiguous(value: Tensor) -> Tensor:
     # A call of a method that changes nothing would still cost.
     return value if value.is_contiguous() else value.contiguous()
+
+
+# Counts and sizes have at most as many bits as an index on a GPU.
+LARGEST_COUNT = 2**31 - 1
 
 
 def is_int(value: object) -> bool:

@@ -46,10 +46,10 @@ def define(
     for backend in BACKENDS:
         qualified = f"{NAMESPACE}::{name}.{backend}"
         torch.library.define(qualified, schema)
-        torch.library.register_fake(qualified, _on_one_device(name, backend, fake))
+        torch.library.register_fake(qualified, _on_one_device(name, backend, _with_every_tensor(name, schema, fake)))
         if backend in _PYTHON_MODULES:
             implementation = _lazily(stem, backend, name) if compose is None else compose(backend)
-            torch.library.impl(qualified, "default", implementation)
+            torch.library.impl(qualified, "default", _with_every_tensor(name, schema, implementation))
         if make_backward is not None:
             backward = make_backward(backend)
             torch.library.register_autograd(qualified, backward, setup_context=setup_context)
@@ -199,14 +199,30 @@ def _eager_function(
 def _on_one_device(name: str, backend: str, fake: Callable) -> Callable:
     @functools.wraps(fake)
     def checked(*args):
-        device = None
+        first = device = None
         for argument, value in zip(operator(name, backend)._schema.arguments, args, strict=True):
             for tensor in value if isinstance(value, (list, tuple)) else [value]:
                 if isinstance(tensor, torch.Tensor):
-                    device = device or tensor.device
+                    if device is None:
+                        first, device = argument.name, tensor.device
                     if tensor.device != device:
-                        raise ValueError(f"{name}: {argument.name} must be on the device of logits, {device}, got {tensor.device}")
+                        raise ValueError(f"{name}: {argument.name} must be on the device of {first}, {device}, got {tensor.device}")
         return fake(*args)
+
+    return checked
+
+
+def _with_every_tensor(name: str, schema: str, implementation: Callable) -> Callable:
+    """The dispatcher lets None pass for a tensor, whatever the schema says."""
+    arguments = enumerate(torch._C.parse_schema(f"{name}{schema}").arguments)
+    wanted = [(place, argument.name) for place, argument in arguments if isinstance(argument.type, torch.TensorType)]
+
+    @functools.wraps(implementation)
+    def checked(*args):
+        for place, argument in wanted:
+            if args[place] is None:
+                raise TypeError(f"{name}: {argument} must be a Tensor, got None")
+        return implementation(*args)
 
     return checked
 

@@ -133,7 +133,7 @@ class Evaluation:
 
 
 def bits(value: Tensor) -> Tensor:
-    return value.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[value.element_size()])
+    return value.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[value.element_size()])
 
 
 def losses_in(returned: Tensor | tuple) -> tuple[Tensor, ...]:

@@ -250,7 +250,7 @@ def test_labels_by_iou():
 
 
 BAD = {
-    "iou_topk": (DynamicLabelAssignment, {"iou_topk": 0}, ValueError, "iou_topk must be at least 1, got 0"),
+    "iou_topk": (DynamicLabelAssignment, {"iou_topk": 0}, ValueError, "iou_topk must be at least 1 and below 2.31, got 0"),
     "iou_topk_type": (DynamicLabelAssignment, {"iou_topk": 7.5}, TypeError, "iou_topk must be an int, got float"),
     "interval": (DynamicLabelAssignment, {"update_iter_interval": 0}, ValueError, "update_iter_interval must be at least 1"),
     "initial_iou": (DynamicLabelAssignment, {"initial_iou": 1.5}, ValueError, r"initial_iou must be within \[0, 1\], got 1.5"),

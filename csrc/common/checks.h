@@ -31,13 +31,32 @@ inline bool same_device(const Tensor& a, const Tensor& b) {
   return a.is_cuda() == b.is_cuda() && a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
 }
 
-// What every tensor argument must be: where the logits are, and contiguous.
-inline void check_placement(const char* op, const char* name, const Tensor& tensor, const Tensor& logits) {
-  STD_TORCH_CHECK(same_device(tensor, logits), op, ": ", name, " must be on the device of logits");
+inline std::string device_of(const Tensor& tensor) {
+  return tensor.is_cpu() ? "cpu" : tensor.is_cuda() ? "cuda:" + std::to_string(tensor.get_device_index()) : "another device";
+}
+
+// The dispatcher lets None pass for a tensor, whatever the schema says.
+inline void check_defined(const char* op, const char* name, const Tensor& tensor) {
+  STD_TORCH_CHECK(tensor.defined(), op, ": ", name, " must be a Tensor, got None");
+}
+
+inline void check_floating(const char* op, const char* name, const Tensor& tensor) {
+  check_defined(op, name, tensor);
+  STD_TORCH_CHECK(is_floating(tensor.scalar_type()), op, ": ", name, " must be float16, bfloat16, float32 or float64, got ",
+                  toString(tensor.scalar_type()));
+}
+
+// What every tensor argument must be: where the first one is, and contiguous.
+inline void check_placement(const char* op, const char* name, const Tensor& tensor, const Tensor& first,
+                            const char* first_name = "logits") {
+  check_defined(op, name, tensor);
+  STD_TORCH_CHECK(same_device(tensor, first), op, ": ", name, " must be on the device of ", first_name, ", ", device_of(first),
+                  ", got ", device_of(tensor));
   STD_TORCH_CHECK(tensor.is_contiguous(), op, ": ", name, " must be contiguous, got shape ", shape_of(tensor));
 }
 
 inline void check_dtype(const char* op, const char* name, const Tensor& tensor, ScalarType type) {
+  check_defined(op, name, tensor);
   STD_TORCH_CHECK(tensor.scalar_type() == type, op, ": ", name, " must have dtype ", toString(type), ", got ",
                   toString(tensor.scalar_type()));
 }
@@ -45,8 +64,7 @@ inline void check_dtype(const char* op, const char* name, const Tensor& tensor, 
 inline void check_logits(const char* op, const Tensors& logits) {
   STD_TORCH_CHECK(!logits.empty(), op, ": logits must hold at least one tensor, got none");
   for (const Tensor& level : logits) {
-    STD_TORCH_CHECK(is_floating(level.scalar_type()), op, ": logits must be float16, bfloat16, float32 or float64, got ",
-                    toString(level.scalar_type()));
+    check_floating(op, "logits", level);
     STD_TORCH_CHECK(level.scalar_type() == logits[0].scalar_type(), op, ": logits must all have one dtype, ",
                     toString(logits[0].scalar_type()), ", got ", toString(level.scalar_type()));
     check_placement(op, "logits", level, logits[0]);

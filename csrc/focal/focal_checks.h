@@ -10,11 +10,6 @@
 
 namespace rsloss {
 
-inline void check_focal_floating(const char* op, const char* name, const Tensor& tensor) {
-  STD_TORCH_CHECK(is_floating(tensor.scalar_type()), op, ": ", name, " must be float16 or bfloat16 or float32 or float64, got ",
-                  toString(tensor.scalar_type()));
-}
-
 inline std::string shape_text(const std::vector<int64_t>& sizes) {
   std::string text = "[";
   for (size_t d = 0; d < sizes.size(); ++d) text += (d ? ", " : "") + std::to_string(sizes[d]);
@@ -78,7 +73,7 @@ inline void check_focal_levels(const char* op, const Tensors& logits, const Tens
                   ": class_table must have shape [3, C] with C at least 1, got ", shape_of(class_table));
   if (normalizer) {
     check_placement(op, "normalizer", *normalizer, first);
-    check_focal_floating(op, "normalizer", *normalizer);
+    check_floating(op, "normalizer", *normalizer);
     check_sizes(op, "normalizer", *normalizer, {}, "no dimensions");
   }
   STD_TORCH_CHECK(modulator >= 0 && modulator < kFocalModulators, op, ": modulator must be within 0..",
@@ -88,7 +83,7 @@ inline void check_focal_levels(const char* op, const Tensors& logits, const Tens
   STD_TORCH_CHECK(qualities.empty() || has_labels, op, ": qualities must be empty with dense targets, got ", qualities.size());
   for (size_t i = 0; i < logits.size(); ++i) {
     const Tensor &level = logits[i], &target = targets[i];
-    check_focal_floating(op, "logits", level);
+    check_floating(op, "logits", level);
     check_dtype(op, "logits", level, first.scalar_type());
     check_placement(op, "logits", level, first);
     check_focal_level(op, level, classes, maps);
@@ -99,17 +94,17 @@ inline void check_focal_levels(const char* op, const Tensors& logits, const Tens
                       ": targets must be int32 or int64, got ", toString(target.scalar_type()));
       check_sizes(op, "targets", target, rows, "one class index per row");
     } else {
-      check_focal_floating(op, "targets", target);
+      check_floating(op, "targets", target);
       check_sizes(op, "targets", target, sizes_of(level), "the shape of logits");
     }
     if (!qualities.empty()) {
       check_placement(op, "qualities", qualities[i], first);
-      check_focal_floating(op, "qualities", qualities[i]);
+      check_floating(op, "qualities", qualities[i]);
       check_sizes(op, "qualities", qualities[i], rows, "the shape of targets");
     }
     if (!weights.empty()) {
       check_placement(op, "weights", weights[i], first);
-      check_focal_floating(op, "weights", weights[i]);
+      check_floating(op, "weights", weights[i]);
       if (!has_sizes(weights[i], rows))
         check_sizes(op, "weights", weights[i], sizes_of(level),
                     "one number per row, " + shape_text(rows) + ", or the shape of logits");
@@ -122,7 +117,7 @@ inline void check_focal_grads(const char* op, const Tensors& grads, const Tensor
   STD_TORCH_CHECK(!grads.empty(), op, ": grads must hold one tensor of no dimensions, or one per level, got none");
   for (size_t i = 0; i < grads.size(); ++i) {
     check_placement(op, "grads", grads[i], logits[0]);
-    check_focal_floating(op, "grads", grads[i]);
+    check_floating(op, "grads", grads[i]);
     if (grads.size() == 1 && grads[i].dim() == 0) continue;
     check_focal_number(op, "grads", grads, logits);
     check_sizes(op, "grads", grads[i], sizes_of(logits[i]), "the shape of logits");

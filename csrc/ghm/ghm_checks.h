@@ -24,13 +24,7 @@ inline std::string row_shape_of(const Tensor& tensor) {
 }
 
 inline void check_ghm_placement(const char* op, const char* name, const Tensor& tensor, const Tensor& pred) {
-  STD_TORCH_CHECK(same_device(tensor, pred), op, ": ", name, " must be on the device of preds");
-  STD_TORCH_CHECK(tensor.is_contiguous(), op, ": ", name, " must be contiguous, got shape ", shape_of(tensor));
-}
-
-inline void check_ghm_floating(const char* op, const char* name, const Tensor& tensor) {
-  STD_TORCH_CHECK(is_floating(tensor.scalar_type()), op, ": ", name, " must be float16, bfloat16, float32 or float64, got ",
-                  toString(tensor.scalar_type()));
+  check_placement(op, name, tensor, pred, "preds");
 }
 
 // [B, A, *spatial], what each row of maps [B, A C, *spatial] has one of; C is above 1.
@@ -66,7 +60,7 @@ inline void check_ghm_target(const char* op, const Tensor& target, const Tensor&
 
 inline void check_ghm_weight(const char* op, const Tensor& weight, const Tensor& target, const Tensor& pred,
                              bool is_regression) {
-  check_ghm_floating(op, "weights", weight);
+  check_floating(op, "weights", weight);
   const bool may_have_rows = !is_regression && pred.dim() > 0, is_index = !is_floating(target.scalar_type());
   const std::string or_rows = may_have_rows ? " or that less the last dimension, " + row_shape_of(pred) : std::string();
   // Of class indices the rows are those of the labels.
@@ -97,7 +91,7 @@ inline void check_ghm_levels(const char* op, const Tensors& preds, const Tensors
   STD_TORCH_CHECK(!mu || (*mu >= 1e-30 && *mu <= 1e30), op, ": mu must be within [1e-30, 1e+30], got ", mu.value_or(0));
   for (size_t level = 0; level < preds.size(); ++level) {
     const Tensor& pred = preds[level];
-    check_ghm_floating(op, "preds", pred);
+    check_floating(op, "preds", pred);
     check_dtype(op, "preds", pred, preds[0].scalar_type());
     check_ghm_placement(op, "preds", pred, preds[0]);
     check_ghm_placement(op, "targets", targets[level], preds[0]);
@@ -146,12 +140,12 @@ inline void check_ghm_state(const char* op, const std::optional<Tensor>& acc_sum
 
 // Returns the number of bins.
 inline int64_t check_ghm_backward(const char* op, const Tensor& bin_weights, const Tensor& grad_loss, const Tensor& pred) {
-  STD_TORCH_CHECK(bin_weights.dim() == 1, op, ": bin_weights must have one dimension, got ", shape_of(bin_weights));
-  check_ghm_bins(op, bin_weights.size(0));
   check_ghm_placement(op, "bin_weights", bin_weights, pred);
+  STD_TORCH_CHECK(bin_weights.dim() == 1 && bin_weights.size(0) >= 1 && bin_weights.size(0) <= kMostBins, op,
+                  ": bin_weights must have shape [bins] with 1..", kMostBins, " of them, got ", shape_of(bin_weights));
   check_dtype(op, "bin_weights", bin_weights, ScalarType::Double);
   check_ghm_placement(op, "grad_loss", grad_loss, pred);
-  check_ghm_floating(op, "grad_loss", grad_loss);
+  check_floating(op, "grad_loss", grad_loss);
   STD_TORCH_CHECK(grad_loss.dim() == 0, op, ": grad_loss must have no dimensions, [], got ", shape_of(grad_loss));
   return bin_weights.size(0);
 }

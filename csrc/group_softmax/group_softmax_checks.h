@@ -9,11 +9,6 @@
 
 namespace rsloss {
 
-inline void check_group_floating(const char* op, const char* name, const Tensor& tensor) {
-  STD_TORCH_CHECK(is_floating(tensor.scalar_type()), op, ": ", name, " must be float16, bfloat16, float32 or float64, got ",
-                  toString(tensor.scalar_type()));
-}
-
 inline void check_group_labels(const char* op, const Tensor& labels, const Tensor& like, int64_t rows) {
   check_placement(op, "labels", labels, like);
   const ScalarType type = labels.scalar_type();
@@ -47,8 +42,8 @@ inline GroupLayout read_groups(const char* op, const Tensor& class_columns, cons
   STD_TORCH_CHECK(starts[0] == 0, op, ": starts must ascend from 0, got ", starts[0], " first");
   int64_t with_column = 0;
   for (int64_t g = 0; g < groups; ++g) {
-    STD_TORCH_CHECK(starts[g] < starts[g + 1] && starts[g + 1] < INT32_MAX, op, ": starts must ascend from 0, got ", starts[g],
-                    " before ", starts[g + 1]);
+    STD_TORCH_CHECK(starts[g] < starts[g + 1] && starts[g + 1] < INT32_MAX, op,
+                    ": starts must ascend from 0 and stay below 2^31, got ", starts[g], " before ", starts[g + 1]);
     STD_TORCH_CHECK(others[g] == -1 || (others[g] >= starts[g] && others[g] < starts[g + 1]), op,
                     ": others must be -1 or a column of its group, got ", others[g], " for group ", g, " of ", starts[g], "..",
                     starts[g + 1] - 1);
@@ -73,7 +68,7 @@ inline GroupLayout read_groups_with_background(const char* op, const Tensor& cla
 }
 
 inline void check_group_logits(const char* op, const Tensor& logits, int64_t columns) {
-  check_group_floating(op, "logits", logits);
+  check_floating(op, "logits", logits);
   STD_TORCH_CHECK(logits.dim() == 2 && logits.size(1) == columns, op, ": logits must have shape [N, ", columns,
                   "], the columns of all groups, got ", shape_of(logits));
   check_placement(op, "logits", logits, logits);
@@ -83,10 +78,11 @@ inline void check_group_logits(const char* op, const Tensor& logits, int64_t col
 inline GroupLayout check_group_rows(const char* op, const Tensor& logits, const Tensor& labels, const Tensor& class_columns,
                                     const Tensor& weights, const std::vector<int64_t>& starts,
                                     const std::vector<int64_t>& others, bool background_first) {
+  check_defined(op, "logits", logits);
   const GroupLayout layout = read_groups(op, class_columns, logits, starts, others, -1, background_first);
   check_group_logits(op, logits, layout.columns());
   check_group_labels(op, labels, logits, logits.size(0));
-  check_group_floating(op, "weights", weights);
+  check_floating(op, "weights", weights);
   check_of_groups(op, "weights", weights, logits, layout.groups, logits.size(0));
   return layout;
 }
@@ -101,7 +97,7 @@ inline void check_group_backward(const char* op, const Tensor& averages, const T
                       row_tables.size(1) == groups && row_tables.size(2) == logits.size(0),
                   op, ": row_tables must have shape [", static_cast<int64_t>(kRowTables), ", ", groups, ", ", logits.size(0),
                   "], got ", shape_of(row_tables));
-  check_group_floating(op, "grad_losses", grad_losses);
+  check_floating(op, "grad_losses", grad_losses);
   check_placement(op, "grad_losses", grad_losses, logits);
   STD_TORCH_CHECK(grad_losses.dim() == 1 && grad_losses.size(0) == groups, op, ": grad_losses must have shape [", groups,
                   "], got ", shape_of(grad_losses));

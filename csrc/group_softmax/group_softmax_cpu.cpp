@@ -159,6 +159,7 @@ void sample_group(uint8_t group, const std::vector<uint8_t>& of_rows, const floa
 Tensor group_softmax_sample(Tensor labels, Tensor class_columns, std::optional<Tensor> keys, Numbers starts, Numbers others,
                             int64_t background_group, bool background_first, double others_ratio) {
   const char* op = "group_softmax_sample";
+  check_defined(op, "labels", labels);
   const GroupLayout layout =
       read_groups_with_background(op, class_columns, labels, starts, others, background_group, background_first);
   check_group_sampling(op, labels, keys, layout.groups, others_ratio);
@@ -259,6 +260,7 @@ Tensor group_softmax_backward(Tensor logits, Tensor labels, Tensor class_columns
 Tensor group_softmax_scores(Tensor logits, Tensor class_columns, Numbers starts, Numbers others, int64_t background_group,
                             bool background_first) {
   const char* op = "group_softmax_scores";
+  check_defined(op, "logits", logits);
   const GroupLayout layout =
       read_groups_with_background(op, class_columns, logits, starts, others, background_group, background_first);
   check_group_logits(op, logits, layout.columns());

@@ -32,7 +32,7 @@ constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
 double upstream_value(const char* op, const char* name, const std::optional<Tensor>& grad) {
   if (!grad) return 0;
-  STD_TORCH_CHECK(grad->numel() == 1 && is_floating(grad->scalar_type()) && grad->is_cpu(), op, ": ", name,
+  STD_TORCH_CHECK(grad->dim() == 0 && is_floating(grad->scalar_type()) && grad->is_cpu(), op, ": ", name,
                   " must be a floating 0-d tensor on the CPU, got shape ", shape_of(*grad));
   double value = 0;
   dispatch_floating(grad->scalar_type(),

@@ -247,8 +247,8 @@ std::tuple<Tensor, Tensor, Tensor> ranking_collect(Tensors logits, Tensors targe
   check_segments("ranking_collect", logits, segments, num_segments);
   const SegmentMap map(logits, segments, num_segments);
   const bool ignores_elements = map.ignores_elements();
-  STD_TORCH_CHECK(!max_positives || *max_positives >= 0, "ranking_collect: max_positives must be None or at least 0, got ",
-                  max_positives.value_or(0));
+  STD_TORCH_CHECK(!max_positives || (*max_positives >= 0 && *max_positives < kMostPositives),
+                  "ranking_collect: max_positives must be None or at least 0 and below 2^29, got ", max_positives.value_or(0));
   Tensor negatives = new_cpu_tensor({mask_bytes(logits)}, ScalarType::Byte);
   std::vector<Found> found;
   uint64_t* words = static_cast<uint64_t*>(negatives.mutable_data_ptr());

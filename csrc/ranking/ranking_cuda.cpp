@@ -115,8 +115,9 @@ namespace {
 
 const void* upstream(const char* op, const char* name, const std::optional<Tensor>& gradient, const Tensor& logits) {
   if (!gradient) return nullptr;
-  STD_TORCH_CHECK(same_device(*gradient, logits), op, ": ", name, " must be on the device of logits");
-  STD_TORCH_CHECK(gradient->numel() == 1 && gradient->scalar_type() == loss_type(logits), op, ": ", name,
+  STD_TORCH_CHECK(same_device(*gradient, logits), op, ": ", name, " must be on the device of logits, ", device_of(logits),
+                  ", got ", device_of(*gradient));
+  STD_TORCH_CHECK(gradient->dim() == 0 && gradient->scalar_type() == loss_type(logits), op, ": ", name,
                   " must be one number in the dtype of the losses (float64 for float64 logits, else float32), got shape ",
                   shape_of(*gradient));
   return gradient->const_data_ptr();

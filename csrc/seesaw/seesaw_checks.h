@@ -9,11 +9,6 @@
 
 namespace rsloss {
 
-inline void check_seesaw_floating(const char* op, const char* name, const Tensor& tensor) {
-  STD_TORCH_CHECK(is_floating(tensor.scalar_type()), op, ": ", name, " must be float16, bfloat16, float32 or float64, got ",
-                  toString(tensor.scalar_type()));
-}
-
 inline void check_seesaw_number(const char* op, const char* name, double value) {
   STD_TORCH_CHECK(value >= 0 && std::isfinite(value), op, ": ", name, " must be finite and at least 0, got ", value);
 }
@@ -28,16 +23,17 @@ inline void check_of_rows(const char* op, const char* name, const Tensor& vector
 // What forward and backward both get.
 inline void check_seesaw_rows(const char* op, const Tensor& logits, const Tensor& labels, const std::optional<Tensor>& weights,
                               const Tensor& log_counts, double p, double q) {
-  check_seesaw_floating(op, "logits", logits);
+  check_floating(op, "logits", logits);
   STD_TORCH_CHECK(logits.dim() == 2 && logits.size(1) >= 3, op, ": logits must have shape [N, C + 2] with C at least 1, got ",
                   shape_of(logits));
   check_placement(op, "logits", logits, logits);
+  check_defined(op, "labels", labels);
   const ScalarType type = labels.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Int || type == ScalarType::Long, op, ": labels must be int32 or int64, got ",
                   toString(type));
   check_of_rows(op, "labels", labels, logits);
   if (weights) {
-    check_seesaw_floating(op, "weights", *weights);
+    check_floating(op, "weights", *weights);
     check_of_rows(op, "weights", *weights, logits);
   }
   check_vector(op, "log_counts", log_counts, logits, ScalarType::Double, logits.size(1) - 2);
@@ -57,7 +53,7 @@ inline void check_seesaw_reduction(const char* op, int64_t reduction, const std:
 // Of a loss that is one number or a number per row.
 inline void check_seesaw_upstream(const char* op, const char* name, const std::optional<Tensor>& grad, const Tensor& logits) {
   if (!grad) return;
-  check_seesaw_floating(op, name, *grad);
+  check_floating(op, name, *grad);
   if (grad->dim() == 0) check_placement(op, name, *grad, logits);
   else check_of_rows(op, name, *grad, logits);
 }

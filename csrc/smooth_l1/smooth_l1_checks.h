@@ -17,10 +17,8 @@ inline bool has_sizes_of(const Tensor& tensor, const Tensor& pred, int64_t dims)
 }
 
 inline void check_smooth_l1_tensor(const char* op, const char* name, const Tensor& tensor, const Tensor& pred) {
-  STD_TORCH_CHECK(is_floating(tensor.scalar_type()), op, ": ", name, " must be float16, bfloat16, float32 or float64, got ",
-                  toString(tensor.scalar_type()));
-  STD_TORCH_CHECK(same_device(tensor, pred), op, ": ", name, " must be on the device of pred");
-  STD_TORCH_CHECK(tensor.is_contiguous(), op, ": ", name, " must be contiguous, got shape ", shape_of(tensor));
+  check_floating(op, name, tensor);
+  check_placement(op, name, tensor, pred, "pred");
 }
 
 inline void check_smooth_l1_number(const char* op, const char* name, const std::optional<Tensor>& number, const Tensor& pred) {

@@ -130,8 +130,6 @@ def _read_num_classes(function: str, first: Tensor, layout: str, num_classes: in
     if num_classes is None:
         # Without elements there may be no classes either.
         return max(first.shape[-1 if layout == "rows" else 1], 1)
-    if num_classes < 1:
-        raise ValueError(f"{function}: num_classes must be at least 1, got {num_classes}")
     return num_classes
 
 
@@ -139,6 +137,8 @@ def check_num_classes(function: str, num_classes: object) -> None:
     """What can be said without logits."""
     if num_classes is not None and not _checks.is_int(num_classes):
         raise TypeError(f"{function}: num_classes must be an int, got {type(num_classes).__name__}")
+    if num_classes is not None and not 1 <= num_classes <= _checks.LARGEST_COUNT:
+        raise ValueError(f"{function}: num_classes must be at least 1 and below 2^31, got {num_classes}")
 
 
 def _check_channels(function: str, found: int, num_classes: int, is_right: bool) -> None:

@@ -76,7 +76,6 @@ def alrp_loss(
     function = "alrp_loss"
     _checks.check_tensor(function, "regression_losses", regression_losses)
     _checks.check_floating(function, "regression_losses", regression_losses)
-    _checks.check_strided(function, "regression_losses", regression_losses)
     request = read_arguments(
         function,
         "alrp_finalize",
@@ -262,10 +261,9 @@ def alrp_regression_loss(
     for name, value in (("rank", rank), ("order", order)):
         _checks.check_tensor(function, name, value)
         _checks.check_shape(function, name, value, regression_losses.shape, "the shape of regression_losses")
-        if value.device != regression_losses.device:
-            wanted = regression_losses.device
-            raise ValueError(f"{function}: {name} must be on the device of regression_losses, {wanted}, got {value.device}")
+        _checks.check_device(function, name, value, regression_losses, "regression_losses")
     _checks.check_floating(function, "rank", rank)
+    _checks.check_flag(function, "average_gradients", average_gradients)
     if order.dtype != torch.int64:
         raise TypeError(f"{function}: order must be int64, got {order.dtype}")
     group = None if process_group is None else distributed.resolve_group(function, process_group)

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from rsloss_kernels import _checks
 from rsloss_kernels._state import weighted
 from rsloss_kernels.losses.ranking import api as ranking
 from rsloss_kernels.losses.ranking.arguments import read_arguments
@@ -51,6 +52,7 @@ def average_precision_loss(
     Raises:
         TypeError, ValueError, RuntimeError: as `rank_sort_loss`.
     """
+    _checks.check_flag("average_precision_loss", "interpolated", interpolated)
     request = read_arguments(
         "average_precision_loss",
         "average_precision_forward",

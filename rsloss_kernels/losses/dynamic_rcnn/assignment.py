@@ -38,6 +38,8 @@ def _read_threshold(function: str, name: str, value: float | Tensor, like: Tenso
     if not isinstance(value, Tensor):
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise TypeError(f"{function}: {name} must be a number or a Tensor of one number, got {type(value).__name__}")
+        if value != value:
+            raise ValueError(f"{function}: {name} must be a number to compare with, got {value}")
         # Rounded as a Tensor is, whatever the shape of `max_overlaps`.
         return torch.full((), value, dtype=like.dtype, device=like.device)
     if value.numel() != 1 or value.dim() > 1 or not value.is_floating_point():

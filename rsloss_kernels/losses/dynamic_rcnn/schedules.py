@@ -30,8 +30,8 @@ class Statistic(NamedTuple):
 def check_count(function: str, name: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{function}: {name} must be an int, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{function}: {name} must be at least 1, got {value}")
+    if not 1 <= value <= _checks.LARGEST_COUNT:
+        raise ValueError(f"{function}: {name} must be at least 1 and below 2^31, got {value}")
     return value
 
 

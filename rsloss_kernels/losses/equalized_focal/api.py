@@ -188,6 +188,7 @@ def check_focus(function: str, gamma: float, alpha: float, scale_factor: float, 
     arguments.read_number(function, "gamma", gamma)
     arguments.read_number(function, "alpha", alpha, least=None)
     arguments.read_number(function, "scale_factor", scale_factor)
+    _checks.check_flag(function, "weighting_factor", weighting_factor)
     if weighting_factor and gamma == 0:
         raise ValueError(f"{function}: gamma must be above 0 with the weighting factor, which divides by it, got {gamma}")
 
@@ -196,10 +197,12 @@ def check_pos_neg(function: str, pos_neg: Tensor) -> None:
     _checks.check_tensor(function, "pos_neg", pos_neg)
     if pos_neg.dim() != 1 or len(pos_neg) < 1:
         raise ValueError(f"{function}: pos_neg must have shape [C], one number per foreground class, got {list(pos_neg.shape)}")
+    if pos_neg.is_complex():
+        raise TypeError(f"{function}: pos_neg must be real, got {pos_neg.dtype}")
 
 
 def _check_labels(function: str, labels: Tensor | Sequence[Tensor]) -> None:
-    for entry in [labels] if isinstance(labels, Tensor) else labels if isinstance(labels, (list, tuple)) else [None]:
+    for entry in [labels] if isinstance(labels, Tensor) else labels if isinstance(labels, (list, tuple)) else [labels]:
         _checks.check_tensor(function, "labels", entry)
         if entry.dtype.is_floating_point or entry.dtype.is_complex or entry.dtype == torch.bool:
             raise TypeError(f"{function}: labels must be class indices, an integral dtype, got {entry.dtype}")

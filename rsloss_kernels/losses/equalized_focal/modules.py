@@ -11,7 +11,7 @@ from rsloss_kernels._state import StatefulLoss, keeps_statistics, store
 from rsloss_kernels.losses.equalized_focal import api
 from rsloss_kernels.losses.focal import arguments
 from rsloss_kernels.losses.focal.op import Modulator
-from rsloss_kernels.losses.levels import LAYOUTS, Levelled
+from rsloss_kernels.losses.levels import LAYOUTS, Levelled, check_num_classes
 
 
 class _GradientBalance(distributed.HoldsGroup, StatefulLoss):
@@ -26,10 +26,9 @@ class _GradientBalance(distributed.HoldsGroup, StatefulLoss):
     def __init__(self, num_classes: int, loss_weight: float, process_group: object | None):
         super().__init__()
         name = type(self).__name__
-        if isinstance(num_classes, bool) or not isinstance(num_classes, int):
-            raise TypeError(f"{name}: num_classes must be an int, got {type(num_classes).__name__}")
-        if num_classes < 1:
-            raise ValueError(f"{name}: num_classes must be at least 1, the number of foreground classes, got {num_classes}")
+        if num_classes is None:
+            raise TypeError(f"{name}: num_classes must be an int, the number of foreground classes, got None")
+        check_num_classes(name, num_classes)
         distributed.resolve_group(name, process_group)
         self.num_classes = num_classes
         self.loss_weight = arguments.read_number(name, "loss_weight", loss_weight, least=None)
@@ -330,6 +329,8 @@ class EQLv2Loss(_GradientBalance):
     ):
         super().__init__(num_classes, loss_weight, process_group)
         api.check_equalization("EQLv2Loss", gamma, mu, alpha, focal_gamma)
+        _checks.check_flag("EQLv2Loss", "test_with_obj", test_with_obj)
+        _checks.check_flag("EQLv2Loss", "use_sigmoid", use_sigmoid)
         if not use_sigmoid:
             raise NotImplementedError("EQLv2Loss: use_sigmoid must be True (there is no softmax form), got False")
         self.gamma, self.mu, self.alpha, self.focal_gamma = float(gamma), float(mu), float(alpha), float(focal_gamma)

@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple, TypedDict, overload
 from torch import Tensor
 from typing_extensions import Unpack
 
-from rsloss_kernels import _backends, _library
+from rsloss_kernels import _backends, _checks, _library
 from rsloss_kernels.losses.focal import arguments
 from rsloss_kernels.losses.focal.op import Modulator
 from rsloss_kernels.losses.levels import Levelled, Levels, read_levels
@@ -275,6 +275,7 @@ def varifocal_loss(
     Everything else as in `sigmoid_focal_loss`.
     """
     function = "varifocal_loss"
+    _checks.check_flag(function, "iou_weighted", iou_weighted)
     levels = read_levels(function, logits, layout, num_classes)
     gamma, alpha = read_gamma(function, "gamma", gamma, levels), arguments.read_number(function, "alpha", alpha)
     table = arguments.ClassTable(gamma, 1.0, alpha, class_weight, class_mask)

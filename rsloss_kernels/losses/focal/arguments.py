@@ -90,6 +90,8 @@ def _divided_by(divisor: float, loss_weight: float, levels: Levels) -> tuple[Ten
 def read_ignore_index(function: str, ignore_index: int | None) -> int | None:
     if ignore_index is not None and not _checks.is_int(ignore_index):
         raise TypeError(f"{function}: ignore_index must be an int or None, got {type(ignore_index).__name__}")
+    if ignore_index is not None and not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"{function}: ignore_index must be within 64 bits, got {ignore_index}")
     return ignore_index
 
 
@@ -108,7 +110,11 @@ def read_class_vector(function: str, name: str, value: Tensor | Sequence[float],
     if not isinstance(value, Tensor):
         if isinstance(value, str) or not isinstance(value, Sequence):
             raise TypeError(f"{function}: {name} must be a Tensor or a list of numbers, got {type(value).__name__}")
-        value = torch.tensor(value, dtype=torch.float64, device=levels.first.device)
+        try:
+            value = torch.tensor(value, dtype=torch.float64, device=levels.first.device)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"{function}: {name} must be a Tensor or a list of numbers, got {value!r}") from error
+    _checks.check_strided(function, name, value)
     _checks.check_device(function, name, value, levels.first)
     if value.is_complex():
         raise TypeError(f"{function}: {name} must be real, got {value.dtype}")

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from rsloss_kernels import _checks
 from rsloss_kernels.losses.focal import api, arguments
 from rsloss_kernels.losses.focal.op import Modulator
-from rsloss_kernels.losses.levels import LAYOUTS, Levelled, Levels, read_levels
+from rsloss_kernels.losses.levels import LAYOUTS, Levelled, Levels, check_num_classes, read_levels
 
 # What MMDetection adds to `avg_factor`.
 EPS = torch.finfo(torch.float32).eps
@@ -32,15 +32,19 @@ class _SigmoidLoss(nn.Module):
     ):
         super().__init__()
         name = type(self).__name__
+        _checks.check_flag(name, "use_sigmoid", use_sigmoid)
+        _checks.check_flag(name, "activated", activated)
         if not use_sigmoid:
             raise NotImplementedError(f"{name}: use_sigmoid must be True (there is no softmax form), got False")
         if activated:
             raise NotImplementedError(
-                f"{name}: activated must be False: logits are wanted, not probabilities, in which confident errors have been rounded away"
+                f"{name}: activated must be False: logits are wanted, not probabilities, in which confident errors have been rounded away, "
+                "got True"
             )
         _checks.check_choice(name, "reduction", reduction, arguments.REDUCTIONS)
         _checks.check_choice(name, "background", background, ("last", "first"))
         _checks.check_choice(name, "layout", layout, LAYOUTS)
+        check_num_classes(name, num_classes)
         self.use_sigmoid = use_sigmoid
         self.activated = activated
         self.reduction = reduction
@@ -264,6 +268,7 @@ class VarifocalLoss(_SigmoidLoss):
         super().__init__(use_sigmoid, False, reduction, loss_weight, background, ignore_index, layout, num_classes)
         self.alpha = arguments.read_number("VarifocalLoss", "alpha", alpha)
         self.gamma = arguments.read_number("VarifocalLoss", "gamma", gamma)
+        _checks.check_flag("VarifocalLoss", "iou_weighted", iou_weighted)
         self.iou_weighted = iou_weighted
 
     def _table(self) -> tuple[arguments.ClassTable, int]:

@@ -170,6 +170,7 @@ def ghm_classification_loss(
         RSLOSS_DEBUG_CHECKS=1 also labels above C and targets outside [0, 1].
         RuntimeError: a forced backend that cannot run.
     """
+    _checks.check_flag("ghm_classification_loss", "average_gradients", average_gradients)
     request = read_arguments(
         *("ghm_classification_loss", "logits", logits, target, weight, bins, None, momentum, empty_bins, background, process_group),
         *(layout, num_classes),
@@ -234,6 +235,7 @@ def ghm_regression_loss(
 
     Returns, NaN and infinity, Raises: as `ghm_classification_loss`, of `pred` and `pred - target`, which may be infinite.
     """
+    _checks.check_flag("ghm_regression_loss", "average_gradients", average_gradients)
     op_checks.check_mu("ghm_regression_loss", mu)  # None would ask for GHM-C
     request = read_arguments(
         "ghm_regression_loss", "pred", pred, target, weight, bins, mu, momentum, empty_bins, "last", process_group
@@ -314,7 +316,6 @@ def read_arguments(
     else:
         _checks.check_tensor(function, pred_name, pred)
         _checks.check_floating(function, pred_name, pred)
-        _checks.check_strided(function, pred_name, pred)
         levels, preds = None, [_checks.contiguous(pred)]
         targets = [_read_target(function, pred_name, pred, target, mu, background)]
         weights = [] if weight is None else [_read_weight(function, pred_name, pred, weight, mu)]
@@ -347,7 +348,6 @@ def check_options(function: str, bins: int, mu: float | None, momentum: float, e
 def _read_target(function: str, pred_name: str, pred: Tensor, target: Tensor, mu: float | None, background: str) -> Tensor:
     """Class indices as int32 or int64, or a dense target in a floating dtype; detached."""
     _checks.check_tensor(function, "target", target)
-    _checks.check_strided(function, "target", target)
     _check_device(function, "target", target, pred_name, pred)
     if target.shape != pred.shape:
         if mu is None and _checks.is_index_form(target, pred):
@@ -396,7 +396,6 @@ def _read_weights_of_levels(levels: Levels, weight: Tensor | Sequence[Tensor] | 
 
 def _read_weight(function: str, pred_name: str, pred: Tensor, weight: Tensor, mu: float | None) -> Tensor:
     _checks.check_tensor(function, "weight", weight)
-    _checks.check_strided(function, "weight", weight)
     _check_device(function, "weight", weight, pred_name, pred)
     weight = _as_weight(function, weight)
     if weight.shape == pred.shape:

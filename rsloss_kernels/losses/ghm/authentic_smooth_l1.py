@@ -46,9 +46,15 @@ def authentic_smooth_l1_loss(
         _checks.check_tensor(name, argument, value)
         if value.is_complex():
             raise TypeError(f"{name}: {argument} must be real, got {value.dtype}")
-        if value.device != pred.device:
-            raise ValueError(f"{name}: {argument} must be on the device of pred, {pred.device}, got {value.device}")
+        _checks.check_device(name, argument, value, pred, "pred")
         _checks.check_shape(name, argument, value, pred.shape, "the shape of pred")
+    if isinstance(avg_factor, Tensor):
+        _checks.check_device(name, "avg_factor", avg_factor, pred, "pred")
+        if avg_factor.numel() != 1 or avg_factor.dim() > 1 or avg_factor.is_complex():
+            wanted = "a number or a real Tensor of one number"
+            raise ValueError(f"{name}: avg_factor must be {wanted}, got {avg_factor.dtype} of shape {list(avg_factor.shape)}")
+    elif avg_factor is not None and not _checks.is_number(avg_factor):
+        raise TypeError(f"{name}: avg_factor must be a number or a Tensor of one number, got {type(avg_factor).__name__}")
 
     values, target = pred.double(), target.detach().double()
     if weight is None:

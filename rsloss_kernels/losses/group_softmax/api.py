@@ -53,7 +53,11 @@ def group_softmax_loss(
         RuntimeError: a forced backend that cannot run.
     """
     function = "group_softmax_loss"
+    check_generator(function, generator)
     logits, labels = read_rows(function, "logits", logits, labels, groups, background)
+    if class_weights is not None:
+        # Before the sampling, which takes random numbers from the caller's generator.
+        _check_class_weights(function, class_weights, logits, groups)
     backend = _backends.resolve("group_softmax_forward", logits.device.type)
     is_first = background == "first"
     if sample_weights is None:
@@ -62,7 +66,7 @@ def group_softmax_loss(
     else:
         weights = _read_weights(function, sample_weights, logits, groups)
     if class_weights is not None:
-        weights = _reweight(function, weights, labels, groups, class_weights, is_first)
+        weights = _reweight(weights, labels, groups, class_weights, is_first)
     (losses,) = _library.differentiable(
         "group_softmax_forward",
         backend,
@@ -109,7 +113,6 @@ def read_rows(
     logits = _read_logits(function, name, logits, groups)
     _checks.check_choice(function, "background", background, ("last", "first"))
     _checks.check_tensor(function, "labels", labels)
-    _checks.check_strided(function, "labels", labels)
     if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
         raise TypeError(f"{function}: labels must be class indices, integers, got {labels.dtype}")
     _checks.check_device(function, "labels", labels, logits)
@@ -121,6 +124,11 @@ def read_rows(
             f"({'0 is the background' if background == 'first' else 'that is the background'}), got {int(labels.max())}"
         )
     return logits, labels
+
+
+def check_generator(function: str, generator: object) -> None:
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"{function}: generator must be a torch.Generator or None, got {type(generator).__name__}")
 
 
 def read_others_ratio(function: str, others_ratio: float | None) -> float:
@@ -135,7 +143,6 @@ def _read_logits(function: str, name: str, logits: Tensor, groups: ClassGroups) 
         raise TypeError(f"{function}: groups must be ClassGroups, got {type(groups).__name__}")
     _checks.check_tensor(function, name, logits)
     _checks.check_floating(function, name, logits)
-    _checks.check_strided(function, name, logits)
     op_checks.check_columns(function, name, logits, groups)
     if not torch.compiler.is_compiling():
         groups.restore()
@@ -172,7 +179,6 @@ def _sample(
 
 def _read_weights(function: str, weights: Tensor, logits: Tensor, groups: ClassGroups) -> Tensor:
     _checks.check_tensor(function, "sample_weights", weights)
-    _checks.check_strided(function, "sample_weights", weights)
     _checks.check_device(function, "sample_weights", weights, logits)
     wanted = (groups.num_groups, logits.shape[0])
     _checks.check_shape(function, "sample_weights", weights, wanted, "a weight per group and row")
@@ -182,14 +188,15 @@ def _read_weights(function: str, weights: Tensor, logits: Tensor, groups: ClassG
     return _checks.plain(weights)
 
 
-def _reweight(
-    function: str, weights: Tensor, labels: Tensor, groups: ClassGroups, class_weights: Tensor, is_first: bool
-) -> Tensor:
-    """float64: products of weights of whichever dtypes."""
+def _check_class_weights(function: str, class_weights: Tensor, logits: Tensor, groups: ClassGroups) -> None:
     _checks.check_tensor(function, "class_weights", class_weights)
-    _checks.check_device(function, "class_weights", class_weights, labels)
+    _checks.check_device(function, "class_weights", class_weights, logits)
     _checks.check_floating(function, "class_weights", class_weights)
     _checks.check_shape(function, "class_weights", class_weights, (groups.num_classes,), "a weight per class, without the background")
+
+
+def _reweight(weights: Tensor, labels: Tensor, groups: ClassGroups, class_weights: Tensor, is_first: bool) -> Tensor:
+    """float64: products of weights of whichever dtypes."""
     classes = op_checks.class_of(labels, groups.num_classes, is_first)
     columns = groups.class_columns[classes.clamp(min=0)]
     group = torch.bucketize(columns, groups.group_starts[1:].to(columns.dtype), right=True)

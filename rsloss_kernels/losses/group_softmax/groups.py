@@ -205,7 +205,10 @@ def _version(buffer: Tensor) -> int:
 
 
 def _read_groups(function: str, groups: Sequence[Sequence[int]]) -> list[list[int]]:
-    lists = [[operator.index(number) for number in group] for group in groups]
+    try:
+        lists = [[operator.index(number) for number in group] for group in groups]
+    except TypeError as error:
+        raise TypeError(f"{function}: groups must be lists of integers, one list per group, got {groups!r} ({error})") from error
     if len(lists) >= op_checks.MOST_GROUPS:
         raise ValueError(f"{function}: groups must be at most {op_checks.MOST_GROUPS - 1}, got {len(lists)}")
     numbers = [number for group in lists for number in group]

@@ -1,6 +1,5 @@
 """GroupSoftmaxLoss with the call signatures of MMDetection, and the conversion of an ordinary classifier."""
 import math
-import numbers
 from typing import TYPE_CHECKING
 
 import torch
@@ -54,6 +53,7 @@ class GroupSoftmaxLoss(StatefulLoss):
             raise TypeError(f"{name}: groups must be ClassGroups, got {type(groups).__name__}")
         api.read_others_ratio(name, others_ratio)
         _checks.check_choice(name, "background", background, ("last", "first"))
+        api.check_generator(name, generator)
         if class_weights is not None:
             _checks.check_tensor(name, "class_weights", class_weights)
             _checks.check_floating(name, "class_weights", class_weights)
@@ -88,7 +88,7 @@ class GroupSoftmaxLoss(StatefulLoss):
         name = type(self).__name__
         if reduction_override is not None:
             _checks.check_choice(name, "reduction_override", reduction_override, REDUCTIONS)
-        if not (avg_factor is None or isinstance(avg_factor, numbers.Real) or (isinstance(avg_factor, Tensor) and avg_factor.numel() == 1)):
+        if not (avg_factor is None or _checks.is_number(avg_factor) or (isinstance(avg_factor, Tensor) and avg_factor.numel() == 1)):
             got = f"shape {list(avg_factor.shape)}" if isinstance(avg_factor, Tensor) else type(avg_factor).__name__
             raise TypeError(f"{name}: avg_factor must be None, a number or a Tensor of one number, got {got}")
         if weight is not None:
@@ -111,7 +111,9 @@ class GroupSoftmaxLoss(StatefulLoss):
         name = type(self).__name__
         _checks.check_tensor(name, "label", label)
         _checks.check_tensor(name, "weight", weight)
-        _checks.check_device(name, "weight", weight, label)
+        if label.is_floating_point() or label.is_complex() or label.dtype == torch.bool:
+            raise TypeError(f"{name}: label must be class indices, integers, got {label.dtype}")
+        _checks.check_device(name, "weight", weight, label, "label")
         _checks.check_shape(name, "weight", weight, label.shape, "the shape of label")
         if weight.dtype.is_complex:
             raise TypeError(f"{name}: weight must be real, got {weight.dtype}")
@@ -194,6 +196,8 @@ def convert_classifier(
     if bias is None:
         bias = weight.new_zeros(channels)
     _checks.check_tensor(function, "bias", bias)
+    _checks.check_floating(function, "bias", bias)
+    _checks.check_device(function, "bias", bias, weight, "weight")
     _checks.check_shape(function, "bias", bias, (channels,), "a number per channel of weight")
     if background == "first":
         weight, bias = weight.roll(-1, 0), bias.roll(-1)

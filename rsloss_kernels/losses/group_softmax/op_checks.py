@@ -37,8 +37,8 @@ def _check_groups(op: str, class_columns: Tensor, like: Tensor, starts: list[int
         raise ValueError(f"{op}: others must hold a column per group, 1..{MOST_GROUPS} of them, got {groups}")
     if len(starts) != groups + 1:
         raise ValueError(f"{op}: starts must hold {groups + 1} columns, one more than others, got {len(starts)}")
-    if starts[0] != 0 or any(starts[g] >= starts[g + 1] for g in range(groups)):
-        raise ValueError(f"{op}: starts must ascend from 0, got {list(starts)}")
+    if starts[0] != 0 or starts[-1] >= _checks.LARGEST_COUNT or any(starts[g] >= starts[g + 1] for g in range(groups)):
+        raise ValueError(f"{op}: starts must ascend from 0 and stay below 2^31, got {list(starts)}")
     for group, column in enumerate(others):
         if column != -1 and not starts[group] <= column < starts[group + 1]:
             raise ValueError(f"{op}: others must be -1 or a column of its group, got {column} for group {group} of {list(starts)}")

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
+from rsloss_kernels import _checks
 from rsloss_kernels._state import weighted
 from rsloss_kernels.losses.ranking import api as ranking
 from rsloss_kernels.losses.ranking.arguments import read_arguments
@@ -90,6 +91,7 @@ def rank_sort_loss(
         positive for more than half of the elements.
         RuntimeError: a forced backend that cannot run; with RSLOSS_DEBUG_CHECKS=1 more positives than `max_positives`.
     """
+    _checks.check_flag("rank_sort_loss", "upstream_parity", upstream_parity)
     request = read_arguments(
         "rank_sort_loss",
         "rank_sort_forward",

@@ -11,6 +11,8 @@ from rsloss_kernels.losses.ranking.arguments import Request, check_options
 from rsloss_kernels.losses.ranking.op import count_elements
 from rsloss_kernels.losses.ranking.segments import check_segments, is_ids
 
+FLAGS = {"average_gradients", "interpolated", "upstream_parity"}
+
 
 class Ranked(NamedTuple):
     """The state between the shared operators and a loss's finalize; the tensors are described in README.md beside this file."""
@@ -111,6 +113,8 @@ class RankingLoss(distributed.HoldsGroup, nn.Module):
         check_options(function, options["delta"], options["background"], options["max_positives"])
         _checks.check_choice(function, "layout", options["layout"], LAYOUTS)
         check_num_classes(function, options["num_classes"])
+        for name in FLAGS & options.keys():
+            _checks.check_flag(function, name, options[name])
         if is_ids(options.get("segments")):
             raise TypeError(f"{function}: segments must not be ids here, they belong to a batch: give them to forward")
         check_segments(function, options.get("segments"), options.get("num_segments"))

@@ -10,6 +10,7 @@ from rsloss_kernels import _backends, _checks, distributed
 from rsloss_kernels.losses import levels as reading
 from rsloss_kernels.losses.levels import Levels, read_levels
 from rsloss_kernels.losses.ranking import debug_checks
+from rsloss_kernels.losses.ranking.op import MOST_POSITIVES
 from rsloss_kernels.losses.ranking.segments import read_segments
 
 # Without `max_positives`: of dense targets on a GPU, and of every process of a group.
@@ -58,6 +59,7 @@ def read_arguments(
     `regression_losses`, of aLRP: the quality where they have the shape of class indices, else one per positive, as many as the default
     of `max_positives` without a process group.
     """
+    _checks.check_flag(function, "average_gradients", average_gradients)
     is_one = isinstance(logits, Tensor) and isinstance(targets, Tensor) and not isinstance(quality, (list, tuple))
     if is_one and layout == "rows" and num_classes is None:
         # Read without a description of levels, which a small loss would feel.
@@ -145,8 +147,8 @@ def _check_per_positive(function: str, regression_losses: Tensor, logits: Tensor
 def check_options(function: str, delta: float, background: str, max_positives: int | None) -> float:
     """What can be said without a batch; returns `delta` as a float."""
     _checks.check_choice(function, "background", background, ("last", "first"))
-    if max_positives is not None and not (_checks.is_int(max_positives) and max_positives >= 1):
-        raise ValueError(f"{function}: max_positives must be None or an int of at least 1, got {max_positives!r}")
+    if max_positives is not None and not (_checks.is_int(max_positives) and 1 <= max_positives < MOST_POSITIVES):
+        raise ValueError(f"{function}: max_positives must be None or an int of at least 1 and below 2^29, got {max_positives!r}")
     return _checks.check_delta(function, delta)
 
 
@@ -188,7 +190,6 @@ def _read_labels(function: str, logits: Tensor, targets: Tensor, quality: Tensor
         return labels, []
     _checks.check_tensor(function, "quality", quality)
     _checks.check_floating(function, "quality", quality)
-    _checks.check_strided(function, "quality", quality)
     _checks.check_device(function, "quality", quality, logits)
     _checks.check_shape(function, "quality", quality, targets.shape, "the shape of targets")
     return labels, [_checks.plain(quality)]

@@ -19,6 +19,7 @@ RECORD_ROWS = 4
 GRADIENT_ROWS = 4
 LINE_ROWS = 3
 COUNT_ENTRIES = 3
+MOST_POSITIVES = 2**29  # kernels number slots in 32 bits, three to a positive
 
 COLLECT_SCHEMA = (
     "(Tensor[] logits, Tensor[] targets, Tensor[] quality, Tensor? segments, int num_segments, "

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rsloss_kernels import _checks
-from rsloss_kernels.losses.ranking.op import COUNT_ENTRIES, GRADIENT_ROWS, LINE_ROWS, RECORD_ROWS, mask_bytes
+from rsloss_kernels.losses.ranking.op import COUNT_ENTRIES, GRADIENT_ROWS, LINE_ROWS, MOST_POSITIVES, RECORD_ROWS, mask_bytes
 
 
 def check_placement(op: str, name: str, value: Tensor, logits: list[Tensor]) -> None:
@@ -107,8 +107,8 @@ def ranking_collect(logits, targets, quality, segments, num_segments, max_positi
                 raise ValueError(f"{op}: quality must be empty with dense targets, got {len(quality)} tensors")
             _checks.check_dtype(op, "quality", quality[number], *_checks.LOGIT_TYPES)
             _checks.check_shape(op, "quality", quality[number], target.shape, "the shape of targets")
-    if max_positives is not None and max_positives < 0:
-        raise ValueError(f"{op}: max_positives must be None or at least 0, got {max_positives}")
+    if max_positives is not None and not 0 <= max_positives < MOST_POSITIVES:
+        raise ValueError(f"{op}: max_positives must be None or at least 0 and below 2^29, got {max_positives}")
 
 
 def ranking_bin(logits, negatives, positives, counts, segments, num_segments, delta) -> None:

@@ -12,13 +12,13 @@ _WANTED = "None, a Tensor of ids, a number of equal chunks of the first dimensio
 
 def check_segments(function: str, segments: Tensor | Sequence[Tensor] | int | str | None, num_segments: int | None) -> None:
     """What can be said without a batch."""
-    if num_segments is not None and not (_checks.is_int(num_segments) and num_segments >= 1):
-        raise ValueError(f"{function}: num_segments must be None or an int of at least 1, got {num_segments!r}")
+    if num_segments is not None and not (_checks.is_int(num_segments) and 1 <= num_segments < _checks.LARGEST_COUNT):
+        raise ValueError(f"{function}: num_segments must be None or an int within 1..2^31-2, got {num_segments!r}")
     if segments is None or is_ids(segments):
         return
     if not (_checks.is_int(segments) or isinstance(segments, str)):
         raise TypeError(f"{function}: segments must be {_WANTED}, got {type(segments).__name__}")
-    if segments != "class" if isinstance(segments, str) else segments < 1:
+    if segments != "class" if isinstance(segments, str) else not 1 <= segments < _checks.LARGEST_COUNT:
         raise ValueError(f"{function}: segments must be {_WANTED}, got {segments!r}")
 
 
@@ -83,7 +83,6 @@ def _read_ids(
     is_per_element = first.dim() == 1 and targets.is_floating_point()
     if levels is None:
         _checks.check_tensor(function, "segments", segments)
-        _checks.check_strided(function, "segments", segments)
         _checks.check_device(function, "segments", segments, first)
         wanted, meaning = first.shape[:-1], "the shape of logits less the last dimension"
         if is_per_element:

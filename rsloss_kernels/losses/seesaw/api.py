@@ -83,7 +83,6 @@ def read_rows(function: str, name: str, logits: Tensor, labels: Tensor, classes:
     if logits.dim() != 2:
         raise ValueError(f"{function}: {name} must have shape [N, C + 2], got {list(logits.shape)}")
     _checks.check_tensor(function, "labels", labels)
-    _checks.check_strided(function, "labels", labels)
     if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
         raise TypeError(f"{function}: labels must be class indices, integers, got {labels.dtype}")
     _checks.check_device(function, "labels", labels, logits)
@@ -101,7 +100,6 @@ def check_columns(function: str, name: str, logits: Tensor, classes: int | None)
     """The most common mistake is a classifier of C + 1 channels."""
     _checks.check_tensor(function, name, logits)
     _checks.check_floating(function, name, logits)
-    _checks.check_strided(function, name, logits)
     if logits.dim() < 1 or logits.shape[-1] < 3 or (classes is not None and logits.shape[-1] != classes + 2):
         wanted = "C + 2" if classes is None else f"{classes + 2}"
         raise ValueError(
@@ -113,7 +111,6 @@ def check_columns(function: str, name: str, logits: Tensor, classes: int | None)
 def _read_counts(function: str, cum_samples: Tensor, logits: Tensor) -> Tensor:
     """Logarithms of the counts of the classes, float64 [C]."""
     _checks.check_tensor(function, "cum_samples", cum_samples)
-    _checks.check_strided(function, "cum_samples", cum_samples)
     _checks.check_device(function, "cum_samples", cum_samples, logits)
     _checks.check_shape(function, "cum_samples", cum_samples, (logits.shape[1] - 1,), "a count per class and one for the background")
     if cum_samples.dtype.is_complex:
@@ -125,7 +122,6 @@ def _read_weight(function: str, weight: Tensor | None, logits: Tensor) -> Tensor
     if weight is None:
         return None
     _checks.check_tensor(function, "weight", weight)
-    _checks.check_strided(function, "weight", weight)
     _checks.check_device(function, "weight", weight, logits)
     _checks.check_shape(function, "weight", weight, logits.shape[:1], "one weight per row")
     if not (weight.dtype.is_floating_point or weight.dtype.is_complex):

@@ -8,6 +8,7 @@ from rsloss_kernels import _checks, distributed
 from rsloss_kernels._state import StatefulLoss, keeps_statistics, store, weighted
 from rsloss_kernels.losses.focal.arguments import REDUCTIONS, read_number
 from rsloss_kernels.losses.focal.modules import EPS
+from rsloss_kernels.losses.levels import check_num_classes
 from rsloss_kernels.losses.seesaw import api
 
 
@@ -52,10 +53,11 @@ class SeesawLoss(distributed.HoldsGroup, StatefulLoss):
     ):
         super().__init__()
         name = type(self).__name__
-        if isinstance(num_classes, bool) or not isinstance(num_classes, int):
-            raise TypeError(f"{name}: num_classes must be an int, got {type(num_classes).__name__}")
-        if num_classes < 1:
-            raise ValueError(f"{name}: num_classes must be at least 1, the number of foreground classes, got {num_classes}")
+        if num_classes is None:
+            raise TypeError(f"{name}: num_classes must be an int, the number of foreground classes, got None")
+        check_num_classes(name, num_classes)
+        _checks.check_flag(name, "return_dict", return_dict)
+        _checks.check_flag(name, "use_sigmoid", use_sigmoid)
         if use_sigmoid:
             raise NotImplementedError(f"{name}: use_sigmoid must be False (there is no sigmoid form), got True")
         _checks.check_choice(name, "reduction", reduction, REDUCTIONS)
@@ -98,11 +100,12 @@ class SeesawLoss(distributed.HoldsGroup, StatefulLoss):
         Returns: {"loss_cls_objectness", "loss_cls_classes"}, or their sum without `return_dict`.
         """
         name = type(self).__name__
+        reduction = self.reduction if reduction_override is None else reduction_override
+        _checks.check_choice(name, "reduction_override", reduction, REDUCTIONS)
         cls_score, labels = api.read_rows(name, "cls_score", cls_score, labels, self.num_classes)
         counts = self.cum_samples
         if keeps_statistics(self):
             counts = counts + self._count(labels)
-        reduction = self.reduction if reduction_override is None else reduction_override
         settings = (self.p, self.q, self.eps, reduction, None if reduction == "none" else avg_factor, EPS)
         losses = api.evaluate(name, cls_score, labels, counts, label_weights, *settings)
         if counts is not self.cum_samples:

@@ -50,8 +50,8 @@ class SelfBalancing(distributed.HoldsGroup, StatefulLoss):
     ):
         super().__init__()
         _checks.check_choice("SelfBalancing", "mode", mode, MODES)
-        if isinstance(period, bool) or not isinstance(period, int) or period < 1:
-            raise ValueError(f"SelfBalancing: period must be an int of at least 1, got {period!r}")
+        if not (_checks.is_int(period) and 1 <= period <= _checks.LARGEST_COUNT):
+            raise ValueError(f"SelfBalancing: period must be an int of at least 1 and below 2^31, got {period!r}")
         if isinstance(initial, bool) or not isinstance(initial, (int, float)) or not 0 <= initial < float("inf"):
             raise ValueError(f"SelfBalancing: initial must be a finite number of at least 0, got {initial!r}")
         distributed.resolve_group("SelfBalancing", process_group)
@@ -80,7 +80,7 @@ class SelfBalancing(distributed.HoldsGroup, StatefulLoss):
         """
         _check_loss("reference_loss", reference_loss)
         _check_loss("loss", loss)
-        _checks.check_device("SelfBalancing", "reference_loss", reference_loss, loss)
+        _checks.check_device("SelfBalancing", "reference_loss", reference_loss, loss, "loss")
         result_type = torch.promote_types(loss.dtype, torch.float32)
         group = distributed.resolve_group("SelfBalancing", self.process_group)
         both = torch.stack([reference_loss.detach().double(), loss.detach().double()])
@@ -184,7 +184,8 @@ def score_weighted_mean(
         _checks.check_tensor("score_weighted_mean", name, value)
         _checks.check_floating("score_weighted_mean", name, value)
     _checks.check_shape("score_weighted_mean", "weights", weights, losses.shape, "the shape of losses")
-    _checks.check_device("score_weighted_mean", "weights", weights, losses)
+    _checks.check_device("score_weighted_mean", "weights", weights, losses, "losses")
+    _checks.check_flag("score_weighted_mean", "average_gradients", average_gradients)
     group = distributed.resolve_group("score_weighted_mean", process_group)
 
     weights = weights.detach().double()

@@ -55,7 +55,6 @@ def evaluate(
     """The loss times `loss_weight`; `eps` is added to `avg_factor`."""
     _checks.check_tensor(function, "pred", pred)
     _checks.check_floating(function, "pred", pred)
-    _checks.check_strided(function, "pred", pred)
     target = _read_values(function, "target", target, pred)
     _checks.check_shape(function, "target", target, pred.shape, "the shape of pred")
     weight = _read_weight(function, weight, pred)
@@ -73,7 +72,6 @@ def _read_values(function: str, name: str, value: Tensor, pred: Tensor) -> Tenso
     _checks.check_tensor(function, name, value)
     if value.device != pred.device:
         raise ValueError(f"{function}: {name} must be on the device of pred, {pred.device}, got {value.device}")
-    _checks.check_strided(function, name, value)
     if value.dtype not in _checks.LOGIT_TYPES:
         if value.is_complex():
             raise TypeError(f"{function}: {name} must be real, got {value.dtype}")
