@@ -144,13 +144,18 @@ kernel_profile() {
   return "$status"
 }
 
+# Whether another machine gives the same bits: python -m tests.output_hashes --compare FILE.
+output_hashes() {
+  "$python" -m tests.output_hashes --backends cpp,cuda --out "$out/bits"
+}
+
 plots() {
   "$python" bench/plot.py "$out/rank_sort.json" "$out/ghm.json"
 }
 
 # `timeout` runs programs, not functions: every stage is a fresh bash that knows them.
 export python out
-export -f environment build tests sanitizer benchmark must_show narrow_types kernel_profile plots
+export -f environment build tests sanitizer benchmark must_show narrow_types kernel_profile output_hashes plots
 inside() { stage "$1" "$2" bash -c "$3"; }
 
 compute_sanitizer="$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null || true)"
@@ -178,6 +183,7 @@ if [ -n "$ncu" ]; then
 else
   pass_over "profile of the ranking kernels" "ncu is not installed"
 fi
+inside "hashes of outputs" 10 output_hashes
 inside "plots" 5 plots
 
 printf '\n=== results in %s after %d s\n' "$out" "$((SECONDS - begin))" | tee -a "$log"

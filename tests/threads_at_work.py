@@ -6,6 +6,7 @@ neighbours share cache lines.
 import pathlib
 import sys
 import threading
+from collections.abc import Callable
 
 import torch
 
@@ -17,23 +18,28 @@ ROWS, CLASSES = 2003, 80  # 160,240 elements: nine of the smallest parts
 
 def inputs(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Generator]:
     generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(ROWS, CLASSES, generator=generator) - 4
+    logits = normal(generator, ROWS, CLASSES) - 4
     labels = torch.where(torch.rand(ROWS, generator=generator) < 0.1, torch.randint(0, CLASSES, (ROWS,), generator=generator), CLASSES)
     return logits, labels, generator
 
 
-def losses(seed: int) -> None:
+def normal(generator: torch.Generator, *shape: int) -> torch.Tensor:
+    """Rounded from float64: float32 has other normal numbers on every kind of processor."""
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).float()
+
+
+def calls(seed: int) -> dict[str, tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]]:
+    """name -> (logits, loss of them, 0-d or of each)."""
     logits, labels, generator = inputs(seed)
     quality = torch.rand(ROWS, generator=generator)
     dense = torch.nn.functional.one_hot(labels, CLASSES + 1)[:, :CLASSES].float()
     state = torch.rand(CLASSES, generator=generator)
     groups = r.ClassGroups.from_counts(torch.arange(1, CLASSES + 1) * 20)
-    grouped = torch.randn(ROWS, groups.num_logits, generator=generator)
-    keys = torch.Generator().manual_seed(seed)
+    grouped = normal(generator, ROWS, groups.num_logits)
     images, counts = torch.arange(ROWS) % 7, torch.rand(CLASSES + 1, generator=generator).double() * 100
     # Levels of a head, ragged, two anchors, some rows ignored.
     sides = ((37, 41), (19, 5))
-    maps = torch.randn(2 * 2 * CLASSES * sum(a * b for a, b in sides), generator=generator) - 4
+    maps = normal(generator, 2 * 2 * CLASSES * sum(a * b for a, b in sides)) - 4
     map_labels = torch.randint(-1, CLASSES + 1, (2, 2 * sum(a * b for a, b in sides)), generator=generator)
     map_labels[torch.rand(map_labels.shape, generator=generator) < 0.9] = CLASSES
 
@@ -45,7 +51,14 @@ def losses(seed: int) -> None:
 
         return maps, call
 
-    calls = {
+    def of_groups(x: torch.Tensor) -> torch.Tensor:
+        keys = torch.Generator().manual_seed(seed)
+        return r.group_softmax_loss(x, (labels + 1) % (CLASSES + 1), groups, generator=keys).sum()
+
+    # By the bits of 16-bit logits, from a quarter of a million elements on; many positives.
+    chance = torch.rand(300_000, generator=generator)
+    many, many_targets = normal(generator, 300_000), torch.rand(40_000, generator=generator).round()
+    return {
         "ranking, maps": of_maps(lambda *given, **options: sum(r.rank_sort_loss(*given, **options))),
         "GHM-C, maps": of_maps(r.ghm_classification_loss),
         "focal, maps": of_maps(lambda *given, **options: r.sigmoid_focal_loss(*given, reduction="sum", **options)),
@@ -58,22 +71,24 @@ def losses(seed: int) -> None:
         "GHM-C, dense": (logits, lambda x: r.ghm_classification_loss(x, dense, bins=30)),
         "GHM-R": (logits, lambda x: r.ghm_regression_loss(x, torch.zeros_like(x))),
         "focal": (logits, lambda x: r.sigmoid_focal_loss(x, labels, reduction="sum")),
-        "focal, each": (logits, lambda x: r.sigmoid_focal_loss(x, dense, gamma=1.5).mean()),
+        "focal, each": (logits, lambda x: r.sigmoid_focal_loss(x, dense, gamma=1.5)),
         "EFL": (logits, lambda x: r.equalized_focal_loss(x, labels, state).loss),
-        "group softmax": (grouped, lambda x: r.group_softmax_loss(x, (labels + 1) % (CLASSES + 1), groups, generator=keys).sum()),
-        "Seesaw": (torch.randn(ROWS, CLASSES + 2, generator=generator), lambda x: sum(r.seesaw_loss(x, labels, counts))),
+        "group softmax": (grouped, of_groups),
+        "Seesaw": (normal(generator, ROWS, CLASSES + 2), lambda x: sum(r.seesaw_loss(x, labels, counts))),
         "smooth L1": (logits, lambda x: r.smooth_l1_loss(x, torch.zeros_like(x), 0.5)),
+        "ranking, many": (many, lambda x: sum(r.rank_sort_loss(x, (chance - 0.99).clamp(min=0)))),
+        "ranking, many positives": (many[:40_000], lambda x: sum(r.rank_sort_loss(x, many_targets))),
     }
+
+
+def losses(seed: int) -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        for name, (values, loss) in calls.items():
+        for name, (values, loss) in calls(seed).items():
+            if (name == "ranking, many" and dtype == torch.float32) or (name == "ranking, many positives" and dtype == torch.bfloat16):
+                continue
             leaf = values.to(dtype, copy=True).requires_grad_()
-            loss(leaf).backward()
+            loss(leaf).sum().backward()
             assert leaf.grad is not None and leaf.grad.isfinite().all(), name
-    # By the bits of 16-bit logits, from a quarter of a million elements on; many positives.
-    many = torch.randn(300_000, generator=generator).to(torch.bfloat16).requires_grad_()
-    sum(r.rank_sort_loss(many, (torch.rand(300_000, generator=generator) - 0.99).clamp(min=0))).backward()
-    many_positives = torch.randn(40_000, generator=generator).requires_grad_()
-    sum(r.rank_sort_loss(many_positives, torch.rand(40_000, generator=generator).round())).backward()
 
 
 def main(package: pathlib.Path) -> None:
