@@ -50,11 +50,10 @@ def own_batch(step: int) -> Batch:
 
 
 class Training:
-    """Gradient descent with momentum. By hand, and without `DistributedDataParallel` too: that and torch.optim take seconds to import."""
+    """Gradient descent with momentum. By hand: torch.optim and `DistributedDataParallel` take seconds to import."""
 
-    def __init__(self, is_replicated: bool):
+    def __init__(self):
         self.model = Detector()
-        self.network = nn.parallel.DistributedDataParallel(self.model) if is_replicated else None
         self.momentum = {name: torch.zeros_like(value) for name, value in self.model.named_parameters()}
         self.step = 0
 
@@ -73,9 +72,8 @@ class Training:
     @torch.no_grad()
     def descend(self) -> None:
         for name, parameter in self.model.named_parameters():
-            if self.network is None:
-                dist.all_reduce(parameter.grad)
-                parameter.grad /= dist.get_world_size()
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= dist.get_world_size()
             self.momentum[name].mul_(0.9).add_(parameter.grad)
             parameter -= 1e-3 * self.momentum[name]
             parameter.grad = None
@@ -85,7 +83,7 @@ class Training:
             dies = self.step == die_step and dist.get_rank() == 1
             if dies and in_collective:
                 os.kill(os.getpid(), signal.SIGKILL)
-            loss = (self.network or self.model)(own_batch(self.step))
+            loss = self.model(own_batch(self.step))
             if dies:
                 os.kill(os.getpid(), signal.SIGKILL)
             loss.backward()
@@ -105,7 +103,7 @@ def main() -> None:
     meeting = {} if is_elastic else {"init_method": f"file://{options.folder}/meet"}
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group("gloo", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=20), **meeting)
-    training, checkpoint = Training(is_elastic), options.folder / "checkpoint.pt"
+    training, checkpoint = Training(), options.folder / "checkpoint.pt"
     is_first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
     if rank == 0 and is_first:
         torch.save(training.model.state_dict(), options.folder / "start.pt")
@@ -114,7 +112,7 @@ def main() -> None:
         (options.folder / "resumed_at").write_text(str(training.step))
     training.train(options.steps, checkpoint, options.die_step if is_first else None, not is_elastic)
     del training
-    Training(is_elastic).train(options.steps, options.folder / "undisturbed.pt", None, False)
+    Training().train(options.steps, options.folder / "undisturbed.pt", None, False)
     dist.destroy_process_group()
 
 
