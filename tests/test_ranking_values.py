@@ -142,6 +142,22 @@ def test_extreme_delta(backend, loss, generator, delta, dtype):
         assert_sample_agrees(backend, loss, sample, generator)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_positives_at_neighbouring_floats(backend, loss, generator, dtype):
+    """Windows narrower than the spacing of floats touch and no more: a sum over a chain of them, divided by delta, has no digits."""
+    for centre in (1.0, -3.7):  # on both sides of a power of two the spacing differs
+        floats = torch.full((13,), centre, dtype=dtype)
+        for place in range(6):
+            below, above = floats[: 6 - place], floats[7 + place :]
+            below.copy_(torch.nextafter(below, torch.full_like(below, -torch.inf)))
+            above.copy_(torch.nextafter(above, torch.full_like(above, torch.inf)))
+        logits = torch.cat([floats, floats[3:9], floats[torch.randint(13, (40,), generator=generator)]])
+        targets = torch.cat([torch.rand(19, generator=generator) * 0.9 + 0.1, torch.zeros(40)])
+        spacing = float(floats[12].double() - floats[11].double())
+        for delta in (1e-30, 1e-6 * spacing, 0.5 * spacing, spacing, 1.5 * spacing):
+            assert_agrees(backend, loss, *loss.arguments(logits, targets), delta=delta, label=f"{centre} delta {delta}")
+
+
 @pytest.mark.parametrize("delta", [0.0, 0.5])
 def test_many_equal_logits(backend, loss, delta):
     """1e5 elements in one bin: narrow counters would wrap."""

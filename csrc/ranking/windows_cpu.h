@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <functional>
 #include <limits>
 #include <vector>
 
@@ -47,8 +48,9 @@ inline int64_t largest_range(const std::vector<SegmentRange>& ranges) {
   return largest;
 }
 
-// Breakpoints of the ascending centres of every segment, ascending, lo before hi where equal; and the slot of every lo and hi.
-// Ranks [a, b) have the slots [2a, 2b).
+// Breakpoints of the ascending centres of every segment, ascending, and the slot of every lo and hi. Where equal hi stands
+// before lo: windows that only touch have nothing in common. For delta = 0 they have no width, and each must open before it
+// closes: lo before hi. Ranks [a, b) have the slots [2a, 2b).
 struct Breakpoints {
   std::vector<double> edges;     // [2 V], values of T; +inf for a hi beyond the largest finite one
   std::vector<int32_t> lo_slot;  // [V], and one entry that the merge may write
@@ -59,13 +61,28 @@ struct Breakpoints {
   double finite_edge(int64_t slot) const { return std::min(edges[slot], largest); }
 };
 
-// The smallest finite value of T that is >= centre + shift, or +inf.
+// The smallest finite value of T that is >= centre + shift, or +inf. A centre that is NaN, as no ranked one is, gives a number.
 template <class T>
 double breakpoint(double centre, double shift) {
-  return std::max(round_up_sum<T>(centre, shift), std::numeric_limits<T>::lowest());
+  return std::max(std::numeric_limits<T>::lowest(), round_up_sum<T>(centre, shift));
 }
 
-// The merge has no branch that depends on the data: it writes both slots and steps over one.
+// Merges the breakpoints of one segment, the first of which has the slot `slot`. No branch depends on the data: both slots are
+// written, and one is stepped over. What stands behind the last lo, NaN, is never taken; what stands behind the last hi, +inf,
+// is not as long as a lo is left, all of which are finite.
+template <class IsNext>
+void merge_segment(const double* lo, const double* hi, const IsNext& lo_is_next, int32_t slot, int32_t end, double* edges,
+                   int32_t* lo_slot, int32_t* hi_slot) {
+  int64_t next_lo = 0, next_hi = 0;
+  for (; slot < end; ++slot) {
+    const bool takes_lo = lo_is_next(lo[next_lo], hi[next_hi]);
+    edges[slot] = takes_lo ? lo[next_lo] : hi[next_hi];
+    lo_slot[next_lo] = hi_slot[next_hi] = slot;
+    next_lo += takes_lo;
+    next_hi += !takes_lo;
+  }
+}
+
 template <class T>
 Breakpoints merge_breakpoints(const double* centre, const std::vector<SegmentRange>& ranges, double delta) {
   const int64_t count = count_ranks(ranges), largest = largest_range(ranges);
@@ -74,20 +91,18 @@ Breakpoints merge_breakpoints(const double* centre, const std::vector<SegmentRan
   std::vector<double> lo(largest + 1), hi(largest + 1);
   for (const SegmentRange& range : ranges) {
     for (int64_t i = range.begin; i < range.end; ++i) {
-      lo[i - range.begin] = breakpoint<T>(centre[i], -delta);
+      lo[i - range.begin] = std::min(breakpoint<T>(centre[i], -delta), merged.largest);
       hi[i - range.begin] = breakpoint<T>(centre[i], delta);
     }
-    // Never taken, not even before an infinite hi; those do not run out first.
     lo[range.size()] = std::numeric_limits<double>::quiet_NaN();
-    int64_t next_lo = 0, next_hi = 0;
-    int32_t *lo_slot = &merged.lo_slot[range.begin], *hi_slot = &merged.hi_slot[range.begin];
-    for (int32_t slot = static_cast<int32_t>(2 * range.begin); slot < 2 * range.end; ++slot) {
-      const bool takes_lo = lo[next_lo] <= hi[next_hi];
-      merged.edges[slot] = takes_lo ? lo[next_lo] : hi[next_hi];
-      lo_slot[next_lo] = hi_slot[next_hi] = slot;
-      next_lo += takes_lo;
-      next_hi += !takes_lo;
-    }
+    hi[range.size()] = std::numeric_limits<double>::infinity();
+    const auto merge = [&](const auto& lo_is_next) {
+      merge_segment(lo.data(), hi.data(), lo_is_next, static_cast<int32_t>(2 * range.begin),
+                    static_cast<int32_t>(2 * range.end), merged.edges.data(), &merged.lo_slot[range.begin],
+                    &merged.hi_slot[range.begin]);
+    };
+    if (delta > 0) merge(std::less<>{});
+    else merge(std::less_equal<>{});
   }
   return merged;
 }

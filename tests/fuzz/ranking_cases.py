@@ -12,10 +12,13 @@ from torch import Tensor
 from . import levels
 from .case import Case, Wanted
 from .levels import ABOVE, Form, draw_form, draw_quality, lay_level, per_level
-from .source import FLOATS, INF, NAN, Source
+from .source import FLOATS, INF, NAN, Limits, Source
 
 DELTAS = (0.0, 0.1, 0.25, 0.5, 1.0, 5.0)
-MORE_DELTAS = (1e-30, 1e-12, 1e-3, 0.3, 100.0, 1e10, 1e30)
+MORE_DELTAS = (1e-30, 1e-20, 1e-12, 1e-9, 1e-6, 1e-3, 0.3, 100.0, 1e10, 1e30)
+LEAST_DELTA, MOST_DELTA = 1e-30, 1e30
+# Of the distance between two neighbouring floats: windows that hold one of them, touch, or overlap with few or many.
+SHARES_OF_SPACING = (1e-12, 1e-6, 0.01, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 10.0)
 
 
 @dataclasses.dataclass
@@ -52,7 +55,7 @@ def draw_one(source: Source, dtype: torch.dtype, options: dict) -> Drawn:
     share = source.pick((0.0, 0.02, 0.1, 0.5), 1.0) if size < 300 else source.pick((0.0, 0.005, 0.03))
     background = source.pick(("last", "first"))
     targets, quality = (draw_labels if is_index else draw_dense)(source, shape, share, background, dtype)
-    logits = source.lay(source.broken(source.values(shape, dtype)), may_expand=True)
+    logits = source.lay(source.broken(draw_logits(source, shape, dtype)), may_expand=True)
     if not is_index and source.chance(0.3) and targets.is_floating_point():
         # What is ignored may hold anything.
         logits = source.lay(torch.where((targets < 0) & source.mask(shape, 0.5), source.pick((NAN, INF, -INF)), logits).to(dtype))
@@ -66,7 +69,7 @@ def draw_levels(source: Source, dtype: torch.dtype, options: dict) -> Drawn:
     """Maps, or levels of rows."""
     classes, background = source.pick((1, 2, 3, 4, 7)), source.pick(("last", "first"))
     form = draw_form(source, classes, True, 2000)
-    logits = [lay_level(source, source.broken(source.values(shape, dtype), 0.05), form.is_maps) for shape in form.shapes]
+    logits = [lay_level(source, source.broken(draw_logits(source, shape, dtype), 0.05), form.is_maps) for shape in form.shapes]
     if form.is_maps:
         options |= {"layout": form.layout, "num_classes": classes}
     rows, quality, of_rows = form.to_rows(logits), None, None
@@ -85,8 +88,9 @@ def draw_levels(source: Source, dtype: torch.dtype, options: dict) -> Drawn:
 
 
 def draw(source: Source, name: str, loss: Loss) -> Case:
-    dtype, options = source.dtype(), {"delta": source.pick(DELTAS if source.chance(0.7) else MORE_DELTAS)}
+    dtype, options = source.dtype(), {}
     drawn = (draw_levels if source.chance(0.25) else draw_one)(source, dtype, options)
+    options["delta"] = draw_delta(source, drawn.logits)
     if source.chance(0.1):
         options["max_positives"] = source.pick((1, 5, 10_000))
     ids, number = None, 1
@@ -114,8 +118,6 @@ def draw(source: Source, name: str, loss: Loss) -> Case:
         alrp_losses = source.lay(source.broken(alrp_losses, 0.07), may_expand=True)
         third += (alrp_losses,)
         elements = drawn.elements(alrp_losses.flatten()) if is_per_row else oracles.with_regression_losses(elements, alrp_losses)
-    if is_chained(elements, dtype, options["delta"]):
-        options["delta"] = 0.0
     upstream = tuple(source.pick((1.0,), 0.7, -2.0, 0.0, 65536.0) for _ in range(loss.num_losses))
     if loss.num_losses == 2:
         if source.chance(0.1):
@@ -146,18 +148,30 @@ def draw(source: Source, name: str, loss: Loss) -> Case:
     )  # fmt: skip
 
 
-def is_chained(elements: oracles.Elements, dtype: torch.dtype, delta: float) -> bool:
-    """Whether windows far narrower than the spacing of floats meet, because positives lie at neighbouring ones.
+def draw_logits(source: Source, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """In some cases floats next to one another, where windows touch that are narrower than their distance."""
+    if not source.chance(0.2):
+        return source.values(shape, dtype)
+    most = Limits(dtype).max
+    floats = [source.values((1,), dtype)]
+    source.notes.append("neighbours")
+    for _ in range(source.pick((1, 3, 12))):
+        ends = (floats[0], -INF), (floats[-1], INF)
+        below, above = (torch.nextafter(end, torch.full_like(end, towards)) for end, towards in ends)
+        floats = [below, *floats, above]
+    return torch.cat(floats).clamp(-most, most)[torch.randint(len(floats), shape, generator=source.generator)]
 
-    All backends then sum such a chain about its start and lose its moments to cancellation, divided by `delta`: a known fault of
-    deltas that no training uses.
-    """
-    logits = elements.logits[elements.is_positive & elements.logits.isfinite()].unique()
-    if delta == 0 or len(logits) < 2:
-        return False
-    eps = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
-    spacing = eps * logits.abs().clamp(min=1e-37)
-    return bool(((logits[1:] - logits[:-1] <= 4 * spacing[1:]) & (delta < spacing[1:])).any())
+
+def draw_delta(source: Source, logits: list[Tensor]) -> float:
+    """The usual ones, extreme ones, and some near the spacing of floats at one of the logits."""
+    finite = torch.cat([level.flatten() for level in logits])
+    finite = finite[finite.isfinite()]
+    kind = source.random.choices(("usual", "extreme", "spacing"), (6, 2, 2))[0]
+    if kind != "spacing" or not finite.numel():
+        return source.pick(DELTAS if kind == "usual" else MORE_DELTAS)
+    one = finite[source.random.randrange(finite.numel())].abs()
+    spacing = one.double() - torch.nextafter(one, torch.full_like(one, -INF)).double()
+    return min(max(float(spacing) * source.pick(SHARES_OF_SPACING), LEAST_DELTA), MOST_DELTA)
 
 
 def draw_dense(source: Source, shape: tuple[int, ...], share: float, background: str, dtype: torch.dtype) -> tuple[Tensor, None]:

@@ -170,14 +170,17 @@ class Ascending:
         return place.where(self.segment[place.clamp(min=0)] == segment, -1)
 
 
-def merge_breakpoints(lo: Tensor, hi: Tensor, segment: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """All breakpoints ascending inside every segment, lo before hi where equal, and the slots of every lo and hi.
+def merge_breakpoints(lo: Tensor, hi: Tensor, segment: Tensor | None, delta: float) -> tuple[Tensor, Tensor, Tensor]:
+    """All breakpoints ascending inside every segment, and the slots of every lo and hi.
+
+    Where equal hi stands before lo: windows that only touch have nothing in common. With delta = 0 they have no width, and each
+    must open before it closes: lo before hi.
 
     lo, hi: [V], ascending inside every segment.
     """
     rank = torch.arange(lo.numel(), device=lo.device)
-    lo_slot = rank + Ascending(hi, segment).count_below(lo, segment)
-    hi_slot = rank + Ascending(lo, segment).count_below(hi, segment, right=True)
+    lo_slot = rank + Ascending(hi, segment).count_below(lo, segment, right=delta > 0)
+    hi_slot = rank + Ascending(lo, segment).count_below(hi, segment, right=delta == 0)
     merged = lo.new_empty(2 * lo.numel())
     merged[lo_slot], merged[hi_slot] = lo, hi
     return merged, lo_slot, hi_slot
@@ -195,7 +198,7 @@ def ranking_bin(logits, negatives, positives, counts, segments, num_segments, de
     valid = ranked[:, ranked[0].isfinite()]
     rank_segment = valid[2].long() if is_segmented else None
     arithmetic = arithmetic_type(logits[0].dtype)
-    merged, _, _ = merge_breakpoints(*breakpoints(valid[0], delta, arithmetic), rank_segment)
+    merged, _, _ = merge_breakpoints(*breakpoints(valid[0], delta, arithmetic), rank_segment, delta)
     edges = Ascending(merged, rank_segment.repeat_interleave(2) if is_segmented else None)
     unit, bits = fixed_point_unit(delta, int(counts[2]), arithmetic)
     bins = torch.zeros((2, 2 * ranked.shape[1] + 1), dtype=torch.int64, device=ranked.device)

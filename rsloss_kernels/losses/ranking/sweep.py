@@ -24,7 +24,7 @@ class Sweep:
         self._count_segments(gradient_scale)
 
         lo, hi = reference.breakpoints(self.centre, delta, self.dtype)
-        self.edges, self.lo_slot, self.hi_slot = reference.merge_breakpoints(lo, hi, self.segment)
+        self.edges, self.lo_slot, self.hi_slot = reference.merge_breakpoints(lo, hi, self.segment, delta)
         # For differences: a breakpoint beyond the largest finite number is infinite.
         self.finite_edges = self.edges.clamp(max=torch.finfo(self.dtype).max)
         # Ranks of those inside the window of a positive: `lo <= s_j < hi`.
