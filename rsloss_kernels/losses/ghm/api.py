@@ -305,8 +305,8 @@ def read_arguments(
     num_classes: int | None = None,
 ) -> Request:
     check_options(function, bins, mu, momentum, empty_bins, background)
-    may_be_levels = mu is None and not (layout == "rows" and num_classes is None and isinstance(target, Tensor))
-    if may_be_levels or (mu is None and isinstance(pred, (list, tuple))):
+    has_lists = any(isinstance(value, (list, tuple)) for value in (pred, target, weight))
+    if mu is None and (has_lists or layout != "rows" or num_classes is not None or not isinstance(target, Tensor)):
         levels = reading.read_levels(function, pred, layout, num_classes)
         preds = levels.logits
         targets, weights = _read_targets_of_levels(levels, target, background), _read_weights_of_levels(levels, weight)
