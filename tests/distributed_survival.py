@@ -72,6 +72,18 @@ def accumulate(one: Stateful, group, seed: int) -> dict:
     return results
 
 
+def break_one(one: Stateful, group, seed: int) -> list[dict]:
+    """The state after a step, after one in which the second process alone has NaN, and after another one."""
+    head, states = Head(one, process_group=group), []
+    first, _, last = batches(seed, dist.get_rank(group))
+    for step, batch in enumerate((first, first, last)):
+        if step == 1 and dist.get_rank(group) == 1:
+            batch.logits[0] = batch.quality[0] = torch.nan
+        head(batch).backward()
+        states.append(state_of(head.loss))
+    return states
+
+
 def compiled(group, seed: int) -> dict:
     """A step of DistributedDataParallel with and without torch.compile, and the state."""
     results = {}
@@ -96,6 +108,7 @@ def all_results(group, seed: int) -> dict:
                 results[name, own is not None, broadcast] = steps(one, group, seed, own, broadcast)
         if one.takes_group:
             results[name, "accumulate"] = accumulate(one, group, seed)
+            results[name, "broken"] = break_one(one, group, seed)
     results["compiled"] = compiled(group, seed)
     results["copy"] = copy.deepcopy(Head(STATEFUL["seesaw"], process_group=group)).loss.process_group is group
     return results

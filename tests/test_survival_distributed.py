@@ -10,6 +10,7 @@ import time
 
 import distributed_survival
 import pytest
+import survival_worker
 import torch
 from distributed_survival import STEPS, Head, batches
 from stateful_modules import STATEFUL, same_bits, state_of
@@ -74,6 +75,14 @@ def test_gradients_of_several_batches_add_and_each_moves_the_state(results, name
         assert same_bits(state, wanted) and together.any()
 
 
+@pytest.mark.parametrize("name", GROUPED)
+def test_what_is_not_finite_on_one_process_leaves_the_state_of_all(results, name):
+    for of_process in results:
+        good, broken, again = of_process[name, "broken"]
+        assert same_bits(broken, good) and not same_bits(again, good)
+        assert same_bits(again, results[0][name, "broken"][-1])
+
+
 def test_compiled_data_parallel_steps(results):
     for of_process in results:
         (gradient, state), (wanted, wanted_state) = (of_process["compiled"][how] for how in ("compiled", "eager"))
@@ -110,8 +119,15 @@ def test_when_a_process_is_killed_the_others_raise_and_nothing_stays(tmp_path):
     for process in processes:
         with pytest.raises(ProcessLookupError):
             os.killpg(process.pid, 0)
-    # What was saved before goes on.
-    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 2
+    # What was saved before goes on, with another number of processes too.
+    checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert checkpoint["step"] == 2
+    detector = survival_worker.Detector()
+    detector.load_state_dict(checkpoint["model"], strict=True)
+    before = state_of(detector.losses)
+    loss = detector(batches(0, 0)[0])
+    loss.backward()
+    assert loss.isfinite() and detector.linear.weight.grad.isfinite().all() and not same_bits(state_of(detector.losses), before)
 
 
 def test_a_restarted_training_ends_with_the_weights_of_an_undisturbed_one(tmp_path):
