@@ -29,9 +29,10 @@ def evaluate(logits):
     return torch.stack([loss.detach().double() for loss in losses]), leaf.grad.double()
 
 package = pathlib.Path(rsloss_kernels.__file__).parent
-warnings.simplefilter("error")
-for file in package.rglob("*.py"):
-    compile(file.read_text(), str(file), "exec")
+with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    for file in package.rglob("*.py"):
+        compile(file.read_text(), str(file), "exec")
 generator = torch.Generator().manual_seed(7)
 logits = torch.randn(500, 9, generator=generator)
 labels = torch.randint(-1, 10, (500,), generator=generator)
@@ -48,6 +49,17 @@ print(json.dumps({
     "loss": float(((losses - true_losses) / true_losses).abs().max()),
     "gradient": float((gradient - true_gradient).abs().max() / true_gradient.abs().max()),
 }))
+'''
+# As `python -m` runs them, in the process that has torch already.
+PROGRAMS = '''
+import runpy
+for name, *arguments in (["collect_env"], ["selfcheck", "--backends", sys.argv[1]]):
+    sys.argv = [name, *arguments]
+    try:
+        runpy.run_module(f"rsloss_kernels.{name}", run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise
 '''
 
 
@@ -180,27 +192,30 @@ class Site:
         return self.run("-m", "pip", *arguments, **changes)
 
     def sources(self) -> pathlib.Path:
-        return copy_sources(self.folder / "the sources")
+        folder = self.folder / "the sources"
+        return folder if folder.exists() else copy_sources(folder)
 
     def install_pure(self) -> None:
         self.pip("install", "--no-deps", "--no-build-isolation", self.sources(), RSLOSS_NO_EXT="1")
 
-    def probe(self, backend: str, where: pathlib.Path | None = None, **changes: object) -> dict:
-        """A loss and its gradient against the reference in float64, from outside; `backend` must answer, from a package in `where`."""
-        found = json.loads(self.run("-c", PROBE, **changes).splitlines()[0])
+    def probe(self, backend: str, where: pathlib.Path | None = None, programs: str = "", **changes: object) -> dict:
+        """A loss and its gradient against the reference in float64, from outside; `backend` must answer, from a package in `where`.
+        `output` of the result is what else was printed."""
+        first, _, rest = self.run("-c", PROBE + programs, backend, **changes).partition("\n")
+        found = json.loads(first)
         if found["answered"] != backend:
             raise Failed(f"{found['answered']} answered, not {backend}: {found['backends'][backend]}")
         if not pathlib.Path(found["file"]).is_relative_to(where or self.packages):
             raise Failed(f"imported {found['file']}")
         if found["loss"] > 1e-7 or found["gradient"] > 1e-6:
             raise Failed(f"errors of {found['loss']:.1e} and {found['gradient']:.1e}")
-        return found
+        return found | {"output": rest}
 
     def check(self, backend: str, where: pathlib.Path | None = None, **changes: object) -> dict:
-        """`probe`, then the programs that a user runs; `environment` of the result is what collect_env printed."""
-        found = self.probe(backend, where, **changes)
-        expect(self.run("-m", "rsloss_kernels.selfcheck", "--backends", backend, **changes), r"(\d+) of \1 checks hold")
-        return found | {"environment": self.run("-m", "rsloss_kernels.collect_env", **changes)}
+        """`probe`, then the programs that a user runs."""
+        found = self.probe(backend, where, PROGRAMS, **changes)
+        expect(found["output"], r"(\d+) of \1 checks hold")
+        return found
 
     def at_once(self, processes: int, **changes: object) -> list[str]:
         """What each of several processes that import the package at the same time wrote to its error stream."""
@@ -231,8 +246,8 @@ class Site:
 
     def without_python_headers(self) -> None:
         """As where only the interpreter is installed: it names a folder of headers that is not there, and no compiler sees another."""
-        hide = "import sysconfig; _path = sysconfig.get_path; sysconfig.get_path = "
-        hide += "lambda name, *more, **options: '/no headers' if name == 'include' else _path(name, *more, **options)\n"
+        hide = "import sysconfig; sysconfig.get_path = lambda name, *more, path=sysconfig.get_path, **options: "
+        hide += "'/no headers' if name == 'include' else path(name, *more, **options)\n"
         (self.packages / "no_headers.pth").write_text(hide)
         tools = self.folder / "tools"
         tools.mkdir()

@@ -1,4 +1,5 @@
 """What an installation promises: it works with nothing compiled, carries its sources, compiles itself, and says why not."""
+import ast
 import os
 import pathlib
 import re
@@ -15,7 +16,7 @@ import pytest
 import torch
 import torch.utils.cpp_extension
 
-from rsloss_kernels import _build
+from rsloss_kernels import _build, collect_env
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # What other tests of the same run may have set must not decide these.
@@ -70,11 +71,17 @@ def installed(pure_wheel, tmp_path_factory) -> pathlib.Path:
     return folder
 
 
+def clean_site(folder: pathlib.Path) -> install_site.Site:
+    """A clean environment that sees this one's packages, and its torch, which may lie elsewhere."""
+    packages = "\n".join(dict.fromkeys([sysconfig.get_path("purelib"), str(pathlib.Path(torch.__file__).parents[1])]))
+    this = types.SimpleNamespace(command=sys.executable, python=pathlib.Path(sys.executable), packages=packages)
+    return install_site.Site(this, folder)
+
+
 @pytest.fixture
 def site(pure_wheel, tmp_path) -> install_site.Site:
-    """A clean environment that sees this one's torch, with the pure-Python wheel installed."""
-    this = types.SimpleNamespace(command=sys.executable, python=pathlib.Path(sys.executable), packages=sysconfig.get_path("purelib"))
-    made = install_site.Site(this, tmp_path / "an installation")
+    """A clean environment with the pure-Python wheel installed."""
+    made = clean_site(tmp_path / "an installation")
     # Not taken for installed because this environment's package can be seen too.
     made.pip("install", "--no-deps", "--ignore-installed", "--no-index", pure_wheel[0])
     yield made
@@ -108,6 +115,19 @@ def test_no_extra_names_torch(pure_wheel):
     wanted = re.findall("^Requires-Dist: (.+)$", metadata, re.MULTILINE)
     assert [line for line in wanted if re.match(r"torch\b", line)] == ["torch>=2.11"]
     assert [line for line in wanted if "torchvision" in line and "extra" in line]
+
+
+def test_what_is_imported_is_declared(pure_wheel):
+    """torch brings Triton and setuptools along; adapters import their framework, and say which extra has it."""
+    with zipfile.ZipFile(pure_wheel[0]) as archive:
+        names = [name for name in archive.namelist() if name.endswith(".py") and "/integrations/" not in name]
+        nodes = [node for name in names for node in ast.walk(ast.parse(archive.read(name)))]
+        (metadata,) = (archive.read(name).decode() for name in archive.namelist() if name.endswith("/METADATA"))
+    modules = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    modules += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.level == 0]
+    imported = {module.split(".")[0] for module in modules} - sys.stdlib_module_names - {"rsloss_kernels", "triton", "setuptools"}
+    declared = set(re.findall(r"^Requires-Dist: ([\w-]+)[^;\n]*$", metadata, re.MULTILINE))
+    assert "torch" in imported <= {name.replace("-", "_") for name in declared}
 
 
 def test_build_prints_every_switch_and_how_to_compile(pure_wheel):
@@ -230,8 +250,7 @@ print("answer", ctypes.CDLL(str(pathlib.Path(sys.argv[2], "made", "_ops_cpu.so")
 @pytest.mark.parametrize("hidden", ["", "ninja"], ids=["ninja", "no-ninja"])
 def test_compiles_in_folders_with_spaces_with_ninja_and_without(tmp_path, hidden):
     # The way of the real sources with one that compiles in a moment.
-    this = types.SimpleNamespace(command=sys.executable, python=pathlib.Path(sys.executable), packages=sysconfig.get_path("purelib"))
-    site = install_site.Site(this, tmp_path / "a folder")
+    site = clean_site(tmp_path / "a folder")
     site.hide(hidden)
     (site.folder / "made").mkdir()
     printed = site.run("-c", ONE_SOURCE, ROOT / "rsloss_kernels", site.folder)
@@ -242,6 +261,15 @@ def test_compiles_in_folders_with_spaces_with_ninja_and_without(tmp_path, hidden
 def test_a_missing_setuptools_is_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.cpp_extension", None)
     assert re.match("torch compiles by setuptools, which cannot be imported.*pip install setuptools", _build.why_not_native())
+
+
+def test_a_compiler_in_a_folder_with_spaces_tells_its_version(monkeypatch, tmp_path):
+    compiler = tmp_path / "a folder" / "c++"
+    compiler.parent.mkdir()
+    compiler.write_text("#!/bin/sh\necho the compiler $1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", f"'{compiler}' -pipe")
+    assert collect_env._compiler() == "the compiler -pipe"
 
 
 def test_missing_headers_of_python_are_told(monkeypatch, tmp_path):
