@@ -1,7 +1,7 @@
 # make env     .venv with tested versions, and the package compiled in place; repeated only when something changed
 # make test    env, then the test suite          make test-triton   env, then the suite's Triton part under the interpreter
 # make demo    env, then trains a small detector make bench         env, then the benchmarks
-# make lint    env, ruff, clang-format              make clean         removes what these made
+# make lint    env, ruff, mypy, clang-format        make clean         removes what these made
 #
 # PYTHON=python3.12 picks the interpreter. TORCH= (empty) takes the torch that the interpreter or .venv has already, with whatever
 # versions of the rest fit it. Other switches: README.md.
@@ -66,6 +66,7 @@ bench: env
 lint: env
 	@$(PY) -m pip install -q -r requirements/lint.txt
 	$(PY) -m ruff check .
+	$(PY) -m mypy
 	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' 'tests/*.cu' | xargs $(VENV)/bin/clang-format --dry-run -Werror
 
 clean:

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from typing import Any
 
 PACKAGE = pathlib.Path(__file__).resolve().parent
 LIBRARIES = {"cpp": "_ops_cpu", "cuda": "_ops_cuda"}
@@ -140,7 +141,7 @@ def why_no_report() -> str | None:
     return None if header.exists() else f"Python's headers are not installed: there is no {header}"
 
 
-def extension(stem: str, root: pathlib.Path, relative_to: pathlib.Path | None = None):
+def extension(stem: str, root: pathlib.Path, relative_to: pathlib.Path | None = None) -> Any:
     """The setuptools extension of one library: a shared object without Python, registered with torch when loaded."""
     from torch.utils import cpp_extension
 
@@ -161,7 +162,7 @@ def extension(stem: str, root: pathlib.Path, relative_to: pathlib.Path | None = 
     )
 
 
-def report_extension(root: pathlib.Path, relative_to: pathlib.Path | None = None):
+def report_extension(root: pathlib.Path, relative_to: pathlib.Path | None = None) -> Any:
     """The setuptools extension of `_C`, the pybind11 module that says how everything was compiled."""
     import torch
     from setuptools import Extension
@@ -188,13 +189,13 @@ def build_ext_command() -> type:
     from torch.utils.cpp_extension import BuildExtension
 
     class BuildLibraries(BuildExtension):
-        def __init__(self, *arguments, **keywords):
+        def __init__(self, *arguments: Any, **keywords: Any) -> None:
             super().__init__(*arguments, **{**keywords, "no_python_abi_suffix": False})
 
-        def get_ext_filename(self, ext_name):
+        def get_ext_filename(self, ext_name: str) -> str:
             if ext_name.split(".")[-1] in LIBRARIES.values():
                 return os.path.join(*ext_name.split(".")) + ".so"
-            return super().get_ext_filename(ext_name)
+            return str(super().get_ext_filename(ext_name))
 
     return BuildLibraries
 

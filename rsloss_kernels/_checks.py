@@ -78,7 +78,7 @@ def check_flag(function: str, name: str, value: object) -> None:
         raise TypeError(f"{function}: {name} must be True or False, got {value!r}")
 
 
-def check_choice(function: str, name: str, value: object, choices: tuple) -> None:
+def check_choice(function: str, name: str, value: object, choices: tuple[object, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{function}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 

@@ -71,10 +71,11 @@ def _from_cache(backend: str, cause: str) -> str | None:
             ) from error
     else:
         try:
-            library = _jit.cached(backend)
+            found = _jit.cached(backend)
         except (OSError, RuntimeError) as error:  # no home folder, or one that cannot be read
             return f"{cause} (its cache cannot be used: {error}); {_build.HOW_TO_COMPILE}"
-        if library is None:
+        if found is None:
             return f"{cause}; {_build.HOW_TO_COMPILE}"
+        library = found
     failure = _try(backend, library)
     return None if failure is None else f"{cause}; from the cache: {failure}"

@@ -8,6 +8,7 @@ compiled libraries only add kernels to the overloads `.cpp` and `.cuda`, which t
 import functools
 import importlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -21,12 +22,12 @@ def define(
     stem: str,
     name: str,
     schema: str,
-    fake: Callable,
-    setup_context: Callable | None = None,
-    make_backward: Callable[[str], Callable] | None = None,
+    fake: Callable[..., Any],
+    setup_context: Callable[..., Any] | None = None,
+    make_backward: Callable[[str], Callable[..., Any]] | None = None,
     num_tables: int = 0,
     num_saved_tables: int = 0,
-    compose: Callable[[str], Callable] | None = None,
+    compose: Callable[[str], Callable[..., Any]] | None = None,
     backends: tuple[str, ...] = BACKENDS,
 ) -> None:
     """Defines `name` for every backend. Those that are not among `backends` have no kernel of it by design, and refuse it.
@@ -67,7 +68,7 @@ def implemented_by(name: str) -> tuple[str, ...]:
     return _implemented_by[name]
 
 
-def without_derivative(reason: str) -> tuple[Callable, Callable[[str], Callable]]:
+def without_derivative(reason: str) -> tuple[Callable[..., Any], Callable[[str], Callable[..., Any]]]:
     """`setup_context` and `make_backward` of an operator that is itself a gradient: a second one is refused."""
 
     def make_backward(backend):
@@ -80,7 +81,7 @@ def without_derivative(reason: str) -> tuple[Callable, Callable[[str], Callable]
 
 
 # The `apply` of an autograd function.
-_functions: dict[tuple[str, str], Callable] = {}
+_functions: dict[tuple[str, str], Callable[..., Any]] = {}
 _num_tables: dict[str, int] = {}
 
 
@@ -145,7 +146,7 @@ _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph",
 
 
 def _eager_function(
-    overload: Callable, setup_context: Callable, formula: Callable, num_tables: int, num_saved_tables: int
+    overload: Callable[..., Any], setup_context: Callable[..., Any], formula: Callable[..., Any], num_tables: int, num_saved_tables: int
 ) -> type[torch.autograd.Function]:
     takes_list = isinstance(overload._schema.arguments[0].type, torch.ListType)
     missing = (None,) * num_tables
@@ -196,7 +197,7 @@ def _eager_function(
     return type(torch.autograd.Function)(f"{loss}_{backend}", (torch.autograd.Function,), functions)
 
 
-def _on_one_device(name: str, backend: str, fake: Callable) -> Callable:
+def _on_one_device(name: str, backend: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(fake)
     def checked(*args):
         first = device = None
@@ -212,7 +213,7 @@ def _on_one_device(name: str, backend: str, fake: Callable) -> Callable:
     return checked
 
 
-def _with_every_tensor(name: str, schema: str, implementation: Callable) -> Callable:
+def _with_every_tensor(name: str, schema: str, implementation: Callable[..., Any]) -> Callable[..., Any]:
     """The dispatcher lets None pass for a tensor, whatever the schema says."""
     arguments = enumerate(torch._C.parse_schema(f"{name}{schema}").arguments)
     wanted = [(place, argument.name) for place, argument in arguments if isinstance(argument.type, torch.TensorType)]
@@ -227,7 +228,7 @@ def _with_every_tensor(name: str, schema: str, implementation: Callable) -> Call
     return checked
 
 
-def _lazily(stem: str, backend: str, name: str) -> Callable:
+def _lazily(stem: str, backend: str, name: str) -> Callable[..., Any]:
     folder = f"rsloss_kernels.losses.{stem}"
 
     def implementation(*args):

@@ -2,9 +2,12 @@
 checkpoints of another loss; and the weight of a loss."""
 
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
+from typing_extensions import Self
 
 
 class StatefulLoss(nn.Module):
@@ -14,7 +17,7 @@ class StatefulLoss(nn.Module):
     others under the same name: those are left out, the missing buffers keep their values, and one warning says so.
     """
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
         for name, buffer in before.items():
@@ -23,8 +26,18 @@ class StatefulLoss(nn.Module):
                 setattr(self, name, buffer.to(after.device))
         return self
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
-        own_missing, own_unexpected = [], []
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        own_missing: list[str] = []
+        own_unexpected: list[str] = []
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, own_missing, own_unexpected, error_msgs)
         if strict and (own_missing or own_unexpected):
             parts = ["the checkpoint is of a model with another loss, another mode of it, or none in this place"]

@@ -50,7 +50,7 @@ def package() -> str:
     """The folder that the package was imported from, and whether that hides an installed one: inside a checkout it does."""
     here = pathlib.Path(rsloss_kernels.__file__).resolve().parent
     found = [one.locate_file("rsloss_kernels") for one in importlib.metadata.distributions(name="rsloss_kernels")]
-    installed = {pathlib.Path(path).resolve() for path in found if (pathlib.Path(path) / "__init__.py").exists()} - {here}
+    installed = {pathlib.Path(str(path)).resolve() for path in found if (pathlib.Path(str(path)) / "__init__.py").exists()} - {here}
     hidden = "".join(f", which hides the one installed in {path}: run this in another folder for that one" for path in installed)
     return f"{here}{hidden}"
 
@@ -60,7 +60,7 @@ def _triton_version() -> str:
         return "none"
     import triton
 
-    return triton.__version__
+    return str(triton.__version__)
 
 
 def _compiler() -> str:
@@ -89,9 +89,8 @@ def _libraries() -> list[str]:
 def _build_report() -> list[str]:
     if importlib.util.find_spec("rsloss_kernels._C") is None:
         return ["none: nothing was compiled when the package was installed, or without Python's headers"]
-    from rsloss_kernels import _C
-
-    return [f"{name:<20} {value or '-'}" for name, value in _C.build_report().items()]
+    report = importlib.import_module("rsloss_kernels._C").build_report()
+    return [f"{name:<20} {value or '-'}" for name, value in report.items()]
 
 
 def _switch(name: str, meaning: str) -> str:

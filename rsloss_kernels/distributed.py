@@ -8,7 +8,8 @@ long as the group's own timeout, the one given to `init_process_group` or `new_g
 
 import copy
 import weakref
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,7 @@ from rsloss_kernels import _checks
 # A record with a flat index from here on belongs to another process. Exact in float64, and beyond every real element.
 FOREIGN = 2.0**52
 # Capacities, per group, that every process is known to share.
-_agreed: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+_agreed: "weakref.WeakKeyDictionary[dist.ProcessGroup, set[int]]" = weakref.WeakKeyDictionary()
 
 
 class GlobalBatch(NamedTuple):
@@ -57,7 +58,9 @@ def describe_group(process_group: object) -> str:
 class HoldsGroup:
     """Mixin of modules with an attribute `process_group`: a copy of the module (of an averaged model, say) has the same group."""
 
-    def __deepcopy__(self, memo: dict) -> "HoldsGroup":
+    process_group: object | None
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "HoldsGroup":
         memo[id(self.process_group)] = self.process_group
         copied = self.__class__.__new__(self.__class__)
         memo[id(self)] = copied
@@ -151,13 +154,13 @@ def _check_headers(function: str, headers: list[list[float]], names: tuple[str, 
     return int(min(max(found), capacity))
 
 
-def _check_settings(function: str, settings: dict[str, list[float]]) -> None:
+def _check_settings(function: str, settings: Mapping[str, Sequence[float]]) -> None:
     """Raises for a setting that is not the same on all processes; its values by rank."""
     for name, values in settings.items():
         if len(set(values)) > 1:
-            values = [_checks.LOGIT_TYPES[int(value)] if "dtype" in name else f"{value:g}" for value in values]
+            shown = [_checks.LOGIT_TYPES[int(value)] if "dtype" in name else f"{value:g}" for value in values]
             raise ValueError(
-                f"{function}: {name} must be the same on every process of the group, got {', '.join(map(str, values))} by rank"
+                f"{function}: {name} must be the same on every process of the group, got {', '.join(map(str, shown))} by rank"
             )
 
 
@@ -234,7 +237,7 @@ def gather_equal(tensor: Tensor, group: "dist.ProcessGroup") -> Tensor:
 
 
 # PyTorch 2.13 renamed it.
-_all_gather_into = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+_all_gather_into: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 
 
 def _all_gather(tensor: Tensor, group: "dist.ProcessGroup") -> Tensor:

@@ -10,7 +10,7 @@ import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ class Outcome(NamedTuple):
 def cases(seed: int) -> Iterator[Case]:
     generator = torch.Generator().manual_seed(seed)
 
-    def case(loss: Callable, operator: str, name: str, logits: Tensor, *tensors: Tensor, **options) -> Case:
+    def case(loss: Callable[..., Any], operator: str, name: str, logits: Tensor, *tensors: Tensor, **options: Any) -> Case:
         def run(x: Tensor) -> tuple[Tensor, ...]:
             moved = {key: value.to(x.device) if isinstance(value, Tensor) else value for key, value in options.items()}
             losses = loss(x, *[tensor.to(x.device) for tensor in tensors], **moved)
@@ -56,11 +56,12 @@ def cases(seed: int) -> Iterator[Case]:
 
         return Case(f"{loss.__name__}, {name}", operator, logits, run)
 
-    def step_by_step(loss: str, option: object) -> Callable:
+    def step_by_step(loss: str, option: float) -> Callable[..., Any]:
         """The loss as it is with a process group, which communicates between the steps."""
 
         def evaluate(x: Tensor, targets: Tensor, quality: Tensor | None = None) -> tuple[Tensor, ...]:
-            settings = {"delta": 0.5, "background": "last", "max_positives": None, "process_group": None, "average_gradients": True}
+            settings: dict[str, Any] = {"delta": 0.5, "background": "last", "max_positives": None}
+            settings |= {"process_group": None, "average_gradients": True}
             request = read_arguments(loss, f"{loss}_finalize", x, targets, quality, **settings)
             return ranking.finish(loss, ranking.rank_positives(request), option)
 
@@ -161,7 +162,7 @@ def evaluate(case: Case, backend: str, device: str, dtype: torch.dtype) -> Outco
     leaf = case.logits.to(device, dtype).requires_grad_()
     with rsloss_kernels.use_backend(backend):
         losses = case.run(leaf)
-    (gradient,) = torch.autograd.grad(sum(losses), leaf)
+    (gradient,) = torch.autograd.grad(sum(losses[1:], losses[0]), leaf)
     return Outcome([float(loss.detach()) for loss in losses], gradient.double().cpu())
 
 
@@ -218,7 +219,7 @@ def _check(case: Case, backend: str, device: str, dtype: torch.dtype, truth: Out
 
 def _covers_every_operator(everything: list[Case]) -> tuple[bool, str]:
     class Recorder(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             called.add(str(function).removeprefix(f"{_library.NAMESPACE}."))
             return function(*args, **(kwargs or {}))
 

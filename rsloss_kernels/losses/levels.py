@@ -6,7 +6,7 @@ channels-last memory.
 """
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -99,8 +99,8 @@ def read_levels(
                 f"got {level.dtype} on {level.device}"
             )
         if level.dim() < (2 if layout != "rows" or len(given) > 1 else 1):
-            wanted = "[B, A * C, *spatial]" if layout != "rows" else "[rows, ..., C] in a list" if len(given) > 1 else "[..., C]"
-            raise ValueError(f"{function}: logits must have shape {wanted}, got {list(level.shape)}")
+            shape = "[B, A * C, *spatial]" if layout != "rows" else "[rows, ..., C] in a list" if len(given) > 1 else "[..., C]"
+            raise ValueError(f"{function}: logits must have shape {shape}, got {list(level.shape)}")
     wanted = _read_num_classes(function, given[0], layout, num_classes, of_table)
     if layout == "rows":
         levels = [_read_rows(function, level, wanted) for level in given]
@@ -133,7 +133,7 @@ def _read_num_classes(function: str, first: Tensor, layout: str, num_classes: in
     return num_classes
 
 
-def check_num_classes(function: str, num_classes: object) -> None:
+def check_num_classes(function: str, num_classes: Any) -> None:
     """What can be said without logits."""
     if num_classes is not None and not _checks.is_int(num_classes):
         raise TypeError(f"{function}: num_classes must be an int, got {type(num_classes).__name__}")
@@ -267,7 +267,7 @@ def read_values(
     return [_ordered(level, entry, form) for level, entry in zip(given, values, strict=True)], form == ROWS
 
 
-def _split(levels: Levels, name: str, value: Tensor, per_row: bool, per_element: bool) -> Sequence[Tensor]:
+def _split(levels: Levels, name: str, value: Tensor, per_row: bool, per_element: bool) -> list[Tensor]:
     of_rows = levels.row_shape
     shapes = [] if of_rows is None else [of_rows] * per_row + [(*of_rows, levels.num_classes)] * per_element
     if tuple(value.shape) not in shapes:
@@ -275,7 +275,7 @@ def _split(levels: Levels, name: str, value: Tensor, per_row: bool, per_element:
         raise ValueError(
             f"{levels.function}: {name} must be a list with one per level of logits{wanted}, got {list(value.shape)}"
         )
-    return value.split([level.counted[1] for level in levels.levels], len(of_rows) - 1)
+    return list(value.split([level.counted[1] for level in levels.levels], len(of_rows or ()) - 1))
 
 
 # What `values` may be: one per row; one per element in the logits' own shape; or with the classes behind what rows have one of.

@@ -1,6 +1,7 @@
 """Dynamic label assignment: labels by an IoU threshold, and the threshold that follows the proposals."""
 import numbers
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -159,8 +160,8 @@ class DynamicLabelAssignment(WindowedValue):
         return {"iou_topk": self.topk, "initial_iou": self.initial_iou, **super()._shown()}
 
 
-def _check_iou(function: str, name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+def _check_iou(function: str, name: str, value: Any) -> float:
+    if not _checks.is_number(value):
         raise TypeError(f"{function}: {name} must be a number, got {type(value).__name__}")
     if not 0 <= value <= 1:
         raise ValueError(f"{function}: {name} must be within [0, 1], got {value}")

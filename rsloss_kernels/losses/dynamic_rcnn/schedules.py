@@ -1,5 +1,5 @@
 """What the modules of Dynamic R-CNN share: selecting the k-th smallest on the device, and values that change at the end of a window."""
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -7,6 +7,9 @@ from torch.nn.functional import pad
 
 from rsloss_kernels import _checks, distributed
 from rsloss_kernels._state import StatefulLoss, store
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 VARIANTS = ("mmdet", "original")
 # Of the boxes' offsets: what a new beta must reach.
@@ -78,7 +81,7 @@ class WindowedValue(distributed.HoldsGroup, StatefulLoss):
         places = [i % length for i in range(max(0, count - length), count)]
         return Schedule(self.schedule_steps.cpu()[places].clone(), self.schedule_values.cpu()[places].clone())
 
-    def _group(self):
+    def _group(self) -> "dist.ProcessGroup | None":
         return distributed.resolve_group(type(self).__name__, self.process_group)
 
     def _check_images(self, num_images: int) -> None:

@@ -3,7 +3,7 @@
 All three are element-wise sigmoid losses (losses/focal) whose class table follows from the state; README.md has the formulas.
 """
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -201,7 +201,7 @@ def check_pos_neg(function: str, pos_neg: Tensor) -> None:
         raise TypeError(f"{function}: pos_neg must be real, got {pos_neg.dtype}")
 
 
-def _check_labels(function: str, labels: Tensor | Sequence[Tensor]) -> None:
+def _check_labels(function: str, labels: Any) -> None:
     for entry in [labels] if isinstance(labels, Tensor) else labels if isinstance(labels, (list, tuple)) else [labels]:
         _checks.check_tensor(function, "labels", entry)
         if entry.dtype.is_floating_point or entry.dtype.is_complex or entry.dtype == torch.bool:

@@ -1,7 +1,7 @@
 """EqualizedFocalLoss, EqualizedQualityFocalLoss and EQLv2Loss: the losses as modules that keep the gradients of each class."""
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -37,7 +37,16 @@ class _GradientBalance(distributed.HoldsGroup, StatefulLoss):
         self.register_buffer("neg_grad", torch.zeros(num_classes, dtype=torch.float64))
         self.register_buffer("pos_neg", torch.full((num_classes,), self.initial_ratio, dtype=torch.float64))
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         for name in ("pos_grad", "neg_grad", "pos_neg"):
             value = state_dict.get(f"{prefix}{name}")
             if isinstance(value, Tensor) and value.shape != (self.num_classes,):
@@ -123,7 +132,15 @@ class _EqualizedFocus(_GradientBalance):
     def _ratio(self, pos_grad: Tensor, neg_grad: Tensor) -> Tensor:
         return super()._ratio(pos_grad, neg_grad).clamp(0, 1)
 
-    def _evaluate(self, logits, labels, quality, weight, avg_factor, reduction_override) -> Tensor | list[Tensor]:
+    def _evaluate(
+        self,
+        logits: Levelled,
+        labels: Levelled,
+        quality: Levelled | None,
+        weight: Levelled | None,
+        avg_factor: float | Tensor | None,
+        reduction_override: str | None,
+    ) -> Tensor | list[Tensor]:
         name = type(self).__name__
         reduction = self.reduction if reduction_override is None else reduction_override
         _checks.check_choice(name, "reduction_override", reduction, arguments.REDUCTIONS)

@@ -1,6 +1,6 @@
 """Focal, quality focal and varifocal loss: the public functions."""
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, TypedDict, overload
+from typing import Any, Literal, NamedTuple, TypedDict, overload
 
 from torch import Tensor
 from typing_extensions import Unpack
@@ -296,7 +296,7 @@ def make_request(
     background: str,
     ignore_index: int | None,
     name_of_targets: str = "targets",
-    **normalising: float,
+    **normalising: Any,
 ) -> Request:
     """`name_of_targets`: of `arguments.read_targets`; `normalising`: options of `arguments.read_reduction`."""
     if isinstance(table, arguments.ClassTable):

@@ -5,7 +5,7 @@ Logits and what comes with them as losses/levels.py has it; README.md has what t
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -95,7 +95,7 @@ def read_ignore_index(function: str, ignore_index: int | None) -> int | None:
     return ignore_index
 
 
-def read_number(function: str, name: str, value: object, least: float | None = 0.0) -> float:
+def read_number(function: str, name: str, value: Any, least: float | None = 0.0) -> float:
     if not _checks.is_number(value):
         raise TypeError(f"{function}: {name} must be a number, got {type(value).__name__}")
     # NaN fails the comparisons.
@@ -156,7 +156,7 @@ class ClassTable(NamedTuple):
         return torch.stack([rows[0], rows[1] * factor, rows[2] * factor])
 
 
-def has_few_rows(levels: Levels, targets: object, weight: object) -> bool:
+def has_few_rows(levels: Levels, targets: Any, weight: object) -> bool:
     """Whether a table of all classes would cost about as much as the elements, 1-D logits above all, and nothing belongs to rows."""
     first = levels.levels[0]
     if levels.is_list or first.order:
@@ -169,7 +169,7 @@ def has_few_rows(levels: Levels, targets: object, weight: object) -> bool:
     return all(isinstance(value, Tensor) and value.shape == first.given.shape for value in per_element) and targets.is_floating_point()
 
 
-def table_of_numbers(num_classes: int, parts: tuple[float, ...], like: Tensor) -> Tensor:
+def table_of_numbers(num_classes: int, parts: tuple[Any, ...], like: Tensor) -> Tensor:
     """float64 [parts, C], the same for every class, kept from call to call where that is possible."""
     device = like.device
     # Tensors of a tracer, of a fake mode or of a CUDA graph in the making must not outlive it.

@@ -1,5 +1,5 @@
 """SigmoidFocalLoss, QualityFocalLoss and VarifocalLoss: the losses as modules with MMDetection's constructors and forwards."""
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -125,7 +125,7 @@ class _SigmoidLoss(nn.Module):
             return losses
         if self.layout != "rows":
             raise ValueError(f"{name}: layout must be 'rows' with reduction 'none', which sums over the classes, got {self.layout!r}")
-        return [level.sum(-1) for level in losses] if levels.is_list else losses.sum(-1)
+        return losses.sum(-1) if isinstance(losses, Tensor) else [level.sum(-1) for level in losses]
 
     if TYPE_CHECKING:
         __call__ = forward
@@ -134,7 +134,7 @@ class _SigmoidLoss(nn.Module):
         """How classes weigh, and the modulator."""
         raise NotImplementedError
 
-    def _split(self, target: object) -> tuple[object, object]:
+    def _split(self, target: Any) -> tuple[Any, Any]:
         """Targets and quality."""
         if not isinstance(target, tuple):
             return target, None
@@ -147,7 +147,7 @@ class _SigmoidLoss(nn.Module):
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
 
-def _as_published(levels: Levels, weight: object) -> object:
+def _as_published(levels: Levels, weight: Any) -> Any:
     """Weights [N, 1] and [N * C] for logits [N, C], which MMDetection's heads use."""
     if not isinstance(weight, Tensor) or levels.is_list or levels.first.dim() != 2 or levels.first.shape == weight.shape:
         return weight
@@ -194,7 +194,7 @@ class SigmoidFocalLoss(_SigmoidLoss):
     def _table(self) -> tuple[arguments.ClassTable, int]:
         return arguments.ClassTable(self.gamma, *api.read_alpha("SigmoidFocalLoss", self.alpha)), Modulator.FOCAL
 
-    def _split(self, target: object) -> tuple[object, None]:
+    def _split(self, target: Any) -> tuple[Any, None]:
         return target, None
 
 

@@ -1,6 +1,6 @@
 """GHM-C and GHM-R: the public functions and modules."""
 from collections.abc import Sequence
-from typing import NamedTuple, TypedDict, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -10,6 +10,9 @@ from rsloss_kernels import _backends, _checks, _library, distributed
 from rsloss_kernels.losses import levels as reading
 from rsloss_kernels.losses.ghm import op_checks
 from rsloss_kernels.losses.levels import Levelled, Levels
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 EMPTY_BINS = ("skip", "count")
 # Of a row that every process of a group sends: the tables of the most bins there can be.
@@ -52,11 +55,11 @@ class Request(NamedTuple):
     is_background_first: bool
     momentum: float
     count_empty_bins: bool
-    group: object | None
+    group: "dist.ProcessGroup | None"
     backend: str
 
     @property
-    def elements(self) -> tuple:
+    def elements(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """What every operator takes, without gradients."""
         return [pred.detach() for pred in self.preds], self.targets, self.weights
 
@@ -175,7 +178,7 @@ def ghm_classification_loss(
         *("ghm_classification_loss", "logits", logits, target, weight, bins, None, momentum, empty_bins, background, process_group),
         *(layout, num_classes),
     )
-    return _with_state(*evaluate(request, *read_state(request, acc_sum, num_updates), average_gradients), acc_sum, num_updates)
+    return _with_state(evaluate(request, *read_state(request, acc_sum, num_updates), average_gradients), acc_sum, num_updates)
 
 
 @overload
@@ -240,7 +243,7 @@ def ghm_regression_loss(
     request = read_arguments(
         "ghm_regression_loss", "pred", pred, target, weight, bins, mu, momentum, empty_bins, "last", process_group
     )
-    return _with_state(*evaluate(request, *read_state(request, acc_sum, num_updates), average_gradients), acc_sum, num_updates)
+    return _with_state(evaluate(request, *read_state(request, acc_sum, num_updates), average_gradients), acc_sum, num_updates)
 
 
 def gradient_density(
@@ -292,9 +295,9 @@ def gradient_density(
 def read_arguments(
     function: str,
     pred_name: str,
-    pred: Tensor | Sequence[Tensor],
-    target: Tensor | Sequence[Tensor],
-    weight: Tensor | Sequence[Tensor] | None,
+    pred: Any,
+    target: Any,
+    weight: Any,
     bins: int,
     mu: float | None,
     momentum: float,
@@ -455,12 +458,12 @@ def read_state(request: Request, acc_sum: Tensor | None, num_updates: Tensor | N
         if value is not None:
             _checks.check_tensor(request.function, name, value)
     op_checks.check_state(request.function, acc_sum, num_updates, request.preds[0], request.bins, request.momentum)
-    return tuple(value if value is None else _checks.plain(value) for value in (acc_sum, num_updates))
+    return acc_sum if acc_sum is None else _checks.plain(acc_sum), num_updates if num_updates is None else _checks.plain(num_updates)
 
 
 def evaluate(
     request: Request, acc_sum: Tensor | None, num_updates: Tensor | None, average_gradients: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """The loss, with its gradient, and the new state."""
     elements = request.preds, request.targets, request.weights
     options = request.bins, request.mu, request.is_background_first, request.momentum, request.count_empty_bins
@@ -477,9 +480,10 @@ def evaluate(
 
 
 def _with_state(
-    loss: Tensor, new_acc_sum: Tensor, new_num_updates: Tensor, acc_sum: Tensor | None, num_updates: Tensor | None
+    results: tuple[Tensor, ...], acc_sum: Tensor | None, num_updates: Tensor | None
 ) -> Tensor | GHMLoss | GHMCorrectedLoss:
     """What the caller asked for by giving a state."""
+    loss, new_acc_sum, new_num_updates = results
     if acc_sum is None:
         return loss
     return GHMLoss(loss, new_acc_sum) if num_updates is None else GHMCorrectedLoss(loss, new_acc_sum, new_num_updates)

@@ -40,9 +40,7 @@ def authentic_smooth_l1_loss(
     _checks.check_floating(name, "pred", pred)
     op_checks.check_mu(name, mu)
     _checks.check_choice(name, "reduction", reduction, ("none", "mean", "sum"))
-    for argument, value in (("target", target), ("weight", weight)):
-        if argument == "weight" and value is None:
-            continue
+    for argument, value in (("target", target), *([] if weight is None else [("weight", weight)])):
         _checks.check_tensor(name, argument, value)
         if value.is_complex():
             raise TypeError(f"{name}: {argument} must be real, got {value.dtype}")

@@ -1,6 +1,6 @@
 """GHMC and GHMR: the losses as modules with MMDetection's constructor and forward, and the state of their momentum."""
 import math
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ class _GradientHarmonizing(distributed.HoldsGroup, StatefulLoss):
             if bias_correction:
                 self.register_buffer("num_updates", torch.zeros(bins, dtype=torch.int64))
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # MMDetection's modules keep the edges of the bins as a buffer; here they follow from the number of bins.
         known = {name: value for name, value in state_dict.items() if name != f"{prefix}edges"}
         acc_sum, updates = known.get(f"{prefix}acc_sum"), f"{prefix}num_updates"
@@ -155,7 +155,7 @@ class _GradientHarmonizing(distributed.HoldsGroup, StatefulLoss):
         __call__ = forward
 
     def _elementwise(
-        self, request: api.Request, label_weight: Tensor | None, state: tuple[Tensor | None, Tensor | None]
+        self, request: api.Request, label_weight: Levelled | None, state: tuple[Tensor | None, Tensor | None]
     ) -> tuple[list[Tensor], Tensor, Tensor]:
         """One per level, in plain torch operations but for the weights of the bins."""
         histogram, is_agreed = api.read_histogram(request, self.average_gradients, self.bias_correction)
@@ -163,7 +163,7 @@ class _GradientHarmonizing(distributed.HoldsGroup, StatefulLoss):
         weights = weights * self._normaliser(request, histogram, label_weight).clamp(min=1)
         if is_agreed is not None:
             weights = torch.where(is_agreed, weights, torch.nan)
-        valid = request.weights or [None] * len(request.preds)
+        valid: list[Tensor] | list[None] = request.weights or [None] * len(request.preds)
         levels = zip(request.preds, request.targets, valid, strict=True)
         return [self._losses_of_level(request, weights, *level) for level in levels], acc_sum, num_updates
 
@@ -178,7 +178,7 @@ class _GradientHarmonizing(distributed.HoldsGroup, StatefulLoss):
         losses = reference.element_losses(values, dense, self.mu) * torch.where(is_valid, of_bin, 0.0)
         return losses.to(pred.dtype)
 
-    def _normaliser(self, request: api.Request, histogram: Tensor, label_weight: Tensor | None) -> Tensor:
+    def _normaliser(self, request: api.Request, histogram: Tensor, label_weight: Any) -> Tensor:
         return histogram[0].sum()
 
     def extra_repr(self) -> str:
@@ -289,7 +289,7 @@ class GHMR(_GradientHarmonizing):
             bins, momentum, loss_weight, reduction, empty_bins, bias_correction, process_group, average_gradients
         )
 
-    def _normaliser(self, request: api.Request, histogram: Tensor, label_weight: Tensor | None) -> Tensor:
+    def _normaliser(self, request: api.Request, histogram: Tensor, label_weight: Any) -> Tensor:
         # A weight of NaN is not valid, and leaves no trace.
         own = histogram.new_full((), request.preds[0].numel()) if label_weight is None else label_weight.double().nansum()
         return distributed.sum_over_group(own, request.group)

@@ -1,5 +1,6 @@
 """Balanced group softmax: the public functions."""
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -165,7 +166,7 @@ def _sample(
 ) -> Tensor:
     keys = None
     if 0 < ratio < math.inf:
-        options = {"dtype": torch.float32, "device": labels.device}
+        options: dict[str, Any] = {"dtype": torch.float32, "device": labels.device}
         if generator is not None:
             # Not given at all where there is none: torch.compile cannot trace a generator, None included.
             if generator.device.type != labels.device.type:

@@ -1,9 +1,11 @@
 """ClassGroups: which classes share a softmax, and which column of the logits is whose."""
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from rsloss_kernels import _checks
 from rsloss_kernels._state import StatefulLoss
@@ -156,7 +158,7 @@ class ClassGroups(StatefulLoss):
         self.restore()
         return super().train(mode)
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
         self._keep()
         # `to_empty` leaves anything in them.
@@ -164,20 +166,29 @@ class ClassGroups(StatefulLoss):
         self.restore()
         return self
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._note_versions()
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         self.restore()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
-        loaded = [state_dict.get(prefix + name) for name in _BUFFERS]
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        loaded: list[Any] = [state_dict.get(prefix + name) for name in _BUFFERS]
         is_whole = all(isinstance(value, Tensor) for value in loaded)
         if is_whole:
             tables = [value.long().tolist() for value in loaded]
-            reason = _why_no_groups(*tables, self.num_classes)
+            reason = _why_no_groups(tables[0], tables[1], tables[2], self.num_classes)
             if reason is not None:
                 error_msgs.append(f"{type(self).__name__}: {reason}")
                 return

@@ -1,7 +1,7 @@
 """What the public functions and modules of all ranking losses share: they run the operators, and keep their options."""
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -30,7 +30,7 @@ class Ranked(NamedTuple):
     positives: Tensor  # those of this process
 
 
-def evaluate(loss: str, request: Request, **options: object) -> tuple[Tensor, ...]:
+def evaluate(loss: str, request: Request, **options: float) -> tuple[Tensor, ...]:
     """The losses, with their gradient: in one call, or step by step where a process group communicates between the steps."""
     if request.group is not None:
         return finish(loss, rank_positives(request, options=options), *options.values())
@@ -107,7 +107,7 @@ def finish(loss: str, state: Ranked, *options: object) -> tuple[Tensor, ...]:
 class RankingLoss(distributed.HoldsGroup, nn.Module):
     """The base of the modules: checks the keywords of its function, keeps them as attributes, and has a `loss_weight`."""
 
-    def __init__(self, loss_weight: float, **options: object):
+    def __init__(self, loss_weight: float, **options: Any):
         super().__init__()
         function = type(self).__name__
         check_options(function, options["delta"], options["background"], options["max_positives"])
@@ -127,7 +127,7 @@ class RankingLoss(distributed.HoldsGroup, nn.Module):
         for name, value in options.items():
             setattr(self, name, value)
 
-    def options(self, **of_batch: object) -> dict[str, object]:
+    def options(self, **of_batch: object) -> dict[str, Any]:
         """The keywords of the function; those of a batch that are not None replace the module's."""
         options = {name: getattr(self, name) for name in self.option_names}
         return options | {name: value for name, value in of_batch.items() if value is not None}

@@ -1,7 +1,6 @@
 """What the public functions of all ranking losses share first: they check their arguments and put them in the operators' form."""
 import warnings
-from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +11,9 @@ from rsloss_kernels.losses.levels import Levels, read_levels
 from rsloss_kernels.losses.ranking import debug_checks
 from rsloss_kernels.losses.ranking.op import MOST_POSITIVES
 from rsloss_kernels.losses.ranking.segments import read_segments
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 # Without `max_positives`: of dense targets on a GPU, and of every process of a group.
 DEFAULT_CAPACITY = 16384
@@ -31,7 +33,7 @@ class Request(NamedTuple):
     maps: bool
     is_background_first: bool
     delta: float
-    group: object | None
+    group: "dist.ProcessGroup | None"
     average_gradients: bool
     backend: str
 
@@ -39,20 +41,20 @@ class Request(NamedTuple):
 def read_arguments(
     function: str,
     operator: str,
-    logits: Tensor | Sequence[Tensor],
-    targets: Tensor | Sequence[Tensor],
-    quality: Tensor | Sequence[Tensor] | None = None,
+    logits: Any,
+    targets: Any,
+    quality: Any = None,
     *,
     delta: float,
     background: str,
-    segments: Tensor | Sequence[Tensor] | int | str | None = None,
+    segments: Any = None,
     num_segments: int | None = None,
     max_positives: int | None,
     process_group: object | None,
     average_gradients: bool,
     layout: str = "rows",
     num_classes: int | None = None,
-    regression_losses: Tensor | None = None,
+    regression_losses: Any = None,
 ) -> Request:
     """Checks the arguments of the loss `function`, to run on the backend of `operator`.
 

@@ -14,14 +14,14 @@ def check_values(
     capacity: int | None,
 ) -> None:
     """One tensor per level. `quality`: empty, or what must be within [0, 1]; `ids`, `num_segments`: as the operators take them."""
-    targets, found = joined(targets), joined(is_positive)
-    highest = targets.max().item() if targets.numel() else 0
-    if targets.is_floating_point():
+    values, found = joined(targets), joined(is_positive)
+    highest = values.max().item() if values.numel() else 0
+    if values.is_floating_point():
         positives = int(found.sum())
-        if 2 * positives > targets.numel():
+        if 2 * positives > values.numel():
             raise ValueError(
                 f"{function}: targets must be positive for at most half of the elements (label smoothing is not supported: any "
-                f"target above 0 is a positive), got {positives} of {targets.numel()}"
+                f"target above 0 is a positive), got {positives} of {values.numel()}"
             )
         if positives and not highest <= 1:
             raise ValueError(f"{function}: targets must be at most 1, got {highest}")

@@ -9,6 +9,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -167,7 +168,7 @@ def define_loss(stem: str, loss: str, options: str, losses: str, statistics: str
     )
 
 
-def _compose_forward(loss: str, backend: str) -> Callable:
+def _compose_forward(loss: str, backend: str) -> Callable[..., Any]:
     """The steps one after the other, for the Python backends."""
     names = "ranking_collect", "ranking_bin", f"{loss}_finalize"
 

@@ -1,5 +1,5 @@
 """What the losses rank by itself: reads the arguments `segments` and `num_segments`."""
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from rsloss_kernels.losses.levels import Levels, read_values
 _WANTED = "None, a Tensor of ids, a number of equal chunks of the first dimension, or 'class'"
 
 
-def check_segments(function: str, segments: Tensor | Sequence[Tensor] | int | str | None, num_segments: int | None) -> None:
+def check_segments(function: str, segments: Any, num_segments: int | None) -> None:
     """What can be said without a batch."""
     if num_segments is not None and not (_checks.is_int(num_segments) and 1 <= num_segments < _checks.LARGEST_COUNT):
         raise ValueError(f"{function}: num_segments must be None or an int within 1..2^31-2, got {num_segments!r}")
@@ -31,7 +31,7 @@ def read_segments(
     first: Tensor,
     levels: Levels | None,
     targets: Tensor,
-    segments: Tensor | Sequence[Tensor] | int | str | None,
+    segments: Any,
     num_segments: int | None,
 ) -> tuple[Tensor | None, int]:
     """The ids as the operators take them, int32 [rows, 1] or [1, columns], None for equal chunks; and how many segments there are.
@@ -76,7 +76,7 @@ def read_segments(
 
 
 def _read_ids(
-    function: str, first: Tensor, levels: Levels | None, targets: Tensor, segments: Tensor | Sequence[Tensor], num_segments: int
+    function: str, first: Tensor, levels: Levels | None, targets: Tensor, segments: Any, num_segments: int
 ) -> Tensor:
     """int32, [rows, 1]."""
     # Of 1-D logits with dense targets every element is a row.

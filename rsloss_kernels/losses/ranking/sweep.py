@@ -181,7 +181,7 @@ def _prefix(values: Tensor) -> Tensor:
     return pad(values.cumsum(1), (1, 0))
 
 
-def running(values: Tensor, first: Tensor | None, combine: Callable = torch.add) -> Tensor:
+def running(values: Tensor, first: Tensor | None, combine: Callable[..., Tensor] = torch.add) -> Tensor:
     """Running sum (or minimum: `combine=torch.minimum`) of `values` [n] that restarts at the places `first` [n], ascending."""
     if first is None:
         return values.cumsum(0) if combine is torch.add else values.cummin(0).values

@@ -1,5 +1,5 @@
 """Seesaw loss: the public function."""
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,7 +73,7 @@ def evaluate(
     options = (*powers, REDUCTIONS.index(reduction), avg_factor)
     losses = _library.differentiable("seesaw_forward", backend, logits, labels, weight, log_counts, *options)
     if reduction == "none":
-        losses = (value.to(logits.dtype) for value in losses)
+        losses = tuple(value.to(logits.dtype) for value in losses)
     return SeesawLosses(*losses)
 
 
@@ -130,7 +130,7 @@ def _read_weight(function: str, weight: Tensor | None, logits: Tensor) -> Tensor
     return _checks.plain(weight)
 
 
-def _read_avg_factor(function: str, avg_factor: object, reduction: str, logits: Tensor, eps: float) -> Tensor | None:
+def _read_avg_factor(function: str, avg_factor: Any, reduction: str, logits: Tensor, eps: float) -> Tensor | None:
     if avg_factor is None:
         return None
     if reduction != "mean":

@@ -1,5 +1,5 @@
 """SeesawLoss: the loss as a module that counts the samples of each class, with the call signatures of MMDetection."""
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -10,6 +10,9 @@ from rsloss_kernels.losses.focal.arguments import REDUCTIONS, read_number
 from rsloss_kernels.losses.focal.modules import EPS
 from rsloss_kernels.losses.levels import check_num_classes
 from rsloss_kernels.losses.seesaw import api
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 
 class SeesawLoss(distributed.HoldsGroup, StatefulLoss):
@@ -71,7 +74,16 @@ class SeesawLoss(distributed.HoldsGroup, StatefulLoss):
         self.use_sigmoid = use_sigmoid
         self.register_buffer("cum_samples", torch.zeros(num_classes + 1, dtype=torch.float64))
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         value = state_dict.get(f"{prefix}cum_samples")
         if isinstance(value, Tensor) and value.shape != self.cum_samples.shape:
             error_msgs.append(
@@ -137,7 +149,7 @@ class SeesawLoss(distributed.HoldsGroup, StatefulLoss):
         total = torch.stack([value.sum(dtype=torch.float64) for value in losses]).sum()
         return distributed.sum_over_group(total, self._group()).isfinite()
 
-    def _group(self):
+    def _group(self) -> "dist.ProcessGroup | None":
         return None if self.process_group is None else distributed.resolve_group(type(self).__name__, self.process_group)
 
     def get_cls_channels(self, num_classes: int) -> int:

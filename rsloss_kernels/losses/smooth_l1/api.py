@@ -58,12 +58,12 @@ def evaluate(
     target = _read_values(function, "target", target, pred)
     _checks.check_shape(function, "target", target, pred.shape, "the shape of pred")
     weight = _read_weight(function, weight, pred)
-    beta, fixed_beta = _read_beta(function, beta, pred)
+    table, fixed_beta = _read_beta(function, beta, pred)
     _checks.check_choice(function, "reduction", reduction, REDUCTIONS)
     normalizer, scale = _read_divisor(function, reduction, avg_factor, pred, loss_weight, eps)
     operator = "smooth_l1_elements" if reduction == "none" else "smooth_l1_forward"
     backend = _backends.resolve(operator, pred.device.type)
-    tensors = target, weight, beta, normalizer
+    tensors = target, weight, table, normalizer
     return _library.differentiable(operator, backend, pred.contiguous(), *tensors, fixed_beta, scale)[0]
 
 
@@ -90,10 +90,10 @@ def _read_weight(function: str, weight: Tensor | None, pred: Tensor) -> Tensor |
         is_expanded = pred.dim() >= 2 and weight.numel() > 0 and weight.layout == torch.strided and weight.stride(-1) == 0
         return _read_values(function, "weight", weight[..., 0] if is_expanded else weight, pred)
     rows = pred.shape[:-1]
-    if pred.dim() >= 2 and shape in (rows, (*rows, 1)):
-        return _read_values(function, "weight", weight if shape == rows else weight[..., 0], pred)
-    less = f" or that less the last dimension, {list(rows)}" if pred.dim() >= 2 else ""
-    _checks.check_shape(function, "weight", weight, pred.shape, f"the shape of pred{less}")
+    if pred.dim() < 2 or shape not in (rows, (*rows, 1)):
+        less = f" or that less the last dimension, {list(rows)}" if pred.dim() >= 2 else ""
+        _checks.check_shape(function, "weight", weight, pred.shape, f"the shape of pred{less}")
+    return _read_values(function, "weight", weight if shape == rows else weight[..., 0], pred)
 
 
 def _read_beta(function: str, beta: float | Tensor, pred: Tensor) -> tuple[Tensor | None, float]:
