@@ -73,10 +73,11 @@ def test_blocks_change_the_order_of_sums_alone(generator):
     assert torch.equal(few[1], many[1])
 
 
-def test_many_equal_elements_in_one_block():
-    """No counter is too narrow, and no error of one element is averaged out."""
+@pytest.mark.parametrize("processors", ["1", "70"])
+def test_many_equal_elements_in_one_block_or_in_more_than_a_warp_has_lanes(processors):
+    """No counter is too narrow, no error of one element is averaged out, no block is left out."""
     pred, target = torch.full((300_000,), 0.7), torch.zeros(300_000)
-    with emulated(processors="1"):
+    with emulated(processors=processors):
         histogram = outputs("cuda", [pred], [target], bins=30)[0]
     at = histogram[0].nonzero().item()
     assert histogram[0, at] == pred.numel()
