@@ -25,17 +25,14 @@ def good() -> dict:
 FAULTS = {
     "logits_list": ("logits", lambda v: v.tolist(), TypeError, "a Tensor", "list"),
     "logits_int64": ("logits", lambda v: v.long(), TypeError, "floating dtype", "torch.int64"),
-    "logits_sparse": ("logits", lambda v: v.to_sparse(), TypeError, "strided", "torch.sparse_coo"),
     "logits_of_the_classes": ("logits", lambda v: v[:, :6], ValueError, r"\[N, 11\].*", r"\[5, 6\].*not C, not C \+ 1"),
     "logits_of_the_classes_and_background": ("logits", lambda v: v[:, :7], ValueError, r"\[N, 11\]", r"\[5, 7\].*num_logits"),
     "logits_flat": ("logits", lambda v: v.flatten(), ValueError, r"\[N, 11\]", r"\[55\]"),
-    "labels_none": ("labels", lambda v: None, TypeError, "a Tensor", "NoneType"),
     "labels_float": ("labels", lambda v: v.float(), TypeError, "class indices, integers", "torch.float32"),
     "labels_bool": ("labels", lambda v: v > 0, TypeError, "class indices, integers", "torch.bool"),
     "labels_uint64": ("labels", lambda v: v.to(torch.uint64), TypeError, "int64 can hold", "torch.uint64"),
     "labels_shape": ("labels", lambda v: v[:4], ValueError, r"per row of logits, \[5\]", r"\[4\]"),
     "labels_one_hot": ("labels", lambda v: v[:, None].expand(5, 11), ValueError, r"\[5\]", r"\[5, 11\]"),
-    "labels_meta": ("labels", lambda v: v.to("meta"), ValueError, "device", "meta"),
     "groups_list": ("groups", lambda v: v.groups, TypeError, "ClassGroups", "list"),
     "groups_meta": ("groups", lambda v: ClassGroups(v.groups).to("meta"), ValueError, r"device.*groups\.to", "meta"),
     "weights_list": ("sample_weights", lambda v: v.tolist(), TypeError, "a Tensor", "list"),
@@ -45,12 +42,7 @@ FAULTS = {
     "weights_meta": ("sample_weights", lambda v: v.to("meta"), ValueError, "device", "meta"),
     "class_weights_with_background": ("class_weights", lambda v: torch.ones(7), ValueError, r"without the background, \[6\]", r"\[7\]"),
     "class_weights_int64": ("class_weights", lambda v: v.long(), TypeError, "floating dtype", "torch.int64"),
-    "class_weights_meta": ("class_weights", lambda v: v.to("meta"), ValueError, "device", "meta"),
     "ratio_negative": ("others_ratio", lambda v: -0.5, ValueError, "at least 0", "-0.5"),
-    "ratio_nan": ("others_ratio", lambda v: float("nan"), ValueError, "at least 0", "nan"),
-    "ratio_string": ("others_ratio", lambda v: "8", TypeError, "a number or None", "str"),
-    "ratio_bool": ("others_ratio", lambda v: True, TypeError, "a number or None", "bool"),
-    "background": ("background", lambda v: "none", ValueError, "'last', 'first'", "'none'"),
 }
 
 
