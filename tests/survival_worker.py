@@ -102,7 +102,7 @@ def main() -> None:
     is_elastic = "TORCHELASTIC_RESTART_COUNT" in os.environ
     meeting = {} if is_elastic else {"init_method": f"file://{options.folder}/meet"}
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=20), **meeting)
+    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=240), **meeting)
     training, checkpoint = Training(), options.folder / "checkpoint.pt"
     is_first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
     if rank == 0 and is_first:

@@ -103,9 +103,9 @@ def test_when_a_process_is_killed_the_others_raise_and_nothing_stays(tmp_path):
         for rank in range(3)
     ]
     try:
-        processes[1].wait(timeout=120)
+        processes[1].wait(timeout=240)
         died = time.monotonic()
-        outputs = [process.communicate(timeout=60)[1] for process in processes]
+        outputs = [process.communicate(timeout=120)[1] for process in processes]
         waited = time.monotonic() - died
     finally:
         for process in processes:
@@ -115,7 +115,7 @@ def test_when_a_process_is_killed_the_others_raise_and_nothing_stays(tmp_path):
     for rank in (0, 2):
         assert processes[rank].returncode == 1, outputs[rank][-2000:]
         assert "RuntimeError" in outputs[rank] or "DistBackendError" in outputs[rank], outputs[rank][-2000:]
-    assert waited < 40, "the timeout of the group is 20 s"
+    assert waited < 60, "they see the closed connection, long before the timeout of the group, 240 s"
     for process in processes:
         with pytest.raises(ProcessLookupError):
             os.killpg(process.pid, 0)
@@ -134,9 +134,10 @@ def test_a_restarted_training_ends_with_the_weights_of_an_undisturbed_one(tmp_pa
     """Under torchrun one of two processes kills itself in the middle of a step of the first attempt."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
     command += ["--monitor-interval", "0.1", str(WORKER), str(tmp_path), "--die-step", "3", "--steps", "6"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # torchrun's own store lives on between attempts: a process may find there where another one listened before.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.returncode == 0, done.stderr[-12000:]
     disturbed, undisturbed = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("checkpoint", "undisturbed"))
     assert (tmp_path / "resumed_at").read_text() == "3" and disturbed["step"] == undisturbed["step"] == 6
     for part in ("model", "momentum"):
