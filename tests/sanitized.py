@@ -3,7 +3,8 @@
     python -m tests.sanitized                            every test of a backend that is cpp or cuda
     python -m tests.sanitized --backends cpp --capability plain tests/test_ap.py
 
-Other options, written `--name=value`, go to pytest. CI takes a selection of the same (test_cpu_variants.py, test_cuda_on_cpu.py): all of it takes an hour.
+Other options, written `--name=value`, go to pytest. CI takes a selection of the same (test_cpu_variants.py, test_cuda_on_cpu.py): all
+of it takes an hour.
 Exit status 1 if a test fails, which a finding of the sanitizers makes it do.
 """
 import argparse

@@ -60,7 +60,7 @@ def outputs(backend: str, layout: str, logits, labels, keys, ratio: float = 0.7,
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("rows", [1, 63, 600])
+@pytest.mark.parametrize("rows", [1, 63, 1500])  # fewer and more than a block has threads
 def test_any_order_and_any_number_of_blocks(layout, rows, dtype, generator):
     logits, labels, keys = problem(layout, rows, generator)
     logits = logits.to(dtype)
