@@ -28,8 +28,9 @@ os.environ["RSLOSS_TEST_SEED"] = str(SEED)  # for the workers of pytest-xdist, w
 _reasons: dict[str, str | None] = {}
 # Files whose tests take long, in this order before all others: no worker is left with one of them at the end.
 LONGEST_FIRST = (
-    *("test_triton_compile.py", "test_distributed.py", "test_ghm_distributed.py", "test_cpu_variants.py", "test_cuda_compile.py"),
-    *("test_packaging.py", "test_cuda_on_cpu.py", "test_train_detector.py", "test_ops.py", "test_ranking_large.py"),
+    *("test_triton_compile.py", "test_distributed.py", "test_ghm_distributed.py", "test_survival_distributed.py"),
+    *("test_cpu_variants.py", "test_cuda_compile.py", "test_packaging.py", "test_cuda_on_cpu.py", "test_train_detector.py"),
+    *("test_ops.py", "test_ranking_large.py", "test_guard_pages.py"),
     *("test_bench_harness.py", "test_bench_peers.py", "test_mmdet_dense_heads.py"),
 )
 # On a machine that cannot have MMDetection, torchvision and Ultralytics.

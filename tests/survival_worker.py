@@ -1,6 +1,7 @@
-"""A process of a training that is killed, for test_survival_distributed.py: started by torchrun, or by hand with RANK and WORLD_SIZE.
+"""The processes of a training that is killed, for test_survival_distributed.py.
 
-    survival_worker.py FOLDER --die-step N [--steps N]
+    torchrun ... survival_worker.py FOLDER --die-step N [--steps N]     one of them
+    survival_worker.py FOLDER --die-step N --processes N                all of them, and how each ended, into FOLDER/ends.json
 
 Trains a layer with every stateful loss and Rank & Sort, each over all processes, and saves FOLDER/checkpoint.pt after every step. In the
 first attempt the second process kills itself at the step: while the others wait in a collective, or under torchrun after forward. What
@@ -8,9 +9,12 @@ comes to the end trains once more from the start, undisturbed, into FOLDER/undis
 """
 import argparse
 import datetime
+import json
 import os
 import pathlib
 import signal
+import sys
+import time
 
 import harness
 import torch
@@ -92,28 +96,61 @@ class Training:
             self.save(path)
 
 
+def train(options: argparse.Namespace) -> None:
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    # A store for each attempt: in one that outlives it a process may find the address of one that is dead.
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{options.folder}/meet-{attempt}",
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+        timeout=datetime.timedelta(seconds=240),
+    )
+    training, checkpoint = Training(), options.folder / "checkpoint.pt"
+    is_first = attempt == "0"
+    if dist.get_rank() == 0 and is_first:
+        torch.save(training.model.state_dict(), options.folder / "start.pt")
+    if checkpoint.exists() and not is_first:
+        training.load(checkpoint)
+        (options.folder / "resumed_at").write_text(str(training.step))
+    training.train(options.steps, checkpoint, options.die_step if is_first else None, options.processes > 0)
+    del training
+    Training().train(options.steps, options.folder / "undisturbed.pt", None, False)
+    dist.destroy_process_group()
+
+
+def fork(options: argparse.Namespace) -> None:
+    """All processes out of this one, which has imported what they need."""
+    ranks, ends = {}, {}
+    for rank in range(options.processes):
+        child = os.fork()
+        if child == 0:
+            os.environ.update(RANK=str(rank), WORLD_SIZE=str(options.processes))
+            os.dup2(os.open(options.folder / f"{rank}.errors", os.O_WRONLY | os.O_CREAT, 0o600), sys.stderr.fileno())
+            status = 1
+            try:
+                train(options)
+                status = 0
+            except BaseException:
+                sys.excepthook(*sys.exc_info())
+            finally:
+                os._exit(status)
+        ranks[child] = rank
+    while ranks:
+        child, status = os.wait()
+        ends[ranks.pop(child)] = {"status": os.waitstatus_to_exitcode(status), "at": time.monotonic()}
+    (options.folder / "ends.json").write_text(json.dumps([ends[rank] for rank in range(options.processes)]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=pathlib.Path)
     parser.add_argument("--die-step", type=int)
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--processes", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    is_elastic = "TORCHELASTIC_RESTART_COUNT" in os.environ
-    meeting = {} if is_elastic else {"init_method": f"file://{options.folder}/meet"}
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=240), **meeting)
-    training, checkpoint = Training(), options.folder / "checkpoint.pt"
-    is_first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-    if rank == 0 and is_first:
-        torch.save(training.model.state_dict(), options.folder / "start.pt")
-    if checkpoint.exists() and not is_first:
-        training.load(checkpoint)
-        (options.folder / "resumed_at").write_text(str(training.step))
-    training.train(options.steps, checkpoint, options.die_step if is_first else None, not is_elastic)
-    del training
-    Training().train(options.steps, options.folder / "undisturbed.pt", None, False)
-    dist.destroy_process_group()
+    fork(options) if options.processes else train(options)
 
 
 if __name__ == "__main__":

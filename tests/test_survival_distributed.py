@@ -1,6 +1,7 @@
 """Stateful losses in a training of several processes: inside of DistributedDataParallel, and where processes die.
 
 The first part looks at what the processes of test_distributed.py did (distributed_survival.py)."""
+import json
 import os
 import pathlib
 import signal
@@ -9,6 +10,7 @@ import sys
 import time
 
 import distributed_survival
+import processes
 import pytest
 import survival_worker
 import torch
@@ -96,32 +98,24 @@ def test_compiled_data_parallel_steps(results):
 
 def test_when_a_process_is_killed_the_others_raise_and_nothing_stays(tmp_path):
     """One is killed where the others wait for it in the collective of a loss. Each of them ends with an error by itself."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "3"}
-    command = [sys.executable, str(WORKER), str(tmp_path), "--die-step", "2"]
-    processes = [
-        subprocess.Popen(command, env={**environment, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True, start_new_session=True)
-        for rank in range(3)
-    ]
-    try:
-        processes[1].wait(timeout=240)
-        died = time.monotonic()
-        outputs = [process.communicate(timeout=120)[1] for process in processes]
-        waited = time.monotonic() - died
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-    assert processes[1].returncode == -signal.SIGKILL
+    command = [sys.executable, str(WORKER), str(tmp_path), "--die-step", "1", "--processes", "3"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        done = processes.communicate(process, 300)
+    assert done.returncode == 0, done.stderr[-6000:]
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+    ends = json.loads((tmp_path / "ends.json").read_text())
+    assert ends[1]["status"] == -signal.SIGKILL
     for rank in (0, 2):
-        assert processes[rank].returncode == 1, outputs[rank][-2000:]
-        assert "RuntimeError" in outputs[rank] or "DistBackendError" in outputs[rank], outputs[rank][-2000:]
-    assert waited < 60, "they see the closed connection, long before the timeout of the group, 240 s"
-    for process in processes:
-        with pytest.raises(ProcessLookupError):
-            os.killpg(process.pid, 0)
+        errors = (tmp_path / f"{rank}.errors").read_text()
+        assert ends[rank]["status"] == 1, errors[-2000:]
+        assert "RuntimeError" in errors or "DistBackendError" in errors, errors[-2000:]
+        waited = ends[rank]["at"] - ends[1]["at"]
+        assert waited < 60, "they see the closed connection, long before the timeout of the group, 240 s"
     # What was saved before goes on, with another number of processes too.
     checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    assert checkpoint["step"] == 2
+    assert checkpoint["step"] == 1
     detector = survival_worker.Detector()
     detector.load_state_dict(checkpoint["model"], strict=True)
     before = state_of(detector.losses)
@@ -133,14 +127,20 @@ def test_when_a_process_is_killed_the_others_raise_and_nothing_stays(tmp_path):
 def test_a_restarted_training_ends_with_the_weights_of_an_undisturbed_one(tmp_path):
     """Under torchrun one of two processes kills itself in the middle of a step of the first attempt."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
-    command += ["--monitor-interval", "0.1", str(WORKER), str(tmp_path), "--die-step", "3", "--steps", "6"]
-    # torchrun's own store lives on between attempts: a process may find there where another one listened before.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    command += ["--monitor-interval", "0.1", str(WORKER), str(tmp_path), "--die-step", "1", "--steps", "3"]
+    done = processes.run(command, 300, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-12000:]
     disturbed, undisturbed = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("checkpoint", "undisturbed"))
-    assert (tmp_path / "resumed_at").read_text() == "3" and disturbed["step"] == undisturbed["step"] == 6
+    assert (tmp_path / "resumed_at").read_text() == "1" and disturbed["step"] == undisturbed["step"] == 3
     for part in ("model", "momentum"):
         assert same_bits(disturbed[part], undisturbed[part])
     start = torch.load(tmp_path / "start.pt", weights_only=True)
     assert not torch.equal(start["linear.weight"], disturbed["model"]["linear.weight"])
+
+
+def test_what_hangs_ends_with_all_that_it_started():
+    start = time.monotonic()
+    with pytest.raises(subprocess.TimeoutExpired) as ended:
+        processes.run(["sh", "-c", "echo begun; sleep 100 & wait"], 0.2)
+    # Its output is read to the end, which comes when nobody holds it open.
+    assert ended.value.stdout == "begun\n" and time.monotonic() - start < 50
