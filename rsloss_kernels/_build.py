@@ -3,6 +3,7 @@
 Importable without torch and without the package around it (setup.py loads it by its path). Run as a program it compiles one
 library into a folder: `python _build.py _ops_cpu FOLDER`.
 """
+import functools
 import hashlib
 import os
 import pathlib
@@ -105,10 +106,9 @@ def why_not_native() -> str | None:
         import torch  # noqa: F401
     except ImportError as error:
         return f"torch cannot be imported while building ({error}); an isolated build never sees it"
-    try:
-        import torch.utils.cpp_extension  # noqa: F401
-    except ImportError as error:
-        return f"torch compiles by setuptools, which cannot be imported ({error}): pip install setuptools"
+    reason = _why_no_rules_of_torch()
+    if reason is not None:
+        return reason
     if shutil.which(shlex.split(compiler())[0]) is None:
         return f"there is no C++ compiler {compiler()!r}"
     return None
@@ -120,18 +120,40 @@ def why_not_cuda() -> str | None:
 
     if torch.version.cuda is None:
         return "this torch was built without CUDA"
+    reason = _why_no_rules_of_torch()
+    if reason is not None:
+        return reason
     from torch.utils.cpp_extension import CUDA_HOME
 
     if not CUDA_HOME:
         return "no CUDA toolkit was found (neither CUDA_HOME nor nvcc)"
-    nvcc = pathlib.Path(CUDA_HOME, "bin", "nvcc")
-    if not nvcc.exists():
+    # torch asks this one for its version before it compiles, also where PYTORCH_NVCC names what compiles.
+    nvcc = os.path.join(CUDA_HOME, "bin", "nvcc")
+    if not os.path.exists(nvcc):
         return f"the CUDA toolkit in {CUDA_HOME} has no compiler: there is no {nvcc}"
+    return _why_not_nvcc(nvcc, torch.version.cuda)
+
+
+@functools.cache
+def _why_not_nvcc(nvcc: str, cuda: str) -> str | None:
+    try:
+        done = subprocess.run([nvcc, "--version"], capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
+    except OSError as error:
+        return f"{nvcc} does not run ({error.strerror})"
+    if done.returncode != 0:
+        return f"{nvcc} does not run (exit status {done.returncode}): {done.stderr.strip()[-200:]}"
     # torch compiles nothing with the nvcc of another major version, and then the CPU library would be missing too.
-    shown = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-    release = re.search(r"release (\d+)\.\d+", shown)
-    if release and release[1] != torch.version.cuda.split(".")[0]:
-        return f"{nvcc} is of CUDA {release[0].split()[1]}, this torch of CUDA {torch.version.cuda}"
+    release = re.search(r"release (\d+)\.\d+", done.stdout)
+    if release and release[1] != cuda.split(".")[0]:
+        return f"{nvcc} is of CUDA {release[0].split()[1]}, this torch of CUDA {cuda}"
+    return None
+
+
+def _why_no_rules_of_torch() -> str | None:
+    try:
+        import torch.utils.cpp_extension  # noqa: F401
+    except ImportError as error:
+        return f"torch compiles by setuptools, which cannot be imported ({error}): pip install setuptools"
     return None
 
 

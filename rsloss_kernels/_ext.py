@@ -55,8 +55,6 @@ def _from_cache(backend: str, cause: str) -> str | None:
     wish = os.environ.get("RSLOSS_JIT", "")
     if backend == "cuda" and torch.version.cuda is None:
         return f"{cause} (this torch was built without CUDA)"
-    if backend == "cuda" and wish == "1" and _build.why_not_cuda() is not None:
-        return f"{cause} ({_build.why_not_cuda()})"
     if wish == "0":
         return f"{cause}; {_build.HOW_TO_COMPILE}"
     from rsloss_kernels import _jit
@@ -65,6 +63,9 @@ def _from_cache(backend: str, cause: str) -> str | None:
         try:
             library = _jit.compiled(backend)
         except RuntimeError as error:
+            # Where no CUDA can be compiled, the CPU library alone is what can be had.
+            if backend == "cuda" and _build.why_not_cuda() is not None:
+                return f"{cause} ({error})"
             raise ImportError(
                 f"rsloss_kernels: no library for backend '{backend}'. Nothing precompiled was loaded: {cause}. "
                 f"RSLOSS_JIT=1 asked to compile it, which failed: {error}"

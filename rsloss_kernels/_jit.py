@@ -74,20 +74,24 @@ def compiled(backend: str) -> pathlib.Path:
     Raises:
         RuntimeError: it cannot be compiled; the message holds the end of the compiler's output.
     """
+    try:
+        return cached(backend) or _compiled_now(backend)
+    except OSError as error:
+        raise RuntimeError(f"the cache folder cannot be used ({error})") from error
+
+
+def _compiled_now(backend: str) -> pathlib.Path:
     reason = why_not(backend)
     if reason is not None:
         raise RuntimeError(reason)
-    try:
-        target = cache() / _build.fingerprint(_build.LIBRARIES[backend])
-        target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        reason = why_not_trusted(target.parent)
-        if reason is not None:
-            raise RuntimeError(f"the cache folder cannot be used ({reason})")
-        with _only_one(target.with_name(target.name + ".lock")):
-            if cached(backend) is None:
-                _compile(_build.LIBRARIES[backend], target)
-    except OSError as error:
-        raise RuntimeError(f"the cache folder cannot be used ({error})") from error
+    target = cache() / _build.fingerprint(_build.LIBRARIES[backend])
+    target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    reason = why_not_trusted(target.parent)
+    if reason is not None:
+        raise RuntimeError(f"the cache folder cannot be used ({reason})")
+    with _only_one(target.with_name(target.name + ".lock")):
+        if cached(backend) is None:
+            _compile(_build.LIBRARIES[backend], target)
     library = cached(backend)
     if library is None:
         raise RuntimeError(f"the build left no library in {target}")

@@ -3,9 +3,12 @@ import os
 import pathlib
 import re
 import shutil
+import subprocess
 
+import install_site
 import pytest
 import torch
+import torch.utils.cpp_extension
 
 from rsloss_kernels import _build, _ext, _jit
 
@@ -108,6 +111,29 @@ def test_versions_lie_side_by_side(tmp_path, monkeypatch):
     assert all(path.exists() for path in (own, torches, flags, sources)) and "torch2.11.0" in torches.parent.name
     assert [library(), library("DEBUG", "1"), library((_build, "source_root"), lambda: moved)] == [own, flags, own]
     assert len(compiled) == 4
+
+
+def test_a_library_of_the_cache_asks_for_no_compiler(tmp_path, monkeypatch):
+    """One that was compiled serves where the toolkit is gone. Without one the compiler is asked for its version once."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    monkeypatch.setenv("RSLOSS_JIT", "1")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.utils.cpp_extension, "CUDA_HOME", str(install_site.toolkit(tmp_path / "toolkit", "12.9")))
+    started = []
+    run = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda *arguments, **settings: started.append(arguments) or run(*arguments, **settings))
+    loaded = []
+    monkeypatch.setattr(_ext, "_try", lambda backend, library: loaded.append(library))
+    for _ in range(2):
+        reason = _ext._from_cache("cuda", "it was not compiled")
+        assert re.match(r"it was not compiled \(.*is of CUDA 12\.9, this torch of CUDA 13\.0\)", reason)
+        assert len(started) == 1 and not loaded
+    folder = _jit.cache() / _build.fingerprint("_ops_cuda")
+    for made in (folder.parent.parent, folder.parent):
+        made.mkdir(mode=0o700)
+    pretend("_ops_cuda", folder)
+    monkeypatch.setattr(_build, "why_not_cuda", lambda: pytest.fail("asked"))
+    assert _ext._from_cache("cuda", "it was not compiled") is None and loaded == [folder / "_ops_cuda.so"] and len(started) == 1
 
 
 def test_a_new_cache_is_the_users_alone(tmp_path, monkeypatch):
