@@ -67,7 +67,10 @@ def _compiler() -> str:
     reason = _build.why_not_native()
     if reason is not None:
         return reason
-    shown = subprocess.run([*shlex.split(_build.compiler()), "--version"], capture_output=True, text=True).stdout
+    try:
+        shown = subprocess.run([*shlex.split(_build.compiler()), "--version"], capture_output=True, text=True).stdout
+    except OSError as error:
+        return f"{_build.compiler()} does not run ({error.strerror})"
     return shown.splitlines()[0] if shown else f"{_build.compiler()} does not say its version"
 
 
@@ -83,12 +86,19 @@ def _devices() -> list[str]:
 def _libraries() -> list[str]:
     return [
         f"{backend:<5} {_ext.loaded_library(backend) or _ext.why_not_loaded(backend)}" for backend in _build.LIBRARIES
-    ] + [f"cache {_jit.cache()}"]
+    ] + [f"cache {_cache()}"]
+
+
+def _cache() -> str:
+    try:
+        return str(_jit.cache())
+    except RuntimeError as error:
+        return f"cannot be used: {error}"
 
 
 def _build_report() -> list[str]:
     if importlib.util.find_spec("rsloss_kernels._C") is None:
-        return ["none: nothing was compiled when the package was installed, or without Python's headers"]
+        return ["none: nothing was compiled when the package was installed, or Python's headers were missing"]
     report = importlib.import_module("rsloss_kernels._C").build_report()
     return [f"{name:<20} {value or '-'}" for name, value in report.items()]
 

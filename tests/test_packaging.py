@@ -294,6 +294,53 @@ def test_toolkits_that_cannot_compile_for_this_torch_are_told(monkeypatch, tmp_p
         assert reason(toolkit) == (wanted and f"{toolkit / 'bin' / 'nvcc'} {wanted}")
 
 
+def test_an_nvcc_that_does_not_run_is_told(monkeypatch, tmp_path):
+    """Not executable, made for another system, without its interpreter, failing: none keeps the rest from being installed."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    kinds = {
+        "Permission denied": (b"", 0o644),
+        "Exec format error": (b"\x7fELF of another system", 0o755),
+        "No such file or directory": (b"#!/no/such/interpreter\n", 0o755),
+        "exit status 3": (b"#!/bin/sh\necho no driver >&2\nexit 3\n", 0o755),
+    }
+    for place, (words, (content, mode)) in enumerate(kinds.items()):
+        nvcc = install_site.toolkit(tmp_path / str(place), "13.0") / "bin" / "nvcc"
+        nvcc.write_bytes(content)
+        nvcc.chmod(mode)
+        monkeypatch.setattr(torch.utils.cpp_extension, "CUDA_HOME", str(tmp_path / str(place)))
+        assert _build.why_not_cuda() == f"{nvcc} does not run ({words})" + (": no driver" if "3" in words else "")
+        assert f"CUDA toolkit    {_build.why_not_cuda()}" in collect_env._versions()
+
+
+def test_another_nvcc_does_not_replace_that_of_the_toolkit(monkeypatch, tmp_path):
+    """PYTORCH_NVCC names what compiles, for ccache; torch wants the toolkit's own beside it."""
+    wrapper = install_site.toolkit(tmp_path / "wrapper", "13.0") / "bin" / "nvcc"
+    monkeypatch.setenv("PYTORCH_NVCC", str(wrapper))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.utils.cpp_extension, "CUDA_HOME", str(tmp_path))
+    assert "has no compiler" in _build.why_not_cuda()
+    with pytest.raises(FileNotFoundError, match="nvcc not found"):
+        torch.utils.cpp_extension._check_cuda_version("g++", "12.2.0")
+
+
+def test_versions_are_told_without_setuptools(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setitem(sys.modules, "torch.utils.cpp_extension", None)
+    assert any(re.match("CUDA toolkit +torch compiles by setuptools, which cannot be imported", line) for line in collect_env._versions())
+
+
+def test_a_compiler_that_does_not_run_and_a_missing_home_folder_are_told(monkeypatch, tmp_path):
+    compiler = tmp_path / "c++"
+    compiler.write_bytes(b"\x7fELF of another system")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    assert collect_env._compiler() == f"{compiler} does not run (Exec format error)"
+    for name in ("TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pathlib.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home folder")))
+    assert collect_env._libraries()[-1] == "cache cannot be used: no home folder"
+
+
 def test_library_that_does_not_load_is_reported(installed, tmp_path):
     broken = tmp_path / "site"
     shutil.copytree(installed, broken)
