@@ -20,7 +20,9 @@ import time
 import traceback
 from collections.abc import Callable
 
-from tests.install_site import COMPILERS, ROOT, Failed, Interpreter, Site, copy_sources, expect, said, toolkit
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
+
+from install_site import COMPILERS, ROOT, Failed, Interpreter, Site, copy_sources, expect, said, toolkit  # noqa: E402
 
 TESTS = ("test_rank_sort.py", "test_focal_values.py", "test_ghm_values.py", "test_ops.py")
 MODES: dict[str, Callable[[Site], str]] = {}

@@ -8,6 +8,8 @@ import shlex
 import shutil
 import subprocess
 
+import processes
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # What the caller has set must not decide anything here.
 SWITCHES = {"DEBUG", "CXX", "CC", "CFLAGS", "CUDA_HOME", "CUDA_PATH", "PYTHONPATH", "TRITON_INTERPRET", "TORCH_EXTENSIONS_DIR"}
@@ -100,9 +102,18 @@ def toolkit(folder: pathlib.Path, release: str) -> pathlib.Path:
 
 
 def drop_override() -> None:
-    """Before a program starts: permissions hold for root too."""
-    if os.geteuid() == 0 and ctypes.CDLL(None).prctl(DROP_FROM_BOUNDING_SET, OVERRIDE_PERMISSIONS, 0, 0, 0) != 0:
-        raise OSError("root cannot give up its right to write what is read-only")
+    """Before a program starts: permissions hold for root too. Without the right to give up rights it has what it has."""
+    if os.geteuid() == 0:
+        ctypes.CDLL(None).prctl(DROP_FROM_BOUNDING_SET, OVERRIDE_PERMISSIONS, 0, 0, 0)
+
+
+def why_not_locked(folder: pathlib.Path) -> str | None:
+    """None if a program that `drop_override` precedes cannot write where nobody may, tried in `folder`; else the reason in words."""
+    closed = folder / "closed"
+    closed.mkdir(mode=0o555)
+    done = subprocess.run(["mkdir", str(closed / "inside")], preexec_fn=drop_override, capture_output=True, timeout=60)
+    shutil.rmtree(closed)
+    return None if done.returncode else "root cannot give up its right to write what is read-only"
 
 
 class Interpreter:
@@ -142,10 +153,11 @@ class Interpreter:
 
 
 class Site:
-    """A clean environment, with folders for sources, cache and the place to run from. Their names hold spaces."""
+    """A clean environment, with folders for sources, cache and the place to run from. Their names hold spaces. No program may take longer
+    than `seconds`."""
 
-    def __init__(self, interpreter: Interpreter, folder: pathlib.Path):
-        self.interpreter, self.folder = interpreter, folder
+    def __init__(self, interpreter: Interpreter, folder: pathlib.Path, seconds: float = 7200):
+        self.interpreter, self.folder, self.seconds = interpreter, folder, seconds
         shutil.rmtree(folder, ignore_errors=True)
         self.venv, self.elsewhere, self.cache = (folder / name for name in ("a venv", "not the checkout", "a cache"))
         self.elsewhere.mkdir(parents=True)
@@ -170,12 +182,20 @@ class Site:
         command = [str(self.python), *map(str, arguments)]
         settings = {"env": self.environment(**changes), "stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         before = drop_override if self._is_locked else None
-        return subprocess.Popen(command, cwd=cwd or self.elsewhere, text=True, preexec_fn=before, **settings)
+        return subprocess.Popen(command, cwd=cwd or self.elsewhere, text=True, start_new_session=True, preexec_fn=before, **settings)
+
+    def _ended(self, process: subprocess.Popen) -> tuple[str, str]:
+        """Both streams of a program."""
+        try:
+            done = processes.communicate(process, self.seconds)
+        except subprocess.TimeoutExpired as error:
+            raise Failed(f"{error}:\n{((error.stdout or '') + (error.stderr or ''))[-3000:]}") from None
+        return done.stdout, done.stderr
 
     def run(self, *arguments: object, **settings: object) -> str:
         """What a Python program printed, both streams; it must succeed."""
         process = self.start(*arguments, **settings)
-        output, errors = process.communicate()
+        output, errors = self._ended(process)
         if process.returncode != 0:
             raise Failed(f"{shlex.join(map(str, arguments))[:200]} ended with {process.returncode}:\n{(output + errors)[-3000:]}")
         return output + errors
@@ -183,7 +203,7 @@ class Site:
     def fails(self, pattern: str, *arguments: object, **settings: object) -> str:
         """The line of the message with which a Python program must fail."""
         process = self.start(*arguments, **settings)
-        output, errors = process.communicate()
+        output, errors = self._ended(process)
         if process.returncode == 0:
             raise Failed(f"{shlex.join(map(str, arguments))[:200]} should have failed")
         return said(output + errors, f".*{pattern}.*")
@@ -217,10 +237,14 @@ class Site:
         expect(found["output"], r"(\d+) of \1 checks hold")
         return found
 
-    def at_once(self, processes: int, **changes: object) -> list[str]:
+    def at_once(self, count: int, **changes: object) -> list[str]:
         """What each of several processes that import the package at the same time wrote to its error stream."""
-        started = [self.start("-c", PROBE, **changes) for _ in range(processes)]
-        ended = [(*process.communicate(), process.returncode) for process in started]
+        started = [self.start("-c", PROBE, **changes) for _ in range(count)]
+        try:
+            ended = [(*self._ended(process), process.returncode) for process in started]
+        finally:
+            for process in started:
+                processes.kill(process)
         for output, errors, status in ended:
             if status != 0 or json.loads(output)["answered"] != "cpp":
                 raise Failed(f"a process ended with {status}:\n{(output + errors)[-3000:]}")
@@ -261,6 +285,9 @@ class Site:
 
     def lock(self) -> None:
         """Nobody can write what is installed, nor the folder `locked`."""
+        reason = why_not_locked(self.folder)
+        if reason is not None:
+            raise Failed(reason)
         (self.folder / "locked").mkdir()
         self._change_modes(0o555)
         self._is_locked = True

@@ -26,16 +26,21 @@ def communicate(process: subprocess.Popen, seconds: float) -> subprocess.Complet
         # Asked first: torchrun ends its workers, which lead sessions of their own.
         _signal(process, signal.SIGTERM)
         try:
-            process.communicate(timeout=TO_END)
+            output, errors = process.communicate(timeout=TO_END)
         except subprocess.TimeoutExpired:
-            pass
-        finally:
             _signal(process, signal.SIGKILL)
-        output, errors = process.communicate()
+            output, errors = process.communicate()
+        kill(process)
         if isinstance(error, subprocess.TimeoutExpired):
             raise subprocess.TimeoutExpired(process.args, seconds, output, errors) from None
         raise
     return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+def kill(process: subprocess.Popen) -> None:
+    """With its group, whatever is left of it."""
+    with process:
+        _signal(process, signal.SIGKILL)
 
 
 def _signal(process: subprocess.Popen, number: int) -> None:
