@@ -1,6 +1,7 @@
 """Checks of arguments that many losses share. Every message names the function, the argument, what was wanted and what was got."""
 import numbers
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,10 +73,15 @@ def check_delta(function: str, delta: float) -> float:
     return float(delta)
 
 
-def check_flag(function: str, name: str, value: object) -> None:
-    # Or "False" of a configuration would be true.
-    if value is not True and value is not False:
+def read_flag(function: str, name: str, value: Any) -> bool:
+    """A bool, 0 or 1, or a bool of NumPy or a 0-d Tensor."""
+    if value is True or value is False:
+        return value
+    # Not whatever has a truth, or "False" of a configuration would be true.
+    is_one = getattr(value, "shape", ()) == () and not isinstance(value, (str, bytes))
+    if not is_one or (value != 0 and value != 1):
         raise TypeError(f"{function}: {name} must be True or False, got {value!r}")
+    return bool(value)
 
 
 def check_choice(function: str, name: str, value: object, choices: tuple[object, ...]) -> None:

@@ -10,6 +10,7 @@ import re
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+import numpy as np
 import pytest
 import rsloss_kernels as rk
 import torch
@@ -142,7 +143,7 @@ def faults(annotation: object, good: object) -> Iterator[tuple[str, object]]:
     if type(None) not in kinds:
         yield "none", None
     if bool in kinds:
-        yield "number", 1
+        yield "number", 2
     elif {str, float, int} & set(kinds):
         yield "bool", True
     if float in kinds:
@@ -253,6 +254,21 @@ def test_function_refuses_bad_arguments(backend, name):
         assert check_faults(name, function, good, call) > 0
         after = outcome(lambda: call(**good))
     assert len(before) == len(after) and all(map(torch.equal, before, after))
+
+
+def test_flags_may_be_numbers_and_come_from_numpy_and_tensors():
+    count = 0
+    for name, good in {**FUNCTIONS, **{name: options for name, (options, _) in MODULES.items()}}.items():
+        function = getattr(rk, name)
+        for flag in inspect.signature(function).parameters.values():
+            if flag.annotation is bool:
+                expected = function(**good)
+                for form in (int, np.bool_, torch.tensor):
+                    given = function(**{**good, flag.name: form(good.get(flag.name, flag.default))})
+                    assert repr(given) == repr(expected), (name, flag.name)
+                    assert not isinstance(given, torch.nn.Module) or type(getattr(given, flag.name)) is bool
+                count += 1
+    assert count > 20
 
 
 @pytest.mark.parametrize("name", MODULES)

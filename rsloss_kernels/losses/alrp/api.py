@@ -263,7 +263,7 @@ def alrp_regression_loss(
         _checks.check_shape(function, name, value, regression_losses.shape, "the shape of regression_losses")
         _checks.check_device(function, name, value, regression_losses, "regression_losses")
     _checks.check_floating(function, "rank", rank)
-    _checks.check_flag(function, "average_gradients", average_gradients)
+    average_gradients = _checks.read_flag(function, "average_gradients", average_gradients)
     if order.dtype != torch.int64:
         raise TypeError(f"{function}: order must be int64, got {order.dtype}")
     group = None if process_group is None else distributed.resolve_group(function, process_group)

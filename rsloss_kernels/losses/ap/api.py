@@ -52,7 +52,7 @@ def average_precision_loss(
     Raises:
         TypeError, ValueError, RuntimeError: as `rank_sort_loss`.
     """
-    _checks.check_flag("average_precision_loss", "interpolated", interpolated)
+    interpolated = _checks.read_flag("average_precision_loss", "interpolated", interpolated)
     request = read_arguments(
         "average_precision_loss",
         "average_precision_forward",

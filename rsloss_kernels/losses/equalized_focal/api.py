@@ -168,7 +168,7 @@ def read_equalized_focal(
     layout: str,
     loss_weight: float = 1.0,
 ) -> focal.Request:
-    check_focus(function, gamma, alpha, scale_factor, weighting_factor)
+    weighting_factor = check_focus(function, gamma, alpha, scale_factor, weighting_factor)
     check_pos_neg(function, pos_neg)
     levels = read_levels(function, logits, layout, len(pos_neg))
     _check_labels(function, labels)
@@ -184,13 +184,15 @@ def read_equalized_focal(
     return focal.make_request(levels, labels, quality, table, modulator, *common, loss_weight=loss_weight)
 
 
-def check_focus(function: str, gamma: float, alpha: float, scale_factor: float, weighting_factor: bool) -> None:
+def check_focus(function: str, gamma: float, alpha: float, scale_factor: float, weighting_factor: bool) -> bool:
+    """Returns `weighting_factor` as a bool."""
     arguments.read_number(function, "gamma", gamma)
     arguments.read_number(function, "alpha", alpha, least=None)
     arguments.read_number(function, "scale_factor", scale_factor)
-    _checks.check_flag(function, "weighting_factor", weighting_factor)
+    weighting_factor = _checks.read_flag(function, "weighting_factor", weighting_factor)
     if weighting_factor and gamma == 0:
         raise ValueError(f"{function}: gamma must be above 0 with the weighting factor, which divides by it, got {gamma}")
+    return weighting_factor
 
 
 def check_pos_neg(function: str, pos_neg: Tensor) -> None:

@@ -115,7 +115,7 @@ class _EqualizedFocus(_GradientBalance):
     ):
         name = type(self).__name__
         super().__init__(num_classes, loss_weight, process_group)
-        api.check_focus(name, gamma, self.alpha, scale_factor, weighting_factor)
+        weighting_factor = api.check_focus(name, gamma, self.alpha, scale_factor, weighting_factor)
         _checks.check_choice(name, "reduction", reduction, arguments.REDUCTIONS)
         _checks.check_choice(name, "background", background, ("last", "first"))
         _checks.check_choice(name, "layout", layout, LAYOUTS)
@@ -346,8 +346,8 @@ class EQLv2Loss(_GradientBalance):
     ):
         super().__init__(num_classes, loss_weight, process_group)
         api.check_equalization("EQLv2Loss", gamma, mu, alpha, focal_gamma)
-        _checks.check_flag("EQLv2Loss", "test_with_obj", test_with_obj)
-        _checks.check_flag("EQLv2Loss", "use_sigmoid", use_sigmoid)
+        test_with_obj = _checks.read_flag("EQLv2Loss", "test_with_obj", test_with_obj)
+        use_sigmoid = _checks.read_flag("EQLv2Loss", "use_sigmoid", use_sigmoid)
         if not use_sigmoid:
             raise NotImplementedError("EQLv2Loss: use_sigmoid must be True (there is no softmax form), got False")
         self.gamma, self.mu, self.alpha, self.focal_gamma = float(gamma), float(mu), float(alpha), float(focal_gamma)

@@ -275,7 +275,7 @@ def varifocal_loss(
     Everything else as in `sigmoid_focal_loss`.
     """
     function = "varifocal_loss"
-    _checks.check_flag(function, "iou_weighted", iou_weighted)
+    iou_weighted = _checks.read_flag(function, "iou_weighted", iou_weighted)
     levels = read_levels(function, logits, layout, num_classes)
     gamma, alpha = read_gamma(function, "gamma", gamma, levels), arguments.read_number(function, "alpha", alpha)
     table = arguments.ClassTable(gamma, 1.0, alpha, class_weight, class_mask)

@@ -32,8 +32,8 @@ class _SigmoidLoss(nn.Module):
     ):
         super().__init__()
         name = type(self).__name__
-        _checks.check_flag(name, "use_sigmoid", use_sigmoid)
-        _checks.check_flag(name, "activated", activated)
+        use_sigmoid = _checks.read_flag(name, "use_sigmoid", use_sigmoid)
+        activated = _checks.read_flag(name, "activated", activated)
         if not use_sigmoid:
             raise NotImplementedError(f"{name}: use_sigmoid must be True (there is no softmax form), got False")
         if activated:
@@ -268,7 +268,7 @@ class VarifocalLoss(_SigmoidLoss):
         super().__init__(use_sigmoid, False, reduction, loss_weight, background, ignore_index, layout, num_classes)
         self.alpha = arguments.read_number("VarifocalLoss", "alpha", alpha)
         self.gamma = arguments.read_number("VarifocalLoss", "gamma", gamma)
-        _checks.check_flag("VarifocalLoss", "iou_weighted", iou_weighted)
+        iou_weighted = _checks.read_flag("VarifocalLoss", "iou_weighted", iou_weighted)
         self.iou_weighted = iou_weighted
 
     def _table(self) -> tuple[arguments.ClassTable, int]:

@@ -173,7 +173,7 @@ def ghm_classification_loss(
         RSLOSS_DEBUG_CHECKS=1 also labels above C and targets outside [0, 1].
         RuntimeError: a forced backend that cannot run.
     """
-    _checks.check_flag("ghm_classification_loss", "average_gradients", average_gradients)
+    average_gradients = _checks.read_flag("ghm_classification_loss", "average_gradients", average_gradients)
     request = read_arguments(
         *("ghm_classification_loss", "logits", logits, target, weight, bins, None, momentum, empty_bins, background, process_group),
         *(layout, num_classes),
@@ -238,7 +238,7 @@ def ghm_regression_loss(
 
     Returns, NaN and infinity, Raises: as `ghm_classification_loss`, of `pred` and `pred - target`, which may be infinite.
     """
-    _checks.check_flag("ghm_regression_loss", "average_gradients", average_gradients)
+    average_gradients = _checks.read_flag("ghm_regression_loss", "average_gradients", average_gradients)
     op_checks.check_mu("ghm_regression_loss", mu)  # None would ask for GHM-C
     request = read_arguments(
         "ghm_regression_loss", "pred", pred, target, weight, bins, mu, momentum, empty_bins, "last", process_group

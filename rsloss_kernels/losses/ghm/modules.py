@@ -40,8 +40,8 @@ class _GradientHarmonizing(distributed.HoldsGroup, StatefulLoss):
         api.check_options(name, bins, self.mu, momentum, empty_bins, self.background)
         _checks.check_choice(name, "reduction", reduction, REDUCTIONS)
         distributed.resolve_group(name, process_group)
-        _checks.check_flag(name, "bias_correction", bias_correction)
-        _checks.check_flag(name, "average_gradients", average_gradients)
+        bias_correction = _checks.read_flag(name, "bias_correction", bias_correction)
+        average_gradients = _checks.read_flag(name, "average_gradients", average_gradients)
         self.bins = bins
         self.momentum = momentum
         self.loss_weight = read_number(name, "loss_weight", loss_weight, least=None)
@@ -244,7 +244,7 @@ class GHMC(_GradientHarmonizing):
         super().__init__(
             bins, momentum, loss_weight, reduction, empty_bins, bias_correction, process_group, average_gradients
         )
-        _checks.check_flag("GHMC", "use_sigmoid", use_sigmoid)
+        use_sigmoid = _checks.read_flag("GHMC", "use_sigmoid", use_sigmoid)
         if not use_sigmoid:
             raise NotImplementedError("GHMC: use_sigmoid must be True (a softmax form was never published), got False")
         self.use_sigmoid = use_sigmoid

@@ -91,7 +91,7 @@ def rank_sort_loss(
         positive for more than half of the elements.
         RuntimeError: a forced backend that cannot run; with RSLOSS_DEBUG_CHECKS=1 more positives than `max_positives`.
     """
-    _checks.check_flag("rank_sort_loss", "upstream_parity", upstream_parity)
+    upstream_parity = _checks.read_flag("rank_sort_loss", "upstream_parity", upstream_parity)
     request = read_arguments(
         "rank_sort_loss",
         "rank_sort_forward",

@@ -114,7 +114,7 @@ class RankingLoss(distributed.HoldsGroup, nn.Module):
         _checks.check_choice(function, "layout", options["layout"], LAYOUTS)
         check_num_classes(function, options["num_classes"])
         for name in FLAGS & options.keys():
-            _checks.check_flag(function, name, options[name])
+            options[name] = _checks.read_flag(function, name, options[name])
         if is_ids(options.get("segments")):
             raise TypeError(f"{function}: segments must not be ids here, they belong to a batch: give them to forward")
         check_segments(function, options.get("segments"), options.get("num_segments"))

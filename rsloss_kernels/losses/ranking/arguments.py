@@ -61,7 +61,7 @@ def read_arguments(
     `regression_losses`, of aLRP: the quality where they have the shape of class indices, else one per positive, as many as the default
     of `max_positives` without a process group.
     """
-    _checks.check_flag(function, "average_gradients", average_gradients)
+    average_gradients = _checks.read_flag(function, "average_gradients", average_gradients)
     is_one = isinstance(logits, Tensor) and isinstance(targets, Tensor) and not isinstance(quality, (list, tuple))
     if is_one and layout == "rows" and num_classes is None:
         # Read without a description of levels, which a small loss would feel.

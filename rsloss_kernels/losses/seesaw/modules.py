@@ -59,8 +59,8 @@ class SeesawLoss(distributed.HoldsGroup, StatefulLoss):
         if num_classes is None:
             raise TypeError(f"{name}: num_classes must be an int, the number of foreground classes, got None")
         check_num_classes(name, num_classes)
-        _checks.check_flag(name, "return_dict", return_dict)
-        _checks.check_flag(name, "use_sigmoid", use_sigmoid)
+        return_dict = _checks.read_flag(name, "return_dict", return_dict)
+        use_sigmoid = _checks.read_flag(name, "use_sigmoid", use_sigmoid)
         if use_sigmoid:
             raise NotImplementedError(f"{name}: use_sigmoid must be False (there is no sigmoid form), got True")
         _checks.check_choice(name, "reduction", reduction, REDUCTIONS)

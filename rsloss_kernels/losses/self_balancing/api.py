@@ -185,7 +185,7 @@ def score_weighted_mean(
         _checks.check_floating("score_weighted_mean", name, value)
     _checks.check_shape("score_weighted_mean", "weights", weights, losses.shape, "the shape of losses")
     _checks.check_device("score_weighted_mean", "weights", weights, losses, "losses")
-    _checks.check_flag("score_weighted_mean", "average_gradients", average_gradients)
+    average_gradients = _checks.read_flag("score_weighted_mean", "average_gradients", average_gradients)
     group = distributed.resolve_group("score_weighted_mean", process_group)
 
     weights = weights.detach().double()
