@@ -19,14 +19,10 @@ _forced: str | None = None
 
 
 def resolve(operator: str, device_type: str) -> str:
-    """The backend that runs `operator` on tensors of `device_type`; raises `RuntimeError` if a forced one cannot, and under a
-    transform of torch.func."""
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        raise RuntimeError(
-            f"rsloss_kernels: {operator} cannot run under a transform of torch.func (grad, vmap, jvp, functionalize, ...), which knows "
-            "no rule for its kernels. For gradients call the loss and torch.autograd.grad outside of the transform; in place of vmap "
-            "give the batch as one tensor (ranking losses: with segments), or call the loss for each part of it"
-        )
+    """The backend that runs `operator` on tensors of `device_type`; raises `RuntimeError` if a forced one cannot, and for one with
+    a gradient under a transform of torch.func (one without may run on what is not transformed: `_library.refuse_transformed`)."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active() and _library.has_gradient(operator):
+        _library.refuse_transform(operator)
     if _forced is not None:
         reason = why_not(operator, _forced, device_type)
         if reason is not None:

@@ -8,7 +8,7 @@ compiled libraries only add kernels to the overloads `.cpp` and `.cuda`, which t
 import functools
 import importlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -106,6 +106,27 @@ def operator(name: str, backend: str) -> torch._ops.OpOverload:
     return getattr(getattr(torch.ops.rsloss_kernels, name), backend)
 
 
+def has_gradient(name: str) -> bool:
+    return name in _num_tables
+
+
+def refuse_transformed(name: str, *tensors: torch.Tensor | None) -> None:
+    """Raises if a transform that knows no rule for the operator sees one of `tensors`: grad, vmap, jvp; functionalize needs none."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        kinds = torch._C._functorch.is_batchedtensor, torch._C._functorch.is_gradtrackingtensor
+        if any(is_of_kind(tensor) for tensor in tensors if tensor is not None for is_of_kind in kinds):
+            refuse_transform(name)
+
+
+def refuse_transform(name: str) -> NoReturn:
+    raise RuntimeError(
+        f"rsloss_kernels: {name} cannot run under a transform of torch.func (grad, vmap, jvp, functionalize, ...), which knows "
+        "no rule for its kernels. For gradients call the loss and torch.autograd.grad outside of the transform; in place of vmap "
+        "give the batch as one tensor (ranking losses: with segments), or call the loss, and the gradient in place of "
+        "is_grads_batched or vectorize, for each part of it"
+    )
+
+
 def has_native_kernel(name: str, backend: str, device_type: str) -> bool:
     """Whether a loaded library brought a kernel of `name.backend` for tensors on `device_type`."""
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
@@ -151,6 +172,7 @@ def _eager_function(
     takes_list = isinstance(overload._schema.arguments[0].type, torch.ListType)
     missing = (None,) * num_tables
     below_autograd, is_grad_enabled = torch._C._AutoDispatchBelowAutograd, torch.is_grad_enabled
+    is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 
     # forward with ctx rather than a separate setup_context: torch binds the arguments of the latter by inspection on every call.
     def forward(ctx, args, *levels):
@@ -171,6 +193,11 @@ def _eager_function(
         return tuple(output[: len(output) - num_tables])
 
     def backward(ctx, *grads):
+        refuse_transformed(backward_operator, *grads)
+        for grad in grads:
+            # Of torch.autograd.grad(is_grads_batched=True) and jacobian(vectorize=True), which are no transform of torch.func.
+            if grad is not None and is_legacy_batched(grad):
+                refuse_transform(backward_operator)
         kept = ctx.context
         # Hooks that unpack tensors run here, where they see autograd.
         context = kept.with_tensors_of_caller(ctx.saved_tensors)
@@ -193,6 +220,7 @@ def _eager_function(
     # Named when it is made, after the loss and the backend: torch makes the name of `grad_fn` from it then.
     operator_name, _, backend = overload.name().removeprefix(f"{NAMESPACE}::").partition(".")
     loss = operator_name.rpartition("_")[0]
+    backward_operator = f"{loss}_backward"
     functions = {"forward": staticmethod(forward), "backward": staticmethod(backward), "jvp": staticmethod(jvp)}
     return type(torch.autograd.Function)(f"{loss}_{backend}", (torch.autograd.Function,), functions)
 

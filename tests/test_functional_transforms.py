@@ -62,7 +62,11 @@ def test_transforms_of_kernels_are_refused_with_what_to_do(name, generator):
     values = logits(columns, generator)
     expected = loss(values)
     message = r"rsloss_kernels: \w+ cannot run under a transform.*outside of the transform.*each part"
-    for transform in TRANSFORMS.values():
+    for transform_name, transform in TRANSFORMS.items():
+        if transform_name == "functionalize" and name in WITHOUT_GRADIENT:
+            # It needs no rule.
+            assert torch.equal(transform(loss, values), expected)
+            continue
         with pytest.raises(RuntimeError, match=message):
             transform(loss, values)
         # The next call is as if nothing had been.
@@ -96,6 +100,28 @@ def test_plain_functions_are_right_under_transforms(name, generator):
     assert value == loss(values)
     torch.testing.assert_close(tangent, (expected[0] * values).sum().to(tangent.dtype), rtol=1e-5, atol=1e-6)
     assert expected.any()
+
+
+@pytest.mark.parametrize("name", WITHOUT_GRADIENT)
+def test_constants_may_be_evaluated_within_a_transform(name, generator):
+    columns, evaluate = KERNELS[name]
+    constant, values = logits(columns, generator), logits(CLASSES, generator)
+    expected = evaluate(constant)
+    assert torch.equal(torch.func.grad(lambda x: (x * evaluate(constant)).sum())(values), torch.full_like(values, float(expected)))
+    assert torch.equal(torch.func.vmap(lambda x: x * evaluate(constant))(values), values * expected)
+
+
+@pytest.mark.parametrize("name", [name for name in KERNELS if name not in WITHOUT_GRADIENT])
+def test_gradients_in_batches_are_refused_with_what_to_do(name, generator):
+    columns, loss = KERNELS[name]
+    value = loss(leaf := logits(columns, generator).requires_grad_())
+    message = r"_backward cannot run under a transform.*in place of is_grads_batched or vectorize, for each part"
+    with pytest.raises(RuntimeError, match=message):
+        torch.autograd.grad(value, leaf, torch.ones(2, dtype=value.dtype), is_grads_batched=True, retain_graph=True)
+    with pytest.raises(RuntimeError, match=message):
+        torch.func.vmap(lambda grad: torch.autograd.grad(value, leaf, grad, retain_graph=True))(torch.ones(2, dtype=value.dtype))
+    (gradient,) = torch.autograd.grad(value, leaf)
+    assert gradient.any()
 
 
 OF_KERNELS = [one for one in STATEFUL.values() if one.update is None and "balancing" not in one.name]

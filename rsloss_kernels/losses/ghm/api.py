@@ -281,8 +281,9 @@ def gradient_density(
     for name, value in (("pred", pred), ("target", target)):
         _checks.check_tensor("gradient_density", name, value)
     request = read_arguments(
-        "gradient_density", "pred", pred, target, weight, bins, mu, 0.0, empty_bins, background, process_group
+        "gradient_density", "pred", pred, target, weight, bins, mu, 0.0, empty_bins, background, process_group, operator="ghm_histogram"
     )
+    _library.refuse_transformed("gradient_density", *request.preds, *request.targets, *request.weights)
     histogram, is_agreed = read_histogram(request, True, False)
     _, _, _, weights = finalize(request, histogram, None, None)
     counts = histogram[0, :bins]
@@ -306,6 +307,7 @@ def read_arguments(
     process_group: object | None,
     layout: str = "rows",
     num_classes: int | None = None,
+    operator: str = "ghm_forward",
 ) -> Request:
     check_options(function, bins, mu, momentum, empty_bins, background)
     has_lists = any(isinstance(value, (list, tuple)) for value in (pred, target, weight))
@@ -335,7 +337,7 @@ def read_arguments(
         float(momentum),
         empty_bins == "count",
         group,
-        _backends.resolve("ghm_histogram", preds[0].device.type),
+        _backends.resolve(operator, preds[0].device.type),
     )
 
 

@@ -101,6 +101,7 @@ def group_softmax_scores(logits: Tensor, groups: ClassGroups, *, background: str
     function = "group_softmax_scores"
     logits = _read_logits(function, "logits", logits, groups)
     _checks.check_choice(function, "background", background, ("last", "first"))
+    _library.refuse_transformed(function, logits)
     backend = _backends.resolve(function, logits.device.type)
     return _library.operator(function, backend)(
         logits.detach(), groups.class_columns, groups.starts, groups.others, groups.background_group, background == "first"
