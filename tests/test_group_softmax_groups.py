@@ -178,16 +178,14 @@ def test_training_a_classifier_of_rare_classes(generator):
     assert group_softmax_loss(classifier(features), labels, groups, others_ratio=None).sum() < 1
 
 
-def test_buffers_that_something_else_wrote_to_are_put_back(generator):
+def test_what_writes_to_buffers_reaches_neither_losses_nor_checkpoints(generator):
     """An average over the steps rounds 5 * 0.9 + 5 * 0.1 to 4."""
     groups = ClassGroups([[2, 0], [], [1]])
     logits = torch.randn(3, groups.num_logits, generator=generator)
     expected = {name: value.clone() for name, value in groups.state_dict().items()}
     scores = group_softmax_scores(logits, groups)
     users = {
-        "used": lambda groups: group_softmax_scores(logits, groups),
         "saved": lambda groups: groups.state_dict(),
-        "mode": lambda groups: groups.eval(),
         "moved": lambda groups: groups.to(torch.float64),
         "emptied": lambda groups: groups.to_empty(device="cpu"),
     }
@@ -196,10 +194,54 @@ def test_buffers_that_something_else_wrote_to_are_put_back(generator):
         for buffer in twin.buffers():
             buffer.copy_(buffer * 0.9 + buffer * 0.1 - 0.4)
         assert not torch.equal(twin.class_columns, groups.class_columns)
+        assert torch.equal(group_softmax_scores(logits, twin), scores)
         use(twin)
         assert all(torch.equal(value, getattr(twin, key)) for key, value in expected.items()), name
         assert torch.equal(group_softmax_scores(logits, twin), scores), name
     with torch.no_grad():
         for value in twin.state_dict().values():
             value.zero_()
+    for buffer in twin.buffers():
+        buffer.data.zero_()
     assert torch.equal(group_softmax_scores(logits, twin), scores)
+    zeros = {name: torch.zeros_like(value) for name, value in expected.items()}
+    module = GroupSoftmaxLoss(twin, others_ratio=None, class_weights=torch.arange(3.0))
+    labels = torch.tensor([1, 3, 0])
+    right = module(logits, labels)
+    replaced = torch.func.functional_call(module, {f"groups.{name}": value for name, value in zeros.items()}, (logits, labels))
+    assert torch.equal(replaced, right)
+    assert torch.equal(torch.compile(module, backend="aot_eager", fullgraph=True)(logits, labels), right)
+    program = torch.export.export(module, (logits, labels), strict=False)
+    assert torch.equal(program.module()(logits, labels), right)
+    assert not twin.class_columns.any(), "the buffers were put back before their use was tested"
+
+
+def test_tables_follow_buffers_that_were_moved_alone():
+    groups = ClassGroups([[0, 1]])
+    for name, buffer in groups.named_buffers():
+        setattr(groups, name, buffer.to("meta"))
+    assert group_softmax_scores(torch.zeros(2, groups.num_logits, device="meta"), groups).is_meta
+    with pytest.raises(ValueError, match="groups must be on the device of logits"):
+        group_softmax_scores(torch.zeros(2, groups.num_logits), groups)
+
+
+def test_groups_made_in_inference_mode_train(generator):
+    with torch.inference_mode():
+        module = GroupSoftmaxLoss(ClassGroups([[2, 0], [], [1]]), others_ratio=None)
+    logits = torch.randn(3, module.groups.num_logits, generator=generator)
+    labels = torch.tensor([1, 3, 0])
+    for moved in (module, copy.deepcopy(module).float(), copy.deepcopy(module).to("cpu"), copy.deepcopy(module).to_empty(device="cpu")):
+        moved(leaf := logits.clone().requires_grad_(), labels).backward()
+        assert leaf.grad.any()
+        assert moved.state_dict()["groups.class_columns"].tolist() == [4, 7, 3, 0]
+
+
+def test_a_pickle_of_a_version_without_tables(generator):
+    groups = ClassGroups([[2, 0], [], [1]])
+    logits = torch.randn(3, groups.num_logits, generator=generator)
+    old = copy.deepcopy(groups)
+    del old.tables
+    loaded = pickle.loads(pickle.dumps(old))
+    loaded.class_columns.zero_()
+    assert torch.equal(group_softmax_scores(logits, loaded), group_softmax_scores(logits, groups))
+    assert torch.equal(loaded.state_dict()["class_columns"], groups.class_columns)

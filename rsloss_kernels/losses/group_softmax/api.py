@@ -73,7 +73,7 @@ def group_softmax_loss(
         backend,
         logits,
         labels,
-        groups.class_columns,
+        groups.tables[0],
         weights,
         groups.starts,
         groups.others,
@@ -104,7 +104,7 @@ def group_softmax_scores(logits: Tensor, groups: ClassGroups, *, background: str
     _library.refuse_transformed(function, logits)
     backend = _backends.resolve(function, logits.device.type)
     return _library.operator(function, backend)(
-        logits.detach(), groups.class_columns, groups.starts, groups.others, groups.background_group, background == "first"
+        logits.detach(), groups.tables[0], groups.starts, groups.others, groups.background_group, background == "first"
     )
 
 
@@ -146,10 +146,10 @@ def _read_logits(function: str, name: str, logits: Tensor, groups: ClassGroups) 
     _checks.check_tensor(function, name, logits)
     _checks.check_floating(function, name, logits)
     op_checks.check_columns(function, name, logits, groups)
-    if not torch.compiler.is_compiling():
-        groups.restore()
-    device = groups.class_columns.device
-    if device != logits.device:
+    device = groups.tables[0].device
+    if device != logits.device and groups.class_columns.device == logits.device:
+        groups.make_tables()
+    elif device != logits.device:
         raise ValueError(
             f"{function}: groups must be on the device of {name}, {logits.device} (groups.to(device)), got {device}"
         )
@@ -175,7 +175,7 @@ def _sample(
             options["generator"] = generator
         keys = torch.rand((groups.num_groups, labels.shape[0]), **options)
     return _library.operator("group_softmax_sample", backend)(
-        labels, groups.class_columns, keys, groups.starts, groups.others, groups.background_group, is_first, ratio
+        labels, groups.tables[0], keys, groups.starts, groups.others, groups.background_group, is_first, ratio
     )
 
 
@@ -200,8 +200,9 @@ def _check_class_weights(function: str, class_weights: Tensor, logits: Tensor, g
 def _reweight(weights: Tensor, labels: Tensor, groups: ClassGroups, class_weights: Tensor, is_first: bool) -> Tensor:
     """float64: products of weights of whichever dtypes."""
     classes = op_checks.class_of(labels, groups.num_classes, is_first)
-    columns = groups.class_columns[classes.clamp(min=0)]
-    group = torch.bucketize(columns, groups.group_starts[1:].to(columns.dtype), right=True)
+    class_columns, group_starts, _ = groups.tables
+    columns = class_columns[classes.clamp(min=0)]
+    group = torch.bucketize(columns, group_starts[1:].to(columns.dtype), right=True)
     is_own = group == torch.arange(groups.num_groups, device=group.device)[:, None]
     # The background, and the others of every group, keep their weights.
     factors = torch.cat([class_weights.detach().double(), class_weights.new_ones(1, dtype=torch.float64)])[classes.clamp(min=0)]

@@ -13,7 +13,8 @@ from rsloss_kernels.losses.group_softmax import op_checks
 
 BACKGROUND_FORMS = ("softmax", "sigmoid")
 BACKGROUND_GROUPS = ("first", "last")
-_BUFFERS = ("class_columns", "group_starts", "group_others")
+_DTYPES = {"class_columns": torch.int32, "group_starts": torch.int64, "group_others": torch.int64}
+_BUFFERS = tuple(_DTYPES)
 
 
 class ClassGroups(StatefulLoss):
@@ -31,10 +32,10 @@ class ClassGroups(StatefulLoss):
 
     Buffers `class_columns` int32 [C + 1], `group_starts` int64 [G + 1] and `group_others` int64 [G] (columns; -1: none) travel with
     the module and its checkpoints. Loading a checkpoint takes over its groups; it must have as many classes. Whatever else writes to them
-    (an average of a model's buffers over its steps, which rounds) is undone before they are used, saved, or a mode is set.
+    or replaces them (an average of a model's buffers over its steps, which rounds) reaches neither a loss nor a checkpoint.
 
     Attributes: `num_classes` C, `num_groups` G, `num_logits` K; `starts` and `others`, the buffers as numbers; `background_group`,
-    the index of that group.
+    the index of that group; `tables`, the buffers as losses read them, tensors of its own on their device.
 
     Raises TypeError, ValueError: classes that are missing, repeated or out of range; more than 63 groups of classes.
     """
@@ -71,9 +72,8 @@ class ClassGroups(StatefulLoss):
             starts.append(starts[-1] + 1 + len(group))
         if background_group == "last":
             add_background()
-        self.register_buffer("class_columns", torch.tensor(columns, dtype=torch.int32))
-        self.register_buffer("group_starts", torch.tensor(starts, dtype=torch.int64))
-        self.register_buffer("group_others", torch.tensor(others, dtype=torch.int64))
+        for buffer, numbers in zip(_BUFFERS, (columns, starts, others), strict=True):
+            self.register_buffer(buffer, torch.tensor(numbers, dtype=_DTYPES[buffer]))
         self._read_buffers(columns, starts, others)
 
     @classmethod
@@ -134,44 +134,41 @@ class ClassGroups(StatefulLoss):
         self.num_classes, self.num_groups, self.num_logits = len(columns) - 1, len(others), starts[-1]
         background = columns[-1]
         self.background_group = next(g for g in range(len(others)) if starts[g] <= background < starts[g + 1])
-        self._keep()
+        self.make_tables()
 
-    def _keep(self) -> None:
-        """Copies of the buffers on their device, and how often these were written to."""
-        tables = zip(_BUFFERS, (self._columns, self.starts, self.others), strict=True)
-        buffers = [(getattr(self, name), numbers) for name, numbers in tables]
-        self._kept = [torch.tensor(numbers, dtype=buffer.dtype, device=buffer.device) for buffer, numbers in buffers]
-        self._note_versions()
+    def make_tables(self) -> None:
+        """On the device of the buffers, where something moved these alone."""
+        numbers = zip(_BUFFERS, (self._columns, self.starts, self.others), strict=True)
+        # Tensors of inference mode could not be kept for backward.
+        with torch.inference_mode(False):
+            self.tables = [
+                torch.tensor(values, dtype=_DTYPES[name], device=getattr(self, name).device) for name, values in numbers
+            ]
 
-    def _note_versions(self) -> None:
-        self._versions = [_version(getattr(self, name)) for name in _BUFFERS]
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Puts back what the buffers hold, if something wrote to them. Costs a look at three counters, and never waits for a device."""
-        if self._versions != [_version(getattr(self, name)) for name in _BUFFERS]:
-            for name, kept in zip(_BUFFERS, self._kept, strict=True):
-                getattr(self, name).copy_(kept)
-            self._note_versions()
-
-    def train(self, mode: bool = True) -> "ClassGroups":
-        self.restore()
-        return super().train(mode)
+    def _restore(self) -> None:
+        """Writes the tables into the buffers. Never waits for the device."""
+        for name, table in zip(_BUFFERS, self.tables, strict=True):
+            buffer = getattr(self, name)
+            if buffer.is_inference() or buffer.shape != table.shape or buffer.dtype != table.dtype or buffer.device != table.device:
+                setattr(self, name, table.clone())
+            else:
+                buffer.copy_(table)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
-        self._keep()
+        self.make_tables()
         # `to_empty` leaves anything in them.
-        self._versions = []
-        self.restore()
+        self._restore()
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._note_versions()
+        if "tables" not in state:
+            # Of a version that read the buffers.
+            self.make_tables()
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        self.restore()
+        self._restore()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(
@@ -208,11 +205,6 @@ class ClassGroups(StatefulLoss):
         sizes = [len(group) for group in self.groups]
         place = "last" if self.background_group else "first"
         return f"{self.num_classes} classes in groups of {sizes}, background group {place}, {self.num_logits} logits"
-
-
-def _version(buffer: Tensor) -> int:
-    """How often it was written to. What was made in inference mode does not count it."""
-    return -1 if buffer.is_inference() else buffer._version
 
 
 def _read_groups(function: str, groups: Sequence[Sequence[int]]) -> list[list[int]]:

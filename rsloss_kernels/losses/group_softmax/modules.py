@@ -210,7 +210,7 @@ def _convert(source: Tensor, gain: float, groups: ClassGroups) -> Tensor:
     of_classes = source[:-1].double()
     of_foreground = (of_classes.mean(0) if len(of_classes) else torch.zeros_like(of_background)) + gain
     result = source.new_empty((groups.num_logits, *source.shape[1:]))
-    result[groups.class_columns.to(source.device).long()] = source
+    result[groups.tables[0].to(source.device).long()] = source
     for group, column in enumerate(groups.others):
         if column != -1:
             is_background = group == groups.background_group
