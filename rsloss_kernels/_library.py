@@ -172,6 +172,7 @@ def _eager_function(
     takes_list = isinstance(overload._schema.arguments[0].type, torch.ListType)
     missing = (None,) * num_tables
     below_autograd, is_grad_enabled = torch._C._AutoDispatchBelowAutograd, torch.is_grad_enabled
+    are_transforms_active = torch._C._are_functorch_transforms_active
     is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 
     # forward with ctx rather than a separate setup_context: torch binds the arguments of the latter by inspection on every call.
@@ -193,7 +194,8 @@ def _eager_function(
         return tuple(output[: len(output) - num_tables])
 
     def backward(ctx, *grads):
-        refuse_transformed(backward_operator, *grads)
+        if are_transforms_active():
+            refuse_transformed(backward_operator, *grads)
         for grad in grads:
             # Of torch.autograd.grad(is_grads_batched=True) and jacobian(vectorize=True), which are no transform of torch.func.
             if grad is not None and is_legacy_batched(grad):

@@ -1,4 +1,5 @@
 """SeesawLoss: the loss as a module that counts the samples of each class, with the call signatures of MMDetection."""
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -121,7 +122,11 @@ class SeesawLoss(distributed.HoldsGroup, StatefulLoss):
         settings = (self.p, self.q, self.eps, reduction, None if reduction == "none" else avg_factor, EPS)
         losses = api.evaluate(name, cls_score, labels, counts, label_weights, *settings)
         if counts is not self.cum_samples:
-            store(self.cum_samples, torch.where(self._are_finite(losses), counts, self.cum_samples))
+            are_finite = self._are_finite(losses)
+            if isinstance(are_finite, Tensor):
+                counts = torch.where(are_finite, counts, self.cum_samples)
+            if are_finite is not False:
+                store(self.cum_samples, counts)
         objectness, classes = (weighted(value, self.loss_weight) for value in losses)
         if not self.return_dict:
             return objectness + classes
@@ -143,11 +148,18 @@ class SeesawLoss(distributed.HoldsGroup, StatefulLoss):
         return distributed.sum_over_group(counts[1:].double(), self._group())
 
     @torch.no_grad()
-    def _are_finite(self, losses: tuple[Tensor, Tensor]) -> Tensor:
-        """0-d bool: those of all processes."""
-        # Finite numbers may overflow in their sum, but not as float64; infinities and NaN survive in it.
-        total = torch.stack([value.sum(dtype=torch.float64) for value in losses]).sum()
-        return distributed.sum_over_group(total, self._group()).isfinite()
+    def _are_finite(self, losses: tuple[Tensor, Tensor]) -> bool | Tensor:
+        """Those of all processes. Read on the host where it need not wait; on a GPU, in a traced graph and of tensors without numbers 0-d."""
+        group = self._group()
+        if group is None:
+            first = losses[0]
+            if first.dim() == 0 and first.is_cpu and type(first) is Tensor and not torch.compiler.is_compiling():
+                return all(math.isfinite(loss.item()) for loss in losses)
+            return torch.stack(losses).isfinite().all()
+        # A collective of its own: it asks for the losses, which need the counts of the first. Infinities and NaN survive in a sum, in which
+        # finite numbers may overflow, but those of float32 not as float64.
+        total = torch.stack(losses).sum(dtype=torch.float64)
+        return distributed.sum_over_group(total, group).isfinite()
 
     def _group(self) -> "dist.ProcessGroup | None":
         return None if self.process_group is None else distributed.resolve_group(type(self).__name__, self.process_group)
