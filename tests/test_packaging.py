@@ -173,18 +173,36 @@ def test_a_user_without_a_home_folder_can_import(installed):
     assert "home directory" in report_line(done.stdout, "cpp")
 
 
-@pytest.mark.parametrize("name", ["cpp", "cuda"])
-def test_forced_backend_that_is_missing_raises(installed, name):
-    done = run("-c", LOSS, cwd=installed, RSLOSS_BACKEND=name)
-    assert done.returncode != 0
-    assert re.search(f"RuntimeError: .*'{name}' was asked for but cannot run.*was not compiled", done.stderr), done.stderr
+BACKENDS = """
+import os, sys
+import torch
+for name in sys.argv[2:]:
+    child = os.fork()
+    if child == 0:
+        os.environ["RSLOSS_BACKEND"] = name
+        os.dup2(1, 2)
+        try:
+            exec(sys.argv[1])
+        except Exception:
+            sys.excepthook(*sys.exc_info())
+            os._exit(1)
+        sys.stdout.flush()
+        os._exit(0)
+    print("ended with", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
 
 
-def test_backend_switch_forces_and_rejects_unknown_names(installed):
-    done = run("-c", LOSS, cwd=installed, RSLOSS_BACKEND="reference")
-    assert done.returncode == 0 and "forced: reference" in done.stdout, done.stderr
-    done = run("-c", LOSS, cwd=installed, RSLOSS_BACKEND="fast")
-    assert "ValueError: RSLOSS_BACKEND: backend must be one of reference, cpp, cuda, triton, got 'fast'" in done.stderr
+def test_a_forced_backend_that_is_missing_or_unknown_raises(installed):
+    # One process imports torch for all.
+    done = run("-c", BACKENDS, LOSS, "cpp", "cuda", "reference", "fast", cwd=installed)
+    assert done.returncode == 0, done.stderr
+    of_cpp, of_cuda, of_reference, of_unknown, rest = re.split(r"(?m)(?<=^ended with \d)\n", done.stdout)
+    assert not rest
+    for name, printed in (("cpp", of_cpp), ("cuda", of_cuda)):
+        assert re.search(f"RuntimeError: .*'{name}' was asked for but cannot run.*was not compiled", printed), printed
+    assert "forced: reference" in of_reference
+    assert "ValueError: RSLOSS_BACKEND: backend must be one of reference, cpp, cuda, triton, got 'fast'" in of_unknown
+    assert [printed[-1] for printed in (of_cpp, of_cuda, of_reference, of_unknown)] == ["1", "1", "0", "1"]
 
 
 def test_compiles_itself_once_for_many_processes(installed, tmp_path):
