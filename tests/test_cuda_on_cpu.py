@@ -192,8 +192,12 @@ def assert_close_tables(logits, found, delta, finalizers=FINALIZERS, segments=No
                 label = f"{name}, output {number}, row {row}"
                 infinite = theirs.isinf()
                 assert torch.equal(mine[infinite], theirs[infinite]), label
+                chosen = ~infinite
+                if other is wanted[-1]:
+                    # Of lines at equal breakpoints, which stand in an order of the backend's own, elements meet the last one alone.
+                    chosen[:-1] &= other[0, 1:] != other[0, :-1]
                 bound = gate * theirs[~infinite].nan_to_num().abs().double().amax()
-                harness.assert_within(mine[~infinite], theirs[~infinite].double(), bound, label)
+                harness.assert_within(mine[chosen], theirs[chosen].double(), bound, label)
 
 
 @pytest.mark.parametrize("num_segments", [1, 3, 700])

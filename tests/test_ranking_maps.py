@@ -267,7 +267,7 @@ BAD = {
     "levels_of_targets": (lambda a: a | {"targets": a["targets"][:1]}, ValueError, "targets must be one Tensor or 2"),
     "levels_of_quality": (lambda a: a | {"quality": [*a["quality"], a["quality"][0]]}, ValueError, "quality must be one Tensor or 2"),
     "channels": (lambda a: a | {"num_classes": 4}, ValueError, "logits must have 4 classes, got 6 channels"),
-    "num_classes": (lambda a: a | {"num_classes": 0}, ValueError, "num_classes must be at least 1, got 0"),
+    "num_classes": (lambda a: a | {"num_classes": 0}, ValueError, r"num_classes must be at least 1 and below 2\^31, got 0"),
     "num_classes_kind": (lambda a: a | {"num_classes": 2.0}, TypeError, "num_classes must be an int, got float"),
     "layout": (lambda a: a | {"layout": "columns"}, ValueError, "layout must be one of 'rows'"),
     "dtypes": (lambda a: a | {"logits": [a["logits"][0], a["logits"][1].double()]}, TypeError, "logits must have one dtype"),
