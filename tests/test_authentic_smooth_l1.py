@@ -1,4 +1,5 @@
 """The authentic smooth L1 loss of the GHM paper, on its own."""
+import numpy as np
 import pytest
 import torch
 
@@ -73,3 +74,19 @@ def test_compiles_as_one_graph():
     pred, target = torch.randn(9, 4), torch.randn(9, 4)
     compiled = torch.compile(authentic_smooth_l1_loss, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(pred, target), authentic_smooth_l1_loss(pred, target))
+
+
+@pytest.mark.parametrize("factor", [torch.tensor(4.0), torch.tensor([4.0]), torch.tensor([[4]]), np.array(4.0), np.float32(4)], ids=repr)
+def test_whatever_is_one_number_divides(factor):
+    pred, target = torch.linspace(-1, 1, 6), torch.zeros(6)
+    for reduction in ("mean", "none"):
+        expected = authentic_smooth_l1_loss(pred, target, reduction=reduction, avg_factor=4.0)
+        divided = authentic_smooth_l1_loss(pred, target, reduction=reduction, avg_factor=factor)
+        assert divided.shape == expected.shape and torch.equal(divided, expected)
+
+
+def test_a_number_on_the_cpu_divides_on_every_device():
+    pred = torch.zeros(6, device="meta")
+    assert authentic_smooth_l1_loss(pred, pred, avg_factor=torch.tensor(4.0)).is_meta
+    with pytest.raises(ValueError, match="avg_factor must be on the device of pred"):
+        authentic_smooth_l1_loss(pred, pred, avg_factor=torch.tensor([4.0]))

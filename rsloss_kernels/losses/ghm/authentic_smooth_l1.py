@@ -26,7 +26,8 @@ def authentic_smooth_l1_loss(
             anything.
         mu: where the loss turns from square to linear, in the units of `pred`, within [1e-30, 1e30].
         reduction: "mean" over all elements, "sum" or "none".
-        avg_factor: a number or a 0-d tensor that divides, in place of the number of elements in "mean", and in every other reduction.
+        avg_factor: a number or a tensor of one number (0-d on the CPU, or on the device of `pred`) that divides, in place of the number
+            of elements in "mean", and in every other reduction.
 
     Returns:
         "none": the shape and dtype of `pred`; else 0-d, float64 for float64 `pred`, else float32. The mean of nothing is an exact zero,
@@ -47,10 +48,16 @@ def authentic_smooth_l1_loss(
         _checks.check_device(name, argument, value, pred, "pred")
         _checks.check_shape(name, argument, value, pred.shape, "the shape of pred")
     if isinstance(avg_factor, Tensor):
+        if avg_factor.dim() == 0 and avg_factor.is_cpu:
+            # As a number, which goes with any device.
+            avg_factor = avg_factor.to(pred.device)
         _checks.check_device(name, "avg_factor", avg_factor, pred, "pred")
-        if avg_factor.numel() != 1 or avg_factor.dim() > 1 or avg_factor.is_complex():
+        if avg_factor.numel() != 1 or avg_factor.is_complex():
             wanted = "a number or a real Tensor of one number"
             raise ValueError(f"{name}: avg_factor must be {wanted}, got {avg_factor.dtype} of shape {list(avg_factor.shape)}")
+        avg_factor = avg_factor.reshape(())
+    elif avg_factor is not None and getattr(avg_factor, "shape", None) == ():
+        avg_factor = float(avg_factor)  # NumPy's
     elif avg_factor is not None and not _checks.is_number(avg_factor):
         raise TypeError(f"{name}: avg_factor must be a number or a Tensor of one number, got {type(avg_factor).__name__}")
 
