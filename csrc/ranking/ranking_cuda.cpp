@@ -118,7 +118,7 @@ const void* upstream(const char* op, const char* name, const std::optional<Tenso
   STD_TORCH_CHECK(same_device(*gradient, logits), op, ": ", name, " must be on the device of logits, ", device_of(logits),
                   ", got ", device_of(*gradient));
   STD_TORCH_CHECK(gradient->dim() == 0 && gradient->scalar_type() == loss_type(logits), op, ": ", name,
-                  " must be one number in the dtype of the losses (float64 for float64 logits, else float32), got shape ",
+                  " must be 0-d, in the dtype of the losses (float64 for float64 logits, else float32), got shape ",
                   shape_of(*gradient));
   return gradient->const_data_ptr();
 }
