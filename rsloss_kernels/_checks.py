@@ -119,7 +119,21 @@ LARGEST_COUNT = 2**31 - 1
 
 
 def is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    """Whether it is an integer of Python or NumPy, to be kept as `int(value)`; no bool."""
+    return type(value) is int or (isinstance(value, numbers.Integral) and not isinstance(value, bool))
+
+
+def read_int(function: str, name: str, value: Any, wanted: str = "an int") -> int:
+    if not is_int(value):
+        raise TypeError(f"{function}: {name} must be {wanted}, got {None if value is None else type(value).__name__}")
+    return int(value)
+
+
+def read_count(function: str, name: str, value: Any) -> int:
+    count = read_int(function, name, value)
+    if not 1 <= count <= LARGEST_COUNT:
+        raise ValueError(f"{function}: {name} must be at least 1 and below 2^31, got {count}")
+    return count
 
 
 def is_number(value: object) -> bool:

@@ -61,6 +61,6 @@ def store(buffer: torch.Tensor, value: torch.Tensor) -> None:
     buffer.copy_(value.detach() if value.requires_grad else value)
 
 
-def weighted(loss: torch.Tensor, loss_weight: float) -> torch.Tensor:
+def weighted(loss: torch.Tensor, loss_weight: float | torch.Tensor) -> torch.Tensor:
     """The loss times its weight. A weight of 1 costs nothing, in forward and backward."""
     return loss if type(loss_weight) in (float, int) and loss_weight == 1 else loss * loss_weight

@@ -256,6 +256,20 @@ def test_function_refuses_bad_arguments(backend, name):
     assert len(before) == len(after) and all(map(torch.equal, before, after))
 
 
+def test_integers_may_come_from_numpy():
+    names = set()
+    for name, good in {**FUNCTIONS, **{name: options for name, (options, _) in MODULES.items()}}.items():
+        function = getattr(rk, name)
+        for parameter in inspect.signature(function).parameters.values():
+            value = good.get(parameter.name, parameter.default)
+            if type(value) is int and float not in (parameter.annotation, *typing.get_args(parameter.annotation)):
+                given = function(**{**good, parameter.name: np.int64(value)})
+                assert repr(given) == repr(function(**good)), (name, parameter.name)
+                assert not isinstance(given, torch.nn.Module) or type(getattr(given, parameter.name, value)) is int
+                names.add(parameter.name)
+    assert names >= {"bins", "num_classes", "ignore_index", "period", "iou_topk", "beta_topk", "max_positives", "num_segments"}
+
+
 def test_flags_may_be_numbers_and_come_from_numpy_and_tensors():
     count = 0
     for name, good in {**FUNCTIONS, **{name: options for name, (options, _) in MODULES.items()}}.items():

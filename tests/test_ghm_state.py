@@ -163,6 +163,16 @@ def test_module_equals_function(backend, loss, generator):
         assert module(arguments[0], arguments[1]) == 4 * loss.function(*arguments[:2], bins=30, empty_bins="count")
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_the_weight_of_a_module_may_be_a_tensor(reduction):
+    pred, target = torch.linspace(-2, 2, 12).view(4, 3), torch.tensor([0, 3, 2, 1])
+    expected = GHMC(loss_weight=2.5, reduction=reduction)(pred, target)
+    assert torch.equal(GHMC(loss_weight=torch.tensor(2.5), reduction=reduction)(pred, target), expected)
+    learnt = GHMC(loss_weight=torch.nn.Parameter(torch.tensor(2.5)), reduction=reduction)
+    learnt(pred, target).sum().backward()
+    torch.testing.assert_close(learnt.loss_weight.grad * 2.5, expected.sum())
+
+
 def test_module_says_what_it_is_and_survives_pickle():
     module = GHMC(bins=30, momentum=0.75, loss_weight=0.5, background="first", bias_correction=True)
     assert repr(module).startswith("GHMC(bins=30, momentum=0.75, loss_weight=0.5, ") and "background='first'" in repr(module)

@@ -1,5 +1,6 @@
 """Ranking losses where there is nothing to rank, where values are not finite, where memory is dirty, and where a table is too small."""
 import contextlib
+import sys
 
 import harness
 import pytest
@@ -303,6 +304,9 @@ def test_max_positives_binds_on_a_gpu_only(backend, loss, generator, form):
     got = loss.evaluate(backend, *arguments, max_positives=3)
     if backend.device == "cpu":
         assert got == expected
+        assert loss.evaluate(backend, *arguments, max_positives=sys.maxsize) == expected
     else:
+        with pytest.raises(ValueError, match="max_positives must be below 2.29 where it sizes tables"):
+            loss.evaluate(backend, *arguments, max_positives=sys.maxsize)
         assert all(value.isnan() for value in got.losses) and got.gradient.isnan().all()
     assert loss.evaluate(backend, *arguments, max_positives=30) == expected

@@ -262,7 +262,7 @@ LOGITS = torch.zeros(4, 3)
     "call, error, message",
     [
         (lambda: SelfBalancing("mean"), ValueError, "SelfBalancing: mode must be one of 'step', 'running', got 'mean'"),
-        (lambda: SelfBalancing("running", period=0), ValueError, "SelfBalancing: period must be an int of at least 1 and below 2.31, got 0"),
+        (lambda: SelfBalancing("running", period=0), ValueError, "SelfBalancing: period must be at least 1 and below 2.31, got 0"),
         (lambda: SelfBalancing("running", initial=float("nan")), ValueError, "SelfBalancing: initial .* got nan"),
         (lambda: SelfBalancing()(1.0, scalar(1.0)), TypeError, "SelfBalancing: reference_loss must be a Tensor, got float"),
         (

@@ -6,7 +6,7 @@ channels-last memory.
 """
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -124,7 +124,7 @@ def _describe(value: object) -> str:
 
 
 def _read_num_classes(function: str, first: Tensor, layout: str, num_classes: int | None, of_table: int | None) -> int:
-    check_num_classes(function, num_classes)
+    num_classes = read_num_classes(function, num_classes)
     if num_classes is None:
         num_classes = of_table
     if num_classes is None:
@@ -133,12 +133,9 @@ def _read_num_classes(function: str, first: Tensor, layout: str, num_classes: in
     return num_classes
 
 
-def check_num_classes(function: str, num_classes: Any) -> None:
+def read_num_classes(function: str, num_classes: int | None) -> int | None:
     """What can be said without logits."""
-    if num_classes is not None and not _checks.is_int(num_classes):
-        raise TypeError(f"{function}: num_classes must be an int, got {type(num_classes).__name__}")
-    if num_classes is not None and not 1 <= num_classes <= _checks.LARGEST_COUNT:
-        raise ValueError(f"{function}: num_classes must be at least 1 and below 2^31, got {num_classes}")
+    return None if num_classes is None else _checks.read_count(function, "num_classes", num_classes)
 
 
 def _check_channels(function: str, found: int, num_classes: int, is_right: bool) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rsloss_kernels import _checks, distributed
 from rsloss_kernels._state import store
-from rsloss_kernels.losses.dynamic_rcnn.schedules import Statistic, WindowedValue, check_count
+from rsloss_kernels.losses.dynamic_rcnn.schedules import Statistic, WindowedValue
 
 
 def assign_by_iou(max_overlaps: Tensor, pos_thr: float | Tensor, neg_thr: float | Tensor | None = None) -> Tensor:
@@ -93,7 +93,7 @@ class DynamicLabelAssignment(WindowedValue):
         initial_iou = _check_iou(name, "initial_iou", initial_iou)
         if first_iou is None:
             first_iou = 0.5 if variant == "mmdet" else initial_iou
-        topk = check_count(name, "iou_topk", iou_topk)
+        topk = _checks.read_count(name, "iou_topk", iou_topk)
         options = (variant, process_group, max_images, schedule_length)
         super().__init__(_check_iou(name, "first_iou", first_iou), topk, update_iter_interval, *options)
         self.initial_iou = initial_iou

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rsloss_kernels import _checks
 from rsloss_kernels._state import store
-from rsloss_kernels.losses.dynamic_rcnn.schedules import EPS, WindowedValue, check_count
+from rsloss_kernels.losses.dynamic_rcnn.schedules import EPS, WindowedValue
 from rsloss_kernels.losses.focal.arguments import REDUCTIONS, read_number
 from rsloss_kernels.losses.focal.modules import EPS as AVG_EPS
 from rsloss_kernels.losses.smooth_l1 import api
@@ -58,7 +58,7 @@ class DynamicSmoothL1Loss(WindowedValue):
         api.check_beta(name, "initial_beta", initial_beta)
         if initial_beta < EPS:
             raise ValueError(f"{name}: initial_beta must be at least {EPS:g}, got {initial_beta}")
-        topk = check_count(name, "beta_topk", beta_topk)
+        topk = _checks.read_count(name, "beta_topk", beta_topk)
         super().__init__(float(initial_beta), topk, update_iter_interval, variant, process_group, max_images, schedule_length)
         _checks.check_choice(name, "reduction", reduction, REDUCTIONS)
         self.initial_beta = float(initial_beta)

@@ -30,14 +30,6 @@ class Statistic(NamedTuple):
     exists: Tensor  # 0-d bool: whether anything counts
 
 
-def check_count(function: str, name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{function}: {name} must be an int, got {type(value).__name__}")
-    if not 1 <= value <= _checks.LARGEST_COUNT:
-        raise ValueError(f"{function}: {name} must be at least 1 and below 2^31, got {value}")
-    return value
-
-
 class WindowedValue(distributed.HoldsGroup, StatefulLoss):
     """A 0-d float64 buffer, `value_name`, that may change at the end of each window of `update_iter_interval` steps."""
 
@@ -61,13 +53,13 @@ class WindowedValue(distributed.HoldsGroup, StatefulLoss):
         super().__init__()
         name = type(self).__name__
         self.topk = topk
-        self.update_iter_interval = check_count(name, "update_iter_interval", update_iter_interval)
+        self.update_iter_interval = _checks.read_count(name, "update_iter_interval", update_iter_interval)
         _checks.check_choice(name, "variant", variant, VARIANTS)
         self.variant = variant
         distributed.resolve_group(name, process_group)
         self.process_group = process_group
-        self.max_images = check_count(name, "max_images", max_images)
-        length = check_count(name, "schedule_length", schedule_length)
+        self.max_images = _checks.read_count(name, "max_images", max_images)
+        length = _checks.read_count(name, "schedule_length", schedule_length)
         self.register_buffer(self.value_name, torch.tensor(first_value, dtype=torch.float64))
         for counter in ("num_steps", "num_recorded", "num_updates"):
             self.register_buffer(counter, torch.zeros((), dtype=torch.int64))

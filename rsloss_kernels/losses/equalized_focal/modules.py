@@ -11,7 +11,7 @@ from rsloss_kernels._state import StatefulLoss, keeps_statistics, store
 from rsloss_kernels.losses.equalized_focal import api
 from rsloss_kernels.losses.focal import arguments
 from rsloss_kernels.losses.focal.op import Modulator
-from rsloss_kernels.losses.levels import LAYOUTS, Levelled, check_num_classes
+from rsloss_kernels.losses.levels import LAYOUTS, Levelled
 
 
 class _GradientBalance(distributed.HoldsGroup, StatefulLoss):
@@ -26,9 +26,7 @@ class _GradientBalance(distributed.HoldsGroup, StatefulLoss):
     def __init__(self, num_classes: int, loss_weight: float, process_group: object | None):
         super().__init__()
         name = type(self).__name__
-        if num_classes is None:
-            raise TypeError(f"{name}: num_classes must be an int, the number of foreground classes, got None")
-        check_num_classes(name, num_classes)
+        num_classes = _checks.read_count(name, "num_classes", num_classes)
         distributed.resolve_group(name, process_group)
         self.num_classes = num_classes
         self.loss_weight = arguments.read_number(name, "loss_weight", loss_weight, least=None)

@@ -88,9 +88,10 @@ def _divided_by(divisor: float, loss_weight: float, levels: Levels) -> tuple[Ten
 
 
 def read_ignore_index(function: str, ignore_index: int | None) -> int | None:
-    if ignore_index is not None and not _checks.is_int(ignore_index):
-        raise TypeError(f"{function}: ignore_index must be an int or None, got {type(ignore_index).__name__}")
-    if ignore_index is not None and not -(2**63) <= ignore_index < 2**63:
+    if ignore_index is None:
+        return None
+    ignore_index = _checks.read_int(function, "ignore_index", ignore_index, "an int or None")
+    if not -(2**63) <= ignore_index < 2**63:
         raise ValueError(f"{function}: ignore_index must be within 64 bits, got {ignore_index}")
     return ignore_index
 

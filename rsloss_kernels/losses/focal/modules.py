@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from rsloss_kernels import _checks
 from rsloss_kernels.losses.focal import api, arguments
 from rsloss_kernels.losses.focal.op import Modulator
-from rsloss_kernels.losses.levels import LAYOUTS, Levelled, Levels, check_num_classes, read_levels
+from rsloss_kernels.losses.levels import LAYOUTS, Levelled, Levels, read_levels, read_num_classes
 
 # What MMDetection adds to `avg_factor`.
 EPS = torch.finfo(torch.float32).eps
@@ -44,7 +44,6 @@ class _SigmoidLoss(nn.Module):
         _checks.check_choice(name, "reduction", reduction, arguments.REDUCTIONS)
         _checks.check_choice(name, "background", background, ("last", "first"))
         _checks.check_choice(name, "layout", layout, LAYOUTS)
-        check_num_classes(name, num_classes)
         self.use_sigmoid = use_sigmoid
         self.activated = activated
         self.reduction = reduction
@@ -52,7 +51,7 @@ class _SigmoidLoss(nn.Module):
         self.background = background
         self.ignore_index = arguments.read_ignore_index(name, ignore_index)
         self.layout = layout
-        self.num_classes = num_classes
+        self.num_classes = read_num_classes(name, num_classes)
 
     @overload
     def forward(

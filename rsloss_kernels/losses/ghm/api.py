@@ -331,7 +331,7 @@ def read_arguments(
         preds,
         targets,
         weights,
-        bins,
+        int(bins),
         None if mu is None else float(mu),
         background == "first",
         float(momentum),

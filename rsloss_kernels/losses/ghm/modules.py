@@ -9,7 +9,7 @@ from rsloss_kernels import _checks, distributed
 from rsloss_kernels._state import StatefulLoss, keeps_statistics, store, weighted
 from rsloss_kernels.losses.focal.arguments import read_number
 from rsloss_kernels.losses.ghm import api, op_checks, reference
-from rsloss_kernels.losses.levels import LAYOUTS, Levelled, check_num_classes
+from rsloss_kernels.losses.levels import LAYOUTS, Levelled, read_num_classes
 
 REDUCTIONS = ("none", "mean")
 
@@ -28,7 +28,7 @@ class _GradientHarmonizing(distributed.HoldsGroup, StatefulLoss):
         self,
         bins: int,
         momentum: float,
-        loss_weight: float,
+        loss_weight: float | Tensor,
         reduction: str,
         empty_bins: str,
         bias_correction: bool,
@@ -42,9 +42,9 @@ class _GradientHarmonizing(distributed.HoldsGroup, StatefulLoss):
         distributed.resolve_group(name, process_group)
         bias_correction = _checks.read_flag(name, "bias_correction", bias_correction)
         average_gradients = _checks.read_flag(name, "average_gradients", average_gradients)
-        self.bins = bins
+        self.bins = int(bins)
         self.momentum = momentum
-        self.loss_weight = read_number(name, "loss_weight", loss_weight, least=None)
+        self.loss_weight = loss_weight if isinstance(loss_weight, Tensor) else read_number(name, "loss_weight", loss_weight, least=None)
         self.reduction = reduction
         self.empty_bins = empty_bins
         self.bias_correction = bias_correction
@@ -207,7 +207,7 @@ class GHMC(_GradientHarmonizing):
         bins: of the gradient norm, 1..256.
         momentum: of the elements in each bin, within [0, 1).
         use_sigmoid: must be True, else NotImplementedError: there is no other form.
-        loss_weight: factor of the loss.
+        loss_weight: factor of the loss, a number or a 0-d tensor.
         reduction: "mean" or "none" (see `forward`); "sum" is a ValueError, as published.
         background, layout, num_classes: as in `ghm_classification_loss`.
         empty_bins: "skip": as the authors' code, empty bins do not count and keep their state; "count": as the paper, all count and decay.
@@ -227,7 +227,7 @@ class GHMC(_GradientHarmonizing):
         bins: int = 10,
         momentum: float = 0.0,
         use_sigmoid: bool = True,
-        loss_weight: float = 1.0,
+        loss_weight: float | Tensor = 1.0,
         reduction: str = "mean",
         *,
         background: str = "last",
@@ -238,9 +238,8 @@ class GHMC(_GradientHarmonizing):
         layout: str = "rows",
         num_classes: int | None = None,
     ):
-        self.background, self.layout, self.num_classes = background, layout, num_classes
+        self.background, self.layout, self.num_classes = background, layout, read_num_classes("GHMC", num_classes)
         _checks.check_choice("GHMC", "layout", layout, LAYOUTS)
-        check_num_classes("GHMC", num_classes)
         super().__init__(
             bins, momentum, loss_weight, reduction, empty_bins, bias_correction, process_group, average_gradients
         )
@@ -262,7 +261,7 @@ class GHMR(_GradientHarmonizing):
         mu: where the loss turns from square to linear, in the units of `pred`, within [1e-30, 1e30].
         bins: of the gradient norm, 1..256.
         momentum: of the elements in each bin, within [0, 1).
-        loss_weight: factor of the loss.
+        loss_weight: factor of the loss, a number or a 0-d tensor.
         reduction: "mean" or "none" (see `forward`); "sum" is a ValueError, as published.
         empty_bins: "skip": empty bins do not count and keep their state; "count": all count and decay.
         bias_correction: divide the running counts by what the momentum has gathered so far.
@@ -275,7 +274,7 @@ class GHMR(_GradientHarmonizing):
         mu: float = 0.02,
         bins: int = 10,
         momentum: float = 0.0,
-        loss_weight: float = 1.0,
+        loss_weight: float | Tensor = 1.0,
         reduction: str = "mean",
         *,
         empty_bins: str = "skip",

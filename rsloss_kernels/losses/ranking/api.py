@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from rsloss_kernels import _checks, _library, distributed
-from rsloss_kernels.losses.levels import LAYOUTS, check_num_classes
+from rsloss_kernels.losses.levels import LAYOUTS, read_num_classes
 from rsloss_kernels.losses.ranking.arguments import Request, check_options
 from rsloss_kernels.losses.ranking.op import count_elements
 from rsloss_kernels.losses.ranking.segments import check_segments, is_ids
@@ -110,9 +110,9 @@ class RankingLoss(distributed.HoldsGroup, nn.Module):
     def __init__(self, loss_weight: float, **options: Any):
         super().__init__()
         function = type(self).__name__
-        check_options(function, options["delta"], options["background"], options["max_positives"])
+        _, options["max_positives"] = check_options(function, options["delta"], options["background"], options["max_positives"])
         _checks.check_choice(function, "layout", options["layout"], LAYOUTS)
-        check_num_classes(function, options["num_classes"])
+        options["num_classes"] = read_num_classes(function, options["num_classes"])
         for name in FLAGS & options.keys():
             options[name] = _checks.read_flag(function, name, options[name])
         if is_ids(options.get("segments")):

@@ -67,7 +67,7 @@ def read_arguments(
         # Read without a description of levels, which a small loss would feel.
         levels, maps, first = None, False, logits
         _checks.check_logits(function, logits)
-        delta = check_options(function, delta, background, max_positives)
+        delta, max_positives = check_options(function, delta, background, max_positives)
         if regression_losses is not None:
             _checks.check_device(function, "regression_losses", regression_losses, logits)
             is_per_row = _checks.is_index_form(targets, logits) and regression_losses.shape == targets.shape
@@ -77,7 +77,7 @@ def read_arguments(
     else:
         levels = read_levels(function, logits, layout, num_classes)
         maps, first, logits = levels.maps, levels.first, levels.logits
-        delta = check_options(function, delta, background, max_positives)
+        delta, max_positives = check_options(function, delta, background, max_positives)
         targets, quality = reading.read_targets(levels, targets, quality, background)
         if regression_losses is not None and not targets[0].is_floating_point():
             quality = _read_aligned(levels, regression_losses)
@@ -96,6 +96,8 @@ def read_arguments(
         capacity = capacity_of(logits, targets, most)
     else:
         capacity = max_positives or DEFAULT_CAPACITY
+    if capacity is not None and max_positives is not None and max_positives >= MOST_POSITIVES:
+        raise ValueError(f"{function}: max_positives must be below 2^29 where it sizes tables, got {max_positives}")
     if _checks.debug_checks():
         num_classes = levels.num_classes if levels is not None else first.shape[-1] if first.dim() else 1
         # More positives than the default of the loss, or of a process of a group, are told where that is known.
@@ -146,12 +148,14 @@ def _check_per_positive(function: str, regression_losses: Tensor, logits: Tensor
         )
 
 
-def check_options(function: str, delta: float, background: str, max_positives: int | None) -> float:
-    """What can be said without a batch; returns `delta` as a float."""
+def check_options(function: str, delta: float, background: str, max_positives: int | None) -> tuple[float, int | None]:
+    """What can be said without a batch; returns `delta` as a float, and `max_positives`."""
     _checks.check_choice(function, "background", background, ("last", "first"))
-    if max_positives is not None and not (_checks.is_int(max_positives) and 1 <= max_positives < MOST_POSITIVES):
-        raise ValueError(f"{function}: max_positives must be None or an int of at least 1 and below 2^29, got {max_positives!r}")
-    return _checks.check_delta(function, delta)
+    if max_positives is not None:
+        if not (_checks.is_int(max_positives) and 1 <= max_positives < 2**63):
+            raise ValueError(f"{function}: max_positives must be None or an int of at least 1 and below 2^63, got {max_positives!r}")
+        max_positives = int(max_positives)
+    return _checks.check_delta(function, delta), max_positives
 
 
 def read_targets(

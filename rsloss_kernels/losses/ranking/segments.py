@@ -54,7 +54,7 @@ def read_segments(
     if is_ids(segments):
         if num_segments is None:
             raise ValueError(f"{function}: num_segments must be given with ids as segments, got None")
-        return _read_ids(function, first, levels, targets, segments, num_segments), num_segments
+        return _read_ids(function, first, levels, targets, segments, num_segments), int(num_segments)
     if segments == "class":
         if first.dim() < 2:
             raise ValueError(
@@ -67,7 +67,7 @@ def read_segments(
                 raise ValueError(
                     f"{function}: segments must divide the first dimension of logits, got {segments} for shape {list(level.shape)}"
                 )
-        known = segments
+        known = int(segments)
     if num_segments not in (None, known):
         raise ValueError(f"{function}: num_segments must be None or {known} for segments {segments!r}, got {num_segments}")
     if known == 1 or segments != "class":

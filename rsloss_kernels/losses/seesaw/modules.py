@@ -9,7 +9,6 @@ from rsloss_kernels import _checks, distributed
 from rsloss_kernels._state import StatefulLoss, keeps_statistics, store, weighted
 from rsloss_kernels.losses.focal.arguments import REDUCTIONS, read_number
 from rsloss_kernels.losses.focal.modules import EPS
-from rsloss_kernels.losses.levels import check_num_classes
 from rsloss_kernels.losses.seesaw import api
 
 if TYPE_CHECKING:
@@ -57,23 +56,20 @@ class SeesawLoss(distributed.HoldsGroup, StatefulLoss):
     ):
         super().__init__()
         name = type(self).__name__
-        if num_classes is None:
-            raise TypeError(f"{name}: num_classes must be an int, the number of foreground classes, got None")
-        check_num_classes(name, num_classes)
+        self.num_classes = _checks.read_count(name, "num_classes", num_classes)
         return_dict = _checks.read_flag(name, "return_dict", return_dict)
         use_sigmoid = _checks.read_flag(name, "use_sigmoid", use_sigmoid)
         if use_sigmoid:
             raise NotImplementedError(f"{name}: use_sigmoid must be False (there is no sigmoid form), got True")
         _checks.check_choice(name, "reduction", reduction, REDUCTIONS)
         distributed.resolve_group(name, process_group)
-        self.num_classes = num_classes
         self.p, self.q, self.eps = (read_number(name, key, value) for key, value in (("p", p), ("q", q), ("eps", eps)))
         self.loss_weight = read_number(name, "loss_weight", loss_weight, least=None)
         self.reduction = reduction
         self.return_dict = return_dict
         self.process_group = process_group
         self.use_sigmoid = use_sigmoid
-        self.register_buffer("cum_samples", torch.zeros(num_classes + 1, dtype=torch.float64))
+        self.register_buffer("cum_samples", torch.zeros(self.num_classes + 1, dtype=torch.float64))
 
     def _load_from_state_dict(
         self,

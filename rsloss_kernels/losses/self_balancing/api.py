@@ -50,8 +50,7 @@ class SelfBalancing(distributed.HoldsGroup, StatefulLoss):
     ):
         super().__init__()
         _checks.check_choice("SelfBalancing", "mode", mode, MODES)
-        if not (_checks.is_int(period) and 1 <= period <= _checks.LARGEST_COUNT):
-            raise ValueError(f"SelfBalancing: period must be an int of at least 1 and below 2^31, got {period!r}")
+        period = _checks.read_count("SelfBalancing", "period", period)
         if isinstance(initial, bool) or not isinstance(initial, (int, float)) or not 0 <= initial < float("inf"):
             raise ValueError(f"SelfBalancing: initial must be a finite number of at least 0, got {initial!r}")
         distributed.resolve_group("SelfBalancing", process_group)
