@@ -141,9 +141,11 @@ class ClassGroups(StatefulLoss):
         numbers = zip(_BUFFERS, (self._columns, self.starts, self.others), strict=True)
         # Tensors of inference mode could not be kept for backward.
         with torch.inference_mode(False):
-            self.tables = [
-                torch.tensor(values, dtype=_DTYPES[name], device=getattr(self, name).device) for name, values in numbers
-            ]
+            tables = [torch.tensor(values, dtype=_DTYPES[name], device=getattr(self, name).device) for name, values in numbers]
+            for table in tables:
+                # As torch._dynamo.mark_static does, which takes long to import: or torch.compile takes their sizes for those of a batch.
+                table.__dict__["_dynamo_static_indices"] = {0}
+            self.tables = tables
 
     def _restore(self) -> None:
         """Writes the tables into the buffers. Never waits for the device."""
