@@ -20,7 +20,7 @@ SAMPLES = {
     "one_element": {"shape": (1,)},
     "maps": {"shape": (2, 4, 5, 7), "weight": "row", "beta": torch.tensor(0.11, dtype=DOUBLE)},
     "odd": {"shape": (331, 3), "weight": "row", "avg_factor": torch.tensor(9, dtype=torch.int64)},
-    "several_chunks": {"shape": (17_001, 3), "beta": torch.tensor([0.3])},
+    "several_chunks": {"shape": (30_001, 3), "weight": "row", "beta": torch.tensor([0.3])},
     "beta_0": {"beta": 0.0},
     "beta_0_tensor": {"beta": torch.zeros(()), "weight": "element"},
     "smallest_beta": {"beta": 1e-30, "scale": 1e-30},
@@ -75,6 +75,16 @@ def test_every_mix_of_types_and_ends_finite(backend, generator):
         padded = torch.empty(inputs.pred.numel() + 1, dtype=pred)[1:].view(inputs.pred.shape)
         inputs.pred = padded.copy_(inputs.pred)
         assert_true(backend, inputs, f"{pred} {target} {weight}")
+
+
+def test_several_rounds_of_a_program(backend, generator, monkeypatch):
+    """As on more elements than all programs take at once: with Triton three programs of 64."""
+    if backend.name == "triton":
+        from rsloss_kernels.losses.smooth_l1 import triton_impl
+
+        few = triton_impl.configuration("smooth l1 sums", 3003, torch.device(backend.device))._replace(block=64, programs=3)
+        monkeypatch.setattr(triton_impl, "configuration", lambda *_: few)
+    assert_true(backend, draw(generator, shape=(1001, 3), weight="row", reduction="sum"))
 
 
 @pytest.mark.slow_interpreter
