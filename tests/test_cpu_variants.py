@@ -12,7 +12,7 @@ import pytest
 import sanitized
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-TESTS = ("test_rank_sort.py", "test_ranking_edge_cases.py", "test_ghm_values.py", "test_ghm_edge_cases.py",
+TESTS = ("test_rank_sort.py", "test_ranking_edge_cases.py", "test_ranking_bad_input.py", "test_focal_bad_input.py", "test_ghm_values.py", "test_ghm_edge_cases.py",
          "test_group_softmax_values.py", "test_group_softmax_edge_cases.py", "test_focal_values.py", "test_focal_edge_cases.py",
          "test_smooth_l1_values.py", "test_ranking_maps.py", "test_ghm_maps.py",
          "test_seesaw.py::test_samples", "test_seesaw.py::test_minus_infinity_is_a_probability_of_0")  # fmt: skip
@@ -39,7 +39,7 @@ def test_sanitizers_find_nothing(tmp_path, capability):
     # The tests below would pass with the installed library too: it must be this one that a process in this folder loads.
     assert sanitized.loaded_library(tmp_path, environment).parent == tmp_path / "rsloss_kernels"
     tests = [ROOT / "tests" / name for name in TESTS]
-    selection = "cpp and (apart or finite or nothing or dense or labels or capacity)"
+    selection = "cpp and (apart or finite or nothing or dense or labels or capacity or garbage or samples or beside)"
     run_tests(*map(str, tests), "-k", selection, cwd=tmp_path, **environment)
 
 

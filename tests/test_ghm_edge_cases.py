@@ -185,6 +185,15 @@ def test_largest_float64_distances(backend):
     assert got.losses[0].isfinite() and torch.allclose(got.gradient, torch.tensor([1.0, -1.0, 1.0], dtype=torch.float64) / 3)
 
 
+@pytest.mark.parametrize("mu", [1e10, 1e20, 1e25, 1e30])
+def test_distances_whose_ratio_to_mu_underflows_when_squared(backend, mu):
+    pred = torch.tensor([5.06640625, -3.0, 0.5, 1e-3, 250.0])
+    REGRESSION.assert_agrees(backend, pred, torch.zeros(5), mu=mu, bins=2)
+    # One element is its bin: the loss is its own.
+    got = REGRESSION.assert_agrees(backend, pred[:1], torch.zeros(1), mu=mu, bins=2)
+    assert abs(got.losses[0].item() / (5.06640625**2 / (2 * mu)) - 1) <= 6e-8
+
+
 @LOSSES
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_subnormal_values_and_signed_zeros(backend, loss, dtype):

@@ -98,7 +98,9 @@ static inline DoubleVec exp_minus(DoubleVec x) {
   const double coefficients[] = {1 / 39916800.0, 1 / 3628800.0, 1 / 362880.0, 1 / 40320.0, 1 / 5040.0, 1 / 720.0,
                                  1 / 120.0,      1 / 24.0,      1 / 6.0,      0.5,         1.0,        1.0};
   for (const double coefficient : coefficients) sum = sum * r + coefficient;
-  const LongVec power = (reinterpret_cast<LongVec>(shifted) << 52) + reinterpret_cast<LongVec>(all_doubles(1));
+  // Unsigned: of NaN the sum may overflow.
+  const UnsignedLongVec power =
+      (reinterpret_cast<UnsignedLongVec>(shifted) << 52) + reinterpret_cast<UnsignedLongVec>(all_doubles(1));
   const DoubleVec root = sum * reinterpret_cast<DoubleVec>(power);
   return root * root;
 }
@@ -107,10 +109,11 @@ static inline DoubleVec exp_minus(DoubleVec x) {
 // series of 2 artanh((f - 1) / (f + 1)). For n = 0 f - 1 is r itself, however small.
 static inline DoubleVec log_one_plus_any(DoubleVec r) {
   const DoubleVec sum = 1 + r;
-  // The exponent of sum / sqrt(1/2) (rounded down).
-  const LongVec bits = reinterpret_cast<LongVec>(sum), shifted = bits - 0x3fe6a09e667f3bcd;
-  const LongVec exponent = shifted >> 52;
-  const DoubleVec f = reinterpret_cast<DoubleVec>(bits - (exponent << 52));
+  // The exponent of sum / sqrt(1/2) (rounded down). Unsigned: of a sum below 0, which the
+  // caller drops, the difference may overflow.
+  const UnsignedLongVec bits = reinterpret_cast<UnsignedLongVec>(sum), shifted = bits - 0x3fe6a09e667f3bcd;
+  const LongVec exponent = reinterpret_cast<LongVec>(shifted) >> 52;
+  const DoubleVec f = reinterpret_cast<DoubleVec>(bits - (reinterpret_cast<UnsignedLongVec>(exponent) << 52));
   const DoubleVec x = exponent == 0 ? r : f - 1, s = x / (2 + x), square = s * s;
   DoubleVec series = all_doubles(1 / 23.0);
   for (int k = 21; k >= 3; k -= 2) series = series * square + 1.0 / k;
@@ -164,9 +167,11 @@ static inline DoubleVec exp_minus_by_table(DoubleVec x) {
   const DoubleVec magic = all_doubles(0x1.8p52);
   const DoubleVec shifted = x * -23.08312065422341 + magic, n = shifted - magic;
   const DoubleVec r = -x - n * 0x1.62e42fefa39efp-5, square = r * r;
-  const LongVec bits = reinterpret_cast<LongVec>(shifted);
-  const LongVec power = reinterpret_cast<LongVec>(look_up_sixteen(kDoubleSixteenths, bits)) + (bits << 48);
-  const DoubleVec scale = reinterpret_cast<DoubleVec>(power);
+  const LongVec at = reinterpret_cast<LongVec>(shifted);
+  // Unsigned: of an element that the caller drops the sum may overflow.
+  const UnsignedLongVec exponent = reinterpret_cast<UnsignedLongVec>(shifted) << 48;
+  const DoubleVec power = look_up_sixteen(kDoubleSixteenths, at);
+  const DoubleVec scale = reinterpret_cast<DoubleVec>(reinterpret_cast<UnsignedLongVec>(power) + exponent);
   if constexpr (!kExact) return scale + scale * (r + square * (0.500016194862918 + r * 0.16667024768842953));
   DoubleVec sum = r * (1 / 720.0) + 1 / 120.0;
   sum = (sum * r + 1 / 24.0) * r + 1 / 6.0;

@@ -19,6 +19,7 @@ typedef uint32_t UnsignedVec __attribute__((vector_size(4 * kFloats)));
 typedef float HalfFloatVec __attribute__((vector_size(2 * kFloats)));
 typedef double DoubleVec __attribute__((vector_size(8 * kDoubles)));
 typedef int64_t LongVec __attribute__((vector_size(8 * kDoubles)));
+typedef uint64_t UnsignedLongVec __attribute__((vector_size(8 * kDoubles)));
 
 template <class Vec, class T>
 static inline Vec load_vec(const T* p) {
@@ -143,11 +144,9 @@ static inline IntVec lanes_of(uint32_t mask) {
   const IntVec bit = {1, 2, 4, 8, 16, 32, 64, 128};
   return (static_cast<int32_t>(mask) & bit) == bit;
 }
-static inline FloatVec reciprocal_estimate(FloatVec x) { return _mm256_rcp_ps(x); }
-static inline FloatVec reciprocal_root_estimate(FloatVec x) {
-  const FloatVec estimate = _mm256_rsqrt_ps(x);
-  return estimate * (1.5f - 0.5f * x * estimate * estimate);
-}
+// Divided: the estimates of this set have other bits on processors of another maker.
+static inline FloatVec reciprocal_estimate(FloatVec x) { return 1 / x; }
+static inline FloatVec reciprocal_root_estimate(FloatVec x) { return 1 / FloatVec(_mm256_sqrt_ps(x)); }
 static inline IntVec truncate(FloatVec x) { return reinterpret_cast<IntVec>(_mm256_cvttps_epi32(x)); }
 static inline DoubleVec low_doubles(FloatVec x) { return _mm256_cvtps_pd(_mm256_castps256_ps128(x)); }
 static inline DoubleVec high_doubles(FloatVec x) { return _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1)); }

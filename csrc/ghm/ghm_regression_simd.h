@@ -31,8 +31,9 @@ static uint32_t decide_exactly(uint32_t close, const In* preds, const Target* ta
   uint32_t above = 0;
   for (; close != 0; close &= close - 1) {
     const int lane = __builtin_ctz(close);
-    const double distance = static_cast<double>(widen(preds[lane])) - static_cast<double>(widen(targets[lane]));
-    above |= static_cast<uint32_t>((distance < 0 ? -distance : distance) >= edges.above[bins[lane]]) << lane;
+    const double d = static_cast<double>(widen(preds[lane])) - static_cast<double>(widen(targets[lane]));
+    const double distance = d < 0 ? -d : d, threshold = edges.above[bins[lane]];
+    above |= static_cast<uint32_t>(distance >= threshold) << lane;
   }
   return above;
 }
