@@ -141,7 +141,7 @@ static bool write_float(const In* preds, int size, const Masks& masks_at, const 
     const uint32_t is_near = at_most_mask(absolute(z), farthest), fits = masks.valid & masks.hard & is_near;
     // Tables in memory need an index within them; what those in registers give for other elements is dropped.
     const FloatVec u = negate_where(masks.one, kTable == 0 ? choose(is_near, z, FloatVec{}) : z);
-    const FloatVec e = exp_of(u), estimate = reciprocal_estimate(1 + e), sigma = e * (estimate * (2 - (1 + e) * estimate));
+    const FloatVec e = exp_of(u), estimate = reciprocal_estimate(1 + e), sigma = e * reciprocal(1 + e);
     const FloatVec factor = look_up<kTable>(factors.rounded, bins_of<kTable>(edges, u, e * (estimate * scale)));
     store_floats(gradient + i, choose(fits, negate_where(masks.one, sigma * factor), FloatVec{}));
     left |= masks.valid & ~fits;

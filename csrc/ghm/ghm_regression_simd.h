@@ -87,7 +87,7 @@ static void add_regression(const In* preds, const Target* targets, const GhmBloc
   for_valid(block, left_over, [&](int i, uint32_t valid) {
     const RegressionVec x = load_regression<kTable>(preds + i, targets + i, edges, scales);
     const DoublePair pred = load_doubles(preds + i), target = load_doubles(targets + i);
-    const FloatVec slope = -0.5f * x.inverse_root, guess = x.square * rough_reciprocal(1 + (1 + x.square) * x.inverse_root);
+    const FloatVec slope = -0.5f * x.inverse_root, guess = x.square * reciprocal_estimate(1 + (1 + x.square) * x.inverse_root);
     const DoubleVec low = pred.low - target.low, high = pred.high - target.high;
     store_vec(losses + i, regression_loss(low, low_doubles(guess), low_doubles(slope), mu, inverse_mu));
     store_vec(losses + i + kDoubles, regression_loss(high, high_doubles(guess), high_doubles(slope), mu, inverse_mu));
