@@ -117,7 +117,7 @@ CUDA = [
 
 TRITON = [
     ("NaN of negatives is not counted", f"{LOSSES}/ranking/triton_bin.py", "    tl.atomic_add(bins_ptr, nans.to(tl.int64), mask=nans > 0, sem=\"relaxed\")\n", "", RANKING),
-    ("equal logits ordered by the index alone", f"{LOSSES}/ranking/triton_bin.py", "is_first = (other_quality < quality) | ((other_quality == quality) & (other_index < index))", "is_first = other_index < index", RANKING),
+    ("equal logits ordered by the index alone", f"{LOSSES}/ranking/triton_bin.py", "is_first = (other_quality < quality) | ((other_quality == quality) & (other_index < index))", "is_first = other_index < index", "tests/test_ranking_maps.py"),
     ("tail of the block adds", f"{LOSSES}/ranking/triton_bin.py", "wanted = is_negative & (value >= lowest)", "wanted = is_negative", RANKING),
     ("copies but the first forgotten", f"{LOSSES}/ranking/triton_bin.py", "    while copy < copies:\n        total", "    while copy < 1:\n        total", RANKING),
     ("last breakpoint is never reached", f"{LOSSES}/ranking/triton_backward.py", "index = tl.where(is_negative & (index > 0), first_slot + index - 1, -1)", "index = tl.where(is_negative & (index > 1), first_slot + index - 2, -1)", RANKING),
