@@ -8,7 +8,7 @@ from torch import Tensor
 from rsloss_kernels import _checks, distributed
 from rsloss_kernels._state import StatefulLoss, keeps_statistics, store, weighted
 from rsloss_kernels.losses.focal.arguments import read_number
-from rsloss_kernels.losses.ghm import api, op_checks, reference
+from rsloss_kernels.losses.ghm import api, arguments, op_checks, reference
 from rsloss_kernels.losses.levels import LAYOUTS, Levelled, read_num_classes
 
 REDUCTIONS = ("none", "mean")
@@ -37,7 +37,7 @@ class _GradientHarmonizing(distributed.HoldsGroup, StatefulLoss):
     ):
         super().__init__()
         name = type(self).__name__
-        api.check_options(name, bins, self.mu, momentum, empty_bins, self.background)
+        arguments.check_options(name, bins, self.mu, momentum, empty_bins, self.background)
         _checks.check_choice(name, "reduction", reduction, REDUCTIONS)
         distributed.resolve_group(name, process_group)
         bias_correction = _checks.read_flag(name, "bias_correction", bias_correction)
@@ -122,7 +122,7 @@ class _GradientHarmonizing(distributed.HoldsGroup, StatefulLoss):
         reduction = self.reduction if reduction_override is None else reduction_override
         _checks.check_choice(name, "reduction_override", reduction, REDUCTIONS)
         _check_avg_factor(name, avg_factor)
-        request = api.read_arguments(
+        request = arguments.read_arguments(
             name,
             "pred",
             pred,
@@ -137,7 +137,7 @@ class _GradientHarmonizing(distributed.HoldsGroup, StatefulLoss):
             self.layout,
             self.num_classes,
         )
-        state = api.read_state(request, getattr(self, "acc_sum", None), getattr(self, "num_updates", None))
+        state = arguments.read_state(request, getattr(self, "acc_sum", None), getattr(self, "num_updates", None))
         if reduction == "mean":
             loss, *new_state = api.evaluate(request, *state, self.average_gradients)
         else:
@@ -155,7 +155,7 @@ class _GradientHarmonizing(distributed.HoldsGroup, StatefulLoss):
         __call__ = forward
 
     def _elementwise(
-        self, request: api.Request, label_weight: Levelled | None, state: tuple[Tensor | None, Tensor | None]
+        self, request: arguments.Request, label_weight: Levelled | None, state: tuple[Tensor | None, Tensor | None]
     ) -> tuple[list[Tensor], Tensor, Tensor]:
         """One per level, in plain torch operations but for the weights of the bins."""
         histogram, is_agreed = api.read_histogram(request, self.average_gradients, self.bias_correction)
@@ -168,7 +168,7 @@ class _GradientHarmonizing(distributed.HoldsGroup, StatefulLoss):
         return [self._losses_of_level(request, weights, *level) for level in levels], acc_sum, num_updates
 
     def _losses_of_level(
-        self, request: api.Request, weights: Tensor, pred: Tensor, target: Tensor, valid: Tensor | None
+        self, request: arguments.Request, weights: Tensor, pred: Tensor, target: Tensor, valid: Tensor | None
     ) -> Tensor:
         is_valid = reference.valid_elements(pred, valid)
         dense = reference.as_dense(target, pred, request.is_background_first)
@@ -178,7 +178,7 @@ class _GradientHarmonizing(distributed.HoldsGroup, StatefulLoss):
         losses = reference.element_losses(values, dense, self.mu) * torch.where(is_valid, of_bin, 0.0)
         return losses.to(pred.dtype)
 
-    def _normaliser(self, request: api.Request, histogram: Tensor, label_weight: Any) -> Tensor:
+    def _normaliser(self, request: arguments.Request, histogram: Tensor, label_weight: Any) -> Tensor:
         return histogram[0].sum()
 
     def extra_repr(self) -> str:
@@ -288,7 +288,7 @@ class GHMR(_GradientHarmonizing):
             bins, momentum, loss_weight, reduction, empty_bins, bias_correction, process_group, average_gradients
         )
 
-    def _normaliser(self, request: api.Request, histogram: Tensor, label_weight: Any) -> Tensor:
+    def _normaliser(self, request: arguments.Request, histogram: Tensor, label_weight: Any) -> Tensor:
         # A weight of NaN is not valid, and leaves no trace.
         own = histogram.new_full((), request.preds[0].numel()) if label_weight is None else label_weight.double().nansum()
         return distributed.sum_over_group(own, request.group)
