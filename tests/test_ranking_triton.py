@@ -86,7 +86,7 @@ ORDERED = (
 
 @on_triton
 def test_configurations_give_the_same_bits(kernels, generator, monkeypatch):
-    """Of every pass that does not add floats, with sizes that no block divides."""
+    """Of every pass that does not add floats, with sizes that no block divides, and room for copies of the bins."""
     common = importlib.import_module("rsloss_kernels.losses.triton_common")
     values = importlib.import_module("rsloss_kernels.losses.ranking.triton_values")
     logits = [torch.randn(size, generator=generator) * 2 for size in (3000, 1, 1801)]
@@ -100,10 +100,10 @@ def test_configurations_give_the_same_bits(kernels, generator, monkeypatch):
     )
 
     def everything() -> list[torch.Tensor]:
-        results = [*stages(kernels, logits, targets, 0.25, 200)]
+        results = [*stages(kernels, logits, targets, 0.25, 1000)]
         with monkeypatch.context() as patch:
             patch.setattr(values, "FEWEST_BY_VALUE", 1)
-            results += stages(kernels, [level.half() for level in logits], targets, 0.25, 200)
+            results += stages(kernels, [level.half() for level in logits], targets, 0.25, 1000)
         with use_backend("triton"):
             for loss in losses:
                 leaf = rows.clone().requires_grad_()

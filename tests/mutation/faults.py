@@ -119,7 +119,7 @@ TRITON = [
     ("NaN of negatives is not counted", f"{LOSSES}/ranking/triton_bin.py", "    tl.atomic_add(bins_ptr, nans.to(tl.int64), mask=nans > 0, sem=\"relaxed\")\n", "", RANKING),
     ("equal logits ordered by the index alone", f"{LOSSES}/ranking/triton_bin.py", "is_first = (other_quality < quality) | ((other_quality == quality) & (other_index < index))", "is_first = other_index < index", "tests/test_ranking_maps.py"),
     ("tail of the block adds", f"{LOSSES}/ranking/triton_bin.py", "wanted = is_negative & (value >= lowest)", "wanted = is_negative", RANKING),
-    ("copies but the first forgotten", f"{LOSSES}/ranking/triton_bin.py", "    while copy < copies:\n        total", "    while copy < 1:\n        total", RANKING),
+    ("copies but the first forgotten", f"{LOSSES}/ranking/triton_bin.py", "    while copy < copies:\n        total", "    while copy < 1:\n        total", "tests/test_ranking_triton.py"),
     ("last breakpoint is never reached", f"{LOSSES}/ranking/triton_backward.py", "index = tl.where(is_negative & (index > 0), first_slot + index - 1, -1)", "index = tl.where(is_negative & (index > 1), first_slot + index - 2, -1)", RANKING),
     ("NaN gets a number", f"{LOSSES}/ranking/triton_lines.py", "gradient = tl.where(value == value, gradient * upstream, float(\"nan\"))", "gradient = gradient * upstream", RANKING),
     ("gradient of the first loss dropped", f"{LOSSES}/ranking/triton_backward.py", "other=0.0) * upstream_of(grad_first_ptr)", "other=0.0) * upstream_of(grad_second_ptr)", "tests/test_ranking_autograd.py tests/test_rank_sort.py"),
