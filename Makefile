@@ -57,8 +57,9 @@ test: env
 test-triton: env
 	@TRITON_INTERPRET=1 RSLOSS_TEST_BACKENDS=triton $(PY) -m pytest tests -n $(JOBS) --dist worksteal -k triton-cpu $(PYTEST_FLAGS)
 
+# Threads that wait asleep: on a busy machine those that spin take the time of the others.
 demo: env
-	@$(PY) python/train_detector.py $(DEMO_FLAGS)
+	@OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} $(PY) python/train_detector.py $(DEMO_FLAGS)
 
 bench: env
 	@$(PY) bench/run.py $(BENCH_FLAGS)

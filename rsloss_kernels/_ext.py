@@ -25,6 +25,11 @@ def loaded_library(backend: str) -> pathlib.Path | None:
     return _loaded.get(backend)
 
 
+def is_installed(backend: str) -> bool:
+    """Whether the loaded library of `backend` came with the package, not from the cache."""
+    return backend in _loaded and _loaded[backend].parent == _PACKAGE
+
+
 def load() -> None:
     """Loads the library of every compiled backend.
 

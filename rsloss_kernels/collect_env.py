@@ -1,4 +1,5 @@
 """`python -m rsloss_kernels.collect_env` prints what a bug report needs: versions, devices, backends, build, switches."""
+import argparse
 import importlib.metadata
 import importlib.util
 import os
@@ -107,7 +108,8 @@ def _switch(name: str, meaning: str) -> str:
     return f"{name:<22} {os.environ.get(name) or '-':<10} {meaning}"
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
+    argparse.ArgumentParser(prog="python -m rsloss_kernels.collect_env", description=__doc__).parse_args(argv)
     for title, lines in sections().items():
         print(f"{title}\n" + "\n".join(f"  {line}" for line in lines))
     return 0

@@ -185,8 +185,9 @@ def test_largest_float64_distances(backend):
     assert got.losses[0].isfinite() and torch.allclose(got.gradient, torch.tensor([1.0, -1.0, 1.0], dtype=torch.float64) / 3)
 
 
-@pytest.mark.parametrize("mu", [1e10, 1e20, 1e25, 1e30])
+@pytest.mark.parametrize("mu", [1e20, 1e25, 1e30])
 def test_distances_whose_ratio_to_mu_underflows_when_squared(backend, mu):
+    """Then the loss is as good as the root of 1 is, which estimates of some processors are not."""
     pred = torch.tensor([5.06640625, -3.0, 0.5, 1e-3, 250.0])
     REGRESSION.assert_agrees(backend, pred, torch.zeros(5), mu=mu, bins=2)
     # One element is its bin: the loss is its own.

@@ -262,6 +262,18 @@ def test_scores(backend, generator, dtype):
             harness.assert_within(got.cpu(), wanted, (gate + relative) * wanted + smallest + 1e-30, description.name)
 
 
+def test_scores_of_low_logits_down_to_1e_30(backend, generator):
+    """A group's largest logit is -19 or less, so that of a probability of 1e-30 is below -86."""
+    inputs = dataclasses.replace(SAMPLES[0], rows=64).draw(generator)
+    falls = torch.where(torch.rand(inputs.logits.shape, generator=generator) < 0.5, 0.0, 64.0)
+    inputs.logits = -19 - falls - 4 * torch.rand(inputs.logits.shape, generator=generator)
+    moved, wanted = on_device(inputs, backend), scores_truth(inputs)
+    assert ((wanted > 1.5e-30) & (wanted < 8e-30)).any()
+    with use_backend(backend.name):
+        got = group_softmax_scores(moved.logits, moved.groups, background=inputs.background)
+    harness.assert_within(got.cpu(), wanted, 2e-6 * wanted + 1e-30, "scores")
+
+
 def test_scores_follow_the_foreground(backend):
     """Where the row is background no class has a score; where it is not, the scores of a group are its own softmax."""
     groups = ClassGroups([[0, 1], [2]]).to(backend.device)

@@ -1,4 +1,4 @@
-"""The ranking losses refuse bad input by name, changes nothing, and its operators cannot be made to read or write out of bounds."""
+"""The ranking losses refuse bad input by name, change nothing, and its operators cannot be made to read or write out of bounds."""
 import functools
 import itertools
 import re
@@ -369,25 +369,55 @@ def test_backward_never_writes_outside_the_gradient(backend, index):
     assert differing <= 1
 
 
-@pytest.mark.parametrize("positives", ["nan", "unsorted", "huge_index", "inf"])
-def test_operators_survive_tables_with_garbage(backend, positives):
+GARBAGE = {
+    "nan": lambda table: torch.full_like(table, float("nan")),
+    "inf": lambda table: torch.full_like(table, float("inf")),
+    "minus_inf": lambda table: torch.full_like(table, -float("inf")),
+    "unsorted": lambda table: table.flip(1),
+    "huge": lambda table: torch.where(torch.arange(table.shape[1], device=table.device) % 3 == 1, -1e30, table),
+    "huge_index": lambda table: table.where(torch.arange(len(table), device=table.device)[:, None] != 3, 1e18),
+}
+
+
+@pytest.mark.parametrize("garbage", GARBAGE)
+def test_operators_survive_tables_with_garbage(backend, garbage):
     """Contents of a table may be wrong (a peer's memory, a bit flip): results may then be anything, accesses must stay inside."""
     arguments = operator_arguments(backend)
     for name in ("positives", "ranked", "gradients", "lines"):
-        table = arguments[name].clone()
-        table[:] = {
-            "nan": torch.full_like(table, float("nan")),
-            "unsorted": table.flip(1),
-            "huge_index": table.where(torch.arange(len(table), device=table.device)[:, None] != 3, 1e18),
-            "inf": torch.full_like(table, float("inf")),
-        }[positives]
-        arguments[name] = table
+        arguments[name] = GARBAGE[garbage](arguments[name])
     arguments["counts"] = torch.full_like(arguments["counts"], INT_MAX)
     operators = ALL[1:] if backend.is_compiled or backend.name == "triton" else ALL[1:2]
     for operator in operators:
         results = call_operator(backend, operator, arguments)
         assert len(results) == {BIN: 2, BACKWARD: 2, "average_precision_finalize": 3}.get(operator, 4)
     assert all(level.isnan().all() for level in call_operator(backend, BACKWARD, arguments)), "counts say overflow"
+
+
+@pytest.mark.parametrize("is_segmented", [False, True], ids=["whole", "segments"])
+@pytest.mark.parametrize("garbage", GARBAGE)
+@pytest.mark.parametrize("name", ["positives", "ranked", "bins", "gradients", "lines"])
+def test_operators_survive_one_table_with_garbage(backend, name, garbage, is_segmented):
+    """Beside counts that are right; an operator may also say what is wrong with the table."""
+    arguments = operator_arguments(backend)
+    if is_segmented:
+        rows = sum(len(level) for level in arguments["logits"])
+        ids = torch.arange(rows, dtype=torch.int32, device=backend.device)[:, None] % 3
+        arguments |= {"segments": ids, "num_segments": 3}
+    broken = GARBAGE[garbage](arguments[name].double()).to(arguments[name].dtype)
+    for operator in ALL[1:]:
+        if name not in OPERATOR_ARGUMENTS[operator]:
+            continue
+        for distance in (0, 1e4, -1e30):
+            given = arguments | {"logits": [level + distance for level in arguments["logits"]]}
+            wanted = call_operator(backend, operator, given)
+            try:
+                got = call_operator(backend, operator, given | {name: broken})
+            except (RuntimeError, ValueError, IndexError) as error:
+                assert backend.name == "reference" or re.search(rf"\b{operator}: (lines|{name}) must", str(error)), error
+            else:
+                assert [value.shape for value in got] == [value.shape for value in wanted]
+            for before, after in zip(wanted, call_operator(backend, operator, given), strict=True):
+                assert torch.equal(before.nan_to_num(-7e30), after.nan_to_num(-7e30)), operator
 
 
 def test_bits_behind_the_last_element_count_for_nothing(backend):

@@ -105,12 +105,12 @@ static inline DoubleVec exp_minus(DoubleVec x) {
   return root * root;
 }
 
-// log(1 + r) for r >= 0, finite or not, or NaN: log(1 + r) = n log 2 + log(f) with f within [0.7, 1.42], and the latter by the
-// series of 2 artanh((f - 1) / (f + 1)). For n = 0 f - 1 is r itself, however small.
+// log(1 + r) for r >= 0, finite or not, or NaN; of others any number. log(1 + r) = n log 2 + log(f) with f within [0.7, 1.42],
+// and the latter by the series of 2 artanh((f - 1) / (f + 1)). For n = 0 f - 1 is r itself, however small.
 static inline DoubleVec log_one_plus_any(DoubleVec r) {
   const DoubleVec sum = 1 + r;
-  // The exponent of sum / sqrt(1/2) (rounded down). Unsigned: of a sum below 0, which the
-  // caller drops, the difference may overflow.
+  // The exponent of sum / sqrt(1/2) (rounded down). Unsigned: of a sum below 0 the difference may
+  // overflow.
   const UnsignedLongVec bits = reinterpret_cast<UnsignedLongVec>(sum), shifted = bits - 0x3fe6a09e667f3bcd;
   const LongVec exponent = reinterpret_cast<LongVec>(shifted) >> 52;
   const DoubleVec f = reinterpret_cast<DoubleVec>(bits - (reinterpret_cast<UnsignedLongVec>(exponent) << 52));

@@ -67,7 +67,8 @@ static inline IntVec add_one_where(uint32_t mask, IntVec x) {
   const __m512i bits = reinterpret_cast<__m512i>(x);
   return reinterpret_cast<IntVec>(_mm512_mask_add_epi32(bits, static_cast<__mmask16>(mask), bits, _mm512_set1_epi32(1)));
 }
-// 1 / x and 1 / sqrt(x) to 14 bits, the same on every maker's processors; without such instructions they are divided.
+// 1 / x and 1 / sqrt(x) to 14 bits, 1 for 1. Intel's processors and AMD's gave the same bits (tests/output_hashes.py), as those of
+// AVX2's estimates are not: there they are divided.
 static inline FloatVec reciprocal_estimate(FloatVec x) { return _mm512_rcp14_ps(x); }
 static inline FloatVec reciprocal_root_estimate(FloatVec x) { return _mm512_rsqrt14_ps(x); }
 static inline uint32_t zero_mask(IntVec x) {
@@ -145,7 +146,6 @@ static inline IntVec lanes_of(uint32_t mask) {
   const IntVec bit = {1, 2, 4, 8, 16, 32, 64, 128};
   return (static_cast<int32_t>(mask) & bit) == bit;
 }
-// The estimates of this set have other bits on another maker's processors.
 static inline FloatVec reciprocal_estimate(FloatVec x) { return 1 / x; }
 static inline FloatVec reciprocal_root_estimate(FloatVec x) { return 1 / FloatVec(_mm256_sqrt_ps(x)); }
 static inline IntVec truncate(FloatVec x) { return reinterpret_cast<IntVec>(_mm256_cvttps_epi32(x)); }
@@ -271,9 +271,10 @@ static inline void store_floats(BFloat16* p, FloatVec x) {
 
 static inline void store_floats(BFloat16* p, FloatVec x) {
   typedef int16_t ShortVec __attribute__((vector_size(2 * kFloats)));
-  const IntVec bits = reinterpret_cast<IntVec>(x);
-  const IntVec rounded = (bits + ((bits >> 16) & 1) + 0x7fff) >> 16;
-  store_vec(p, __builtin_convertvector(x == x ? rounded : rounded * 0 + 0x7fc0, ShortVec));
+  // Unsigned: of NaN the sum may overflow.
+  const UnsignedVec bits = reinterpret_cast<UnsignedVec>(x), rounded = (bits + ((bits >> 16) & 1) + 0x7fff) >> 16;
+  const IntVec halves = reinterpret_cast<IntVec>(rounded);
+  store_vec(p, __builtin_convertvector(x == x ? halves : halves * 0 + 0x7fc0, ShortVec));
 }
 
 #endif

@@ -8,7 +8,7 @@ constexpr float kLargestFloatRatio = 1e9f;
 struct RegressionVec {
   FloatVec d;
   FloatVec square;
-  FloatVec inverse_root;  // 1 / sqrt(1 + y), to 14 bits
+  FloatVec inverse_root;  // 1 / sqrt(1 + y), to 14 bits; 1 where y underflows
   FloatVec norm;          // g, likewise
   IntVec bin;
   uint32_t is_near;  // which are within the range

@@ -37,9 +37,9 @@ static inline double wide_sum(const In* z, int count, int skipped, bool has_cons
   return sum_lanes(sum) + (has_constant ? __builtin_exp(-shift) : 0);
 }
 
-// Where exponentials in floats serve: larger logits are not split exactly, and below -86 they are cut off, which must be far
-// from the largest.
-static inline bool has_float_range(double largest) { return largest >= -20 && largest <= kLargestFloatExponent; }
+// Where exponentials in floats serve: larger logits are not split exactly, and below -86 they are cut off, which must be so far
+// from the largest that the probability is below 1e-30.
+static inline bool has_float_range(double largest) { return largest >= -16 && largest <= kLargestFloatExponent; }
 
 // What is lower than this far below a logit counts as this low.
 static inline FloatVec farthest_from(float largest) {

@@ -207,6 +207,20 @@ double largest_gradient(const double* records, int64_t capacity, double ratio) {
   return largest;
 }
 
+// The grid, the look-ups and the patterns are of breakpoints that ascend from a finite one, as finalize writes them.
+template <class T>
+void check_breakpoints(const char* op, const double* breakpoints, const std::vector<SegmentRange>& ranges) {
+  for (const SegmentRange& range : ranges) {
+    bool ascends = std::fabs(breakpoints[2 * range.begin]) <= std::numeric_limits<T>::max();
+    for (int64_t slot = 2 * range.begin + 1; slot < 2 * range.end; ++slot)
+      ascends = ascends && breakpoints[slot] >= breakpoints[slot - 1];
+    STD_TORCH_CHECK(ascends, op,
+                    ": lines must hold breakpoints that ascend in every segment, as a finalize writes them, "
+                    "got others in segment ",
+                    range.segment);
+  }
+}
+
 Tensors ranking_backward(Tensors logits, Tensor negatives, Tensor gradients, Tensor lines, Tensor counts,
                          std::optional<Tensor> segments, int64_t num_segments, std::optional<Tensor> grad_first,
                          std::optional<Tensor> grad_second) {
@@ -232,6 +246,7 @@ Tensors ranking_backward(Tensors logits, Tensor negatives, Tensor gradients, Ten
     const double* table = static_cast<const double*>(lines.const_data_ptr());
     const SegmentMap map(logits, segments, num_segments);
     const std::vector<SegmentRange> ranges = segment_ranges(records + kGradientSegment * capacity, capacity, num_segments);
+    check_breakpoints<T>(op, table, ranges);
     const int64_t elements = static_cast<const int64_t*>(counts.const_data_ptr())[kElements];
     if constexpr (sizeof(In) == 2) {
       if (takes_patterns(map, elements)) {

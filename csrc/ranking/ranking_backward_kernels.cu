@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   const int used = used_columns(counts, capacity);
   for (int64_t column = grid_thread(); column < used; column += grid_threads()) {
     const double element = table[kGradientIndex * capacity + column] - static_cast<double>(first_index);
-    if (!(element >= 0 && element < static_cast<double>(elements))) continue;  // nor is NaN within
+    if (!(element >= 0 && element < static_cast<double>(elements))) continue;  // or NaN
     const double gradient = table[kFirst * capacity + column] * first + table[kSecond * capacity + column] * second;
     narrow(static_cast<Arithmetic<Element>>(gradient), &gradients[static_cast<int64_t>(element)]);
   }

@@ -76,9 +76,11 @@ struct Locator {
       return;
     }
     first = static_cast<T>(edges[0]);
-    scale = static_cast<T>(kCells) / (static_cast<T>(edges[count - 1]) - first);
+    // Of edges that do not ascend, which only a caller of the operators can hand in, any cell, but one of the grid.
+    scale = fmax(static_cast<T>(kCells) / (static_cast<T>(edges[count - 1]) - first), static_cast<T>(0));
+    const auto is_in = [&](T edge, int c) { return edge >= first && cell(edge) >= c; };
     for (int c = threadIdx.x; c <= kCells; c += blockDim.x) {
-      starts[c] = static_cast<uint32_t>(partition_point(count, [&](int k) { return cell(static_cast<T>(edges[k])) >= c; }));
+      starts[c] = static_cast<uint32_t>(partition_point(count, [&](int k) { return is_in(static_cast<T>(edges[k]), c); }));
     }
     __syncthreads();
   }

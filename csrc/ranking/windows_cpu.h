@@ -168,18 +168,18 @@ inline std::vector<double> false_positives(const Windows& windows, const int64_t
   const int64_t largest = largest_range(windows.ranges);
   // From slot k on: the negatives, and their moment inside the cluster, from the end of which it is summed down: FP_i is small
   // near the top alone, and there nothing large may have to cancel.
-  std::vector<int64_t> from_slots(2 * largest + 1);
+  std::vector<uint64_t> from_slots(2 * largest + 1);
   std::vector<double> moments(2 * largest + 1), top(windows.count), result(windows.count);
   for (const SegmentRange& range : windows.ranges) {
     const int64_t first = 2 * range.begin, last = 2 * range.end;
-    int64_t* from_slot = from_slots.data() - first;
+    uint64_t* from_slot = from_slots.data() - first;
     double* moment = moments.data() - first;
     from_slot[last] = 0;
     moment[last] = 0;
     double end = 0;
     int64_t open = 0, next_hi = range.end - 1, next_lo = range.end - 1;
     for (int64_t slot = last; slot-- > first;) {
-      from_slot[slot] = from_slot[slot + 1] + counts[slot + 1];
+      from_slot[slot] = from_slot[slot + 1] + static_cast<uint64_t>(counts[slot + 1]);
       moment[slot] = open > 0 ? moment[slot + 1] + static_cast<double>(sums[slot + 1]) * unit +
                                     static_cast<double>(counts[slot + 1]) * (points.finite_edge(slot) - end)
                               : 0;

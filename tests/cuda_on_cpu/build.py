@@ -21,7 +21,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 CSRC = ROOT / "csrc"
 CACHE = ROOT / "build" / "cuda_on_cpu"
-SANITIZERS = "address,undefined"
+SANITIZERS = "address,undefined,float-cast-overflow"
 _TORCH = pathlib.Path(torch.__file__).resolve().parent
 # A fortified longjmp refuses to jump between stacks; without fused multiply-adds the arithmetic is that of the source.
 _FLAGS = [

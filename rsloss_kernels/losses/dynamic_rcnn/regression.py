@@ -148,7 +148,8 @@ class DynamicSmoothL1Loss(WindowedValue):
             if part.is_complex():
                 raise TypeError(f"{name}: {argument} must be real, got {part.dtype}")
             if part.dim() not in (1, 2) or part.shape[1:] != parts[0].shape[1:]:
-                raise ValueError(f"{name}: {argument} must be [N, 4] per image, got {', '.join(str(list(p.shape)) for p in parts)}")
+                got = ", ".join(str(list(one.shape)) for one in parts)
+                raise ValueError(f"{name}: {argument} must be [N, 4], or a list of these, one per image, got {got}")
             if part.device != self.beta.device:
                 raise ValueError(f"{name}: {argument} must be on the device of the module, {self.beta.device}, got {part.device}")
         if not parts:

@@ -94,7 +94,8 @@ def group_softmax_scores(logits: Tensor, groups: ClassGroups, *, background: str
         background: "first" (column 0 is the background's) or "last" (column C).
 
     Returns:
-        [N, C + 1], dtype of `logits`, detached. NaN or +inf make the classes of that group NaN, in the background group all.
+        [N, C + 1], dtype of `logits`, detached. What is below 1e-30 may be 0, but for float64. NaN or +inf make the classes of that
+        group NaN, in the background group all.
 
     Raises TypeError, ValueError: wrong types, shapes or devices.
     """
