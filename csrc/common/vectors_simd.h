@@ -67,8 +67,8 @@ static inline IntVec add_one_where(uint32_t mask, IntVec x) {
   const __m512i bits = reinterpret_cast<__m512i>(x);
   return reinterpret_cast<IntVec>(_mm512_mask_add_epi32(bits, static_cast<__mmask16>(mask), bits, _mm512_set1_epi32(1)));
 }
-// 1 / x and 1 / sqrt(x) to 14 bits, 1 for 1. Intel's processors and AMD's gave the same bits (tests/output_hashes.py), as those of
-// AVX2's estimates are not: there they are divided.
+// 1 / x and 1 / sqrt(x) to 14 bits, 1 for 1. Intel's processors and AMD's gave the same bits (tests/output_hashes.py), as those
+// of AVX2's estimates are not: there they are divided.
 static inline FloatVec reciprocal_estimate(FloatVec x) { return _mm512_rcp14_ps(x); }
 static inline FloatVec reciprocal_root_estimate(FloatVec x) { return _mm512_rsqrt14_ps(x); }
 static inline uint32_t zero_mask(IntVec x) {
