@@ -168,6 +168,12 @@ def compare(here: Hashes, there: Hashes) -> tuple[list[str], int]:
     return sorted(differing), same
 
 
+def uncompared(here: Hashes, there: Hashes) -> int:
+    """How many hashes only one of them has."""
+    keys = [{(name, who, dtype) for name in one for who in one[name].keys() - {"inputs"} for dtype in one[name][who]} for one in (here, there)]
+    return 2 * len(keys[0] ^ keys[1])
+
+
 def summary(found: Hashes) -> Iterator[str]:
     """What of one machine's backends has one answer: the sets of instructions of `cpp`."""
     names = [who for who in next(iter(found.values())) if who.startswith("cpp")]
@@ -212,6 +218,7 @@ def main(arguments: list[str]) -> int:
             print(f"{name}: {here} here, {there} there")
     differing, same = compare(document["hashes"], other["hashes"])
     print(*differing, f"{same} hashes are the same, {len(differing)} differ", sep="\n")
+    print(f"{uncompared(document['hashes'], other['hashes'])} were not compared: one of both has none")
     return int(bool(differing) or same == 0)
 
 

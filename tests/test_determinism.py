@@ -107,5 +107,8 @@ def test_what_differs_is_told():
     there = {"a": {"inputs": ones, "cpp": {"float32": f"{ones} {twos}", "float64": f"{ones} {twos}"}}, "b": {"inputs": twos, "cpp": {}}}
     assert output_hashes.compare(here, there) == (["a, cpp, float32: gradient", "b: other inputs"], 3)
     assert output_hashes.compare(here, here) == ([], 4)
+    assert output_hashes.uncompared(here, there) == 0
+    del there["a"]["cpp"]["float64"]
+    assert output_hashes.uncompared(here, there) == 2
     values = (torch.zeros(3), torch.zeros(4), -torch.zeros(3), torch.zeros(3).half(), torch.zeros(3, 1))
     assert len({output_hashes.digest(value) for value in values}) == len(values)

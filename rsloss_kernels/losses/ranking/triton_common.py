@@ -86,10 +86,14 @@ def segment_of(segments_ptr, start, lane, inside, period, shift, num_segments, F
 
 @triton.jit
 def segment_ranks(ranges_ptr, segment, valid, wanted, SEGMENTED: tl.constexpr):
-    """The ranks [begin, end) of the valid positives of `segment`: all of them without segments."""
+    """The ranks [begin, end) of the valid positives of `segment`: all of them without segments, none where there is no such segment.
+
+    ranges_ptr: see `triton_windows.write_ranges`.
+    """
     if SEGMENTED:
-        begin = tl.load(ranges_ptr + segment, mask=wanted, other=0)
-        end = tl.load(ranges_ptr + segment + 1, mask=wanted, other=0)
+        wanted = wanted & (segment >= 0) & (segment < tl.load(ranges_ptr))
+        begin = tl.load(ranges_ptr + segment + 1, mask=wanted, other=0)
+        end = tl.load(ranges_ptr + segment + 2, mask=wanted, other=0)
     else:
         begin = segment * 0
         end = begin + valid

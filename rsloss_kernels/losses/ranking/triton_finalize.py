@@ -45,7 +45,7 @@ class Tables(NamedTuple):
     ranked: Tensor  # [4, cap]
     slots: Tensor  # int32 [2, cap]
     sizes: Tensor  # int32 [3]
-    ranges: Tensor | None  # int32 [num_segments + 1]
+    ranges: Tensor | None  # see write_ranges
     terms: Tensor  # [TERM_ROWS, cap]
     capacity: int
     delta_bits: int

@@ -21,7 +21,7 @@ from rsloss_kernels.losses.triton_common import configuration, float_bits, float
 class Windows(NamedTuple):
     slots: Tensor  # int32 [2, cap] where the lo and the hi of every rank stand among the breakpoints
     sizes: Tensor  # int32 [3] valid positives, the largest power of two up to their number (at least 1), segments with any
-    ranges: Tensor | None  # int32 [num_segments + 1] the first rank of every segment, and the end; None: one segment
+    ranges: Tensor | None  # see write_ranges; None: one segment
 
 
 @triton.jit
@@ -89,7 +89,9 @@ def ranges_kernel(
     wanted = segment <= num_segments
     none = tl.zeros([BLOCK], tl.int32)
     begin = count_not_above(keys_ptr, 0, segment.to(tl.float64) - 1, size, top, wanted, none)
-    tl.store(ranges_ptr + segment, begin, mask=wanted)
+    if tl.program_id(0) == 0:
+        tl.store(ranges_ptr, num_segments.to(tl.int32))
+    tl.store(ranges_ptr + segment + 1, begin, mask=wanted)
     if sizes_ptr is not None:
         end = count_not_above(keys_ptr, 0, segment.to(tl.float64), size, top, wanted & (segment < num_segments), none)
         tl.atomic_add(sizes_ptr + 2, tl.sum((end > begin).to(tl.int32)), sem="relaxed")
@@ -143,8 +145,8 @@ def breakpoints_kernel(
 
 
 def write_ranges(keys: Tensor, sizes: Tensor | None, num_segments: int) -> Tensor:
-    """The first rank of every segment, and the end, int32 [num_segments + 1], from the ascending segments of the ranks."""
-    ranges = torch.empty(num_segments + 1, dtype=torch.int32, device=keys.device)
+    """int32 [num_segments + 2]: `num_segments`; the first rank of every segment, and the end, from the ascending segments of the ranks."""
+    ranges = torch.empty(num_segments + 2, dtype=torch.int32, device=keys.device)
     run = configuration("ranking table", num_segments + 1, keys.device)
     ranges_kernel[triton.cdiv(num_segments + 1, run.block),](keys, sizes, ranges, keys.numel(), num_segments, **run.arguments)
     return ranges
