@@ -22,9 +22,9 @@ struct Sweep {
   double gradient_scale;
 
   Breakpoints<T> breakpoints;
-  int64_t* before_slot;  // [2 capacity + 1], negatives at or right of the first edge and left of this one, of all segments
-  double* coefficient;   // [capacity], c_i with all factors
-  double* through;       // [capacity], sum of the coefficients of the segment up to i
+  uint64_t* before_slot;  // [2 capacity + 1], negatives at or right of the first edge and left of this one, of all segments
+  double* coefficient;    // [capacity], c_i with all factors
+  double* through;        // [capacity], sum of the coefficients of the segment up to i
 
   double* gradients;
   double* lines;
@@ -39,7 +39,7 @@ struct Sweep {
         widest(fixed_point_unit(arguments.delta, 0)),
         gradient_scale(arguments.gradient_scale),
         breakpoints(Breakpoints<T>::take(workspace, arguments.capacity, arguments.num_segments)),
-        before_slot(workspace->take<int64_t>(2 * arguments.capacity + 1)),
+        before_slot(workspace->take<uint64_t>(2 * arguments.capacity + 1)),
         coefficient(workspace->take<double>(arguments.capacity)),
         through(workspace->take<double>(arguments.capacity)),
         gradients(arguments.gradients),
@@ -102,7 +102,7 @@ __device__ __forceinline__ double window_false_positives(const Sweep<T>& sweep, 
     moment += static_cast<double>(fixed[k]) * unit + static_cast<double>(count[k]) * (static_cast<double>(edges[k]) - origin);
   }
   moment = warp_sum(moment);
-  const int64_t* const before = sweep.before_slot;
+  const uint64_t* const before = sweep.before_slot;
   const double inside = static_cast<double>(before[hi] - before[lo]);
   const double above = static_cast<double>(before[2 * span.last] - before[hi]);
   return false_positives(above, inside, moment, sweep.logit()[i] - origin, sweep.delta);

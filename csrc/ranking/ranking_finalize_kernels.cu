@@ -19,7 +19,7 @@ __device__ __forceinline__ Value range_sum(int first, int last, Value* scratch, 
 template <class T, bool kSegmented>
 __global__ void __launch_bounds__(kLargeBlock, 1) ranking_sweep_kernel(Sweep<T> sweep, int breakpoint_blocks) {
   wait_for_previous_kernel();
-  __shared__ int64_t scratch[kLargeBlock / kWarp];
+  __shared__ uint64_t scratch[kLargeBlock / kWarp];
   const int block = static_cast<int>(blockIdx.x);
   if (block < breakpoint_blocks) {
     write_breakpoints<T, kSegmented>(sweep.ranked, sweep.counts, sweep.capacity, sweep.delta, sweep.breakpoints,
@@ -29,11 +29,11 @@ __global__ void __launch_bounds__(kLargeBlock, 1) ranking_sweep_kernel(Sweep<T> 
   const int slots = 2 * (kSegmented ? sweep.valid() : valid_positives(sweep.ranked, sweep.counts, sweep.capacity));
   const int first = (block - breakpoint_blocks) * kLargeBlock;
   if (first > slots) return;
-  const int64_t* const count = sweep.bins + 1;
-  const int64_t before = range_sum(0, first, scratch, [=](int k) { return count[k]; });
+  const auto count = [&sweep](int k) { return static_cast<uint64_t>(sweep.bins[1 + k]); };
+  const uint64_t before = range_sum(0, first, scratch, count);
   const int slot = first + static_cast<int>(threadIdx.x);
-  int64_t total;
-  const int64_t inside = block_exclusive_scan(slot < slots ? count[slot] : 0, scratch, &total);
+  uint64_t total;
+  const uint64_t inside = block_exclusive_scan(slot < slots ? count(slot) : 0, scratch, &total);
   if (slot <= slots) sweep.before_slot[slot] = before + inside;
 }
 
