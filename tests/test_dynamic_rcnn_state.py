@@ -284,7 +284,7 @@ def test_bad_input_changes_nothing():
         (pair[0], ([torch.ones(3, device="meta")],), ValueError, "on the device of the module, cpu, got meta"),
         (pair[1], (None,), TypeError, "bbox_targets must be a Tensor or a list of Tensors, got NoneType"),
         (pair[1], (torch.rand(5),), ValueError, r"bbox_targets must have shape \[N, 4\], got \[5\]"),
-        (pair[1], ([targets, torch.rand(2, 3)],), ValueError, r"must be \[N, 4\] per image, got \[5, 4\], \[2, 3\]"),
+        (pair[1], ([targets, torch.rand(2, 3)],), ValueError, r"must be \[N, 4\], or a list of these, one per image, got \[5, 4\], \[2, 3\]"),
         (pair[1], (targets.long(),), TypeError, "floating dtype"),
         (pair[1], (targets, torch.ones(4)), ValueError, r"bbox_weights must have one number per row or the shape \[5, 4\], \[5\], got \[4\]"),
         (pair[1], (targets, None, -1), ValueError, "num_images must be an int of at least 0, got -1"),
