@@ -6,7 +6,7 @@ import oracles
 import pytest
 import torch
 from harness import Backend, assert_gates, evaluate
-from rsloss_kernels import _library
+from rsloss_kernels import _library, rank_sort_loss, use_backend
 from samples import LOSSES, RankingSample
 
 # Few enough that the pairs of a block stay in the cache.
@@ -161,6 +161,33 @@ def test_many_16_bit_logits_are_those_in_float32(backend, loss, generator, dtype
         wide = evaluate(backend, logits.float(), *arguments[1:], loss=loss.function, delta=0.5)
         assert_gates(backend, narrow, [float(value) for value in wide.losses], wide.gradient.double())
         assert narrow.losses[0].isnan() == has_nan and narrow.gradient.isnan().sum() == has_nan
+
+
+@pytest.mark.slow_interpreter
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_many_16_bit_logits_of_levels_are_those_of_one_tensor(backend, generator, dtype, threads):
+    """Levels of which one is empty and one ends within the first word of the mask; ignored elements among the negatives."""
+    rows = [0, 5, 60_000, 39_995]
+    logits = (torch.randn(sum(rows), 3, generator=generator) * 2 - 3).to(dtype).to(backend.device)
+    targets = torch.zeros(sum(rows), 3)
+    targets.view(-1)[torch.randperm(targets.numel(), generator=generator)[:400]] = torch.rand(400, generator=generator) * 0.9 + 0.1
+    targets[torch.rand(targets.shape, generator=generator) < 0.6] = -1
+    targets[0, 0] = 0.5
+    targets = targets.to(backend.device)
+    levels, wanted = [level.requires_grad_() for level in logits.split(rows)], logits.clone().requires_grad_()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with use_backend(backend.name):
+            of_one = rank_sort_loss(wanted, targets)
+            of_levels = rank_sort_loss(levels, list(targets.split(rows)), num_classes=3)
+            sum(of_one).backward()
+            sum(of_levels).backward()
+    finally:
+        torch.set_num_threads(before)
+    assert of_levels == of_one and of_one.ranking > 0
+    assert torch.equal(torch.cat([level.grad for level in levels]), wanted.grad)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -15,6 +15,8 @@ namespace rsloss {
 
 constexpr int64_t kPatterns = 1 << 16;
 constexpr int64_t kStretch = 64;  // neighbouring patterns that are treated at once where they are alike
+constexpr int64_t kStretches = kPatterns / kStretch;
+constexpr int kAhead = 1024;  // elements ahead of use that both passes prefetch
 
 // Clearing, adding up and walking the counts, and filling the table, cost about as much as a quarter of a million elements
 // save. A count of all elements fits 32 bits. All processes of a group must decide alike.
@@ -41,6 +43,12 @@ inline uint16_t pattern_of(In value) {
   return pattern;
 }
 
+// The cache lines of the word that comes kAhead elements later, perhaps beyond the end.
+template <bool kWrite>
+inline void prefetch_ahead(const uint16_t* word) {
+  for (int i = 0; i < 64; i += 32) __builtin_prefetch(word + kAhead + i, kWrite);
+}
+
 // Adds the elements whose bits are set to counts [2, kPatterns]; neighbours go to different rows, so that runs of equal values
 // do not wait for one another. A row alone may be off by a multiple of 2^32.
 inline void count_patterns(const uint16_t* logits, int64_t count, const uint64_t* negatives, uint32_t* counts) {
@@ -49,7 +57,9 @@ inline void count_patterns(const uint16_t* logits, int64_t count, const uint64_t
     const int64_t left = count - word * 64;
     const uint64_t mask = left < 64 ? negatives[word] & ((uint64_t{1} << left) - 1) : negatives[word];
     const uint16_t* values = logits + word * 64;
-    if (left < 64 || __builtin_popcountll(mask) < 32) {
+    prefetch_ahead<false>(values);
+    // Counting bits is a call here, which a word of negatives alone need not wait for.
+    if (left < 64 || (~mask != 0 && __builtin_popcountll(mask) < 32)) {
       for (uint64_t bits = mask; bits != 0; bits &= bits - 1) ++counts[values[__builtin_ctzll(bits)]];
       continue;
     }
@@ -66,23 +76,39 @@ inline void count_patterns(const uint16_t* logits, int64_t count, const uint64_t
   }
 }
 
-// How often every pattern occurs: the sum of the rows, [rows, kPatterns].
+// How often every pattern occurs: the sum of the rows, [tasks, 2, kPatterns]. Most stretches are empty: each task marks the
+// others while its rows are in its cache.
 struct Histogram {
-  int64_t rows;
+  int64_t tasks;
   std::unique_ptr<uint32_t[]> counts;
+  std::unique_ptr<uint64_t[]> occupied;  // [tasks, stretches in bits]
+
+  uint32_t* rows(int64_t task) { return &counts[task * 2 * kPatterns]; }
 
   int64_t count(int64_t pattern) const {
     uint32_t sum = 0;
-    for (int64_t row = 0; row < rows; ++row) sum += counts[row * kPatterns + pattern];
+    for (int64_t row = 0; row < 2 * tasks; ++row) sum += counts[row * kPatterns + pattern];
     return sum;
   }
 
-  // Whether none of the kStretch patterns from `first` on occurs.
-  bool is_empty(int64_t first) const {
-    uint32_t any = 0;
-    for (int64_t row = 0; row < rows; ++row)
-      for (int64_t i = first; i < first + kStretch; ++i) any |= counts[row * kPatterns + i];
-    return any == 0;
+  // Whether none of the patterns of a stretch occurs.
+  bool is_empty(int64_t stretch) const {
+    uint64_t any = 0;
+    for (int64_t task = 0; task < tasks; ++task) any |= occupied[(task * kStretches + stretch) / 64];
+    return (any >> stretch % 64 & 1) == 0;
+  }
+
+  void mark_occupied(int64_t task) {
+    const uint32_t *even = rows(task), *odd = even + kPatterns;
+    for (int64_t word = 0; word < kStretches / 64; ++word) {
+      uint64_t bits = 0;
+      for (int64_t bit = 0; bit < 64; ++bit) {
+        uint32_t any = 0;
+        for (int64_t i = (word * 64 + bit) * kStretch; i < (word * 64 + bit + 1) * kStretch; ++i) any |= even[i] | odd[i];
+        bits |= static_cast<uint64_t>(any != 0) << bit;
+      }
+      occupied[task * kStretches / 64 + word] = bits;
+    }
   }
 };
 
@@ -90,18 +116,22 @@ struct Histogram {
 template <class In>
 Histogram histogram(const Tensors& logits, const uint64_t* words) {
   const int64_t tasks = std::min<int64_t>(2, task_count(mask_words(count_elements(logits)), kWordsPerTask));
-  std::unique_ptr<uint32_t[]> counts(new uint32_t[2 * tasks * kPatterns]);
-  run_tasks(tasks, [&](int64_t task) { std::fill_n(&counts[2 * task * kPatterns], 2 * kPatterns, 0); });
-  for (const Tensor& level : logits) {
-    const uint16_t* data = static_cast<const uint16_t*>(level.const_data_ptr());
-    const int64_t count = level.numel(), level_words = mask_words(count);
-    run_tasks(tasks, [&](int64_t task) {
+  Histogram counted{tasks, std::unique_ptr<uint32_t[]>(new uint32_t[2 * tasks * kPatterns]),
+                    std::unique_ptr<uint64_t[]>(new uint64_t[tasks * kStretches / 64])};
+  run_tasks(tasks, [&](int64_t task) {
+    uint32_t* rows = counted.rows(task);
+    std::fill_n(rows, 2 * kPatterns, 0);
+    const uint64_t* level_mask = words;
+    for (const Tensor& level : logits) {
+      const uint16_t* data = static_cast<const uint16_t*>(level.const_data_ptr());
+      const int64_t count = level.numel(), level_words = mask_words(count);
       const int64_t begin = task_begin(level_words, tasks, task), end = task_begin(level_words, tasks, task + 1);
-      count_patterns(data + begin * 64, std::min(end * 64, count) - begin * 64, words + begin, &counts[2 * task * kPatterns]);
-    });
-    words += level_words;
-  }
-  return {2 * tasks, std::move(counts)};
+      count_patterns(data + begin * 64, std::min(end * 64, count) - begin * 64, level_mask + begin, rows);
+      level_mask += level_words;
+    }
+    counted.mark_occupied(task);
+  });
+  return counted;
 }
 
 // Adds all counted values to the bins of `edges`, [edges + 1]; returns the number of NaN.
@@ -110,7 +140,7 @@ int64_t bin_histogram(const Histogram& counted, const std::vector<float>& edges,
   int64_t nan_count = 0;
   size_t bin = 0;
   for (int64_t i = 0; i < kPatterns; ++i) {
-    if (i % kStretch == 0 && counted.is_empty(std::min(pattern_at(i), pattern_at(i + kStretch - 1)))) {
+    if (i % kStretch == 0 && counted.is_empty(pattern_at(i) / kStretch)) {
       i += kStretch - 1;
       continue;
     }
@@ -143,7 +173,6 @@ std::unique_ptr<In[]> pattern_gradients(const double* lines, int64_t columns, in
     if (below > 0 && slope[below - 1] != 0) result += slope[below - 1] * (value_of(i) - lines[below - 1]);
     return In(static_cast<float>(upstream * result));
   };
-  constexpr int64_t kStretches = kPatterns / kStretch;
   const int64_t tasks = task_count(kPatterns, kPatterns / 8);
   run_tasks(tasks, [&](int64_t task) {
     for (int64_t stretch = task_begin(kStretches, tasks, task); stretch < task_begin(kStretches, tasks, task + 1); ++stretch) {
@@ -172,6 +201,8 @@ inline void look_up_patterns(const uint16_t* logits, int64_t count, const uint64
   for (int64_t word = 0; word * 64 < count; ++word) {
     const int64_t begin = word * 64, end = std::min(begin + 64, count);
     int64_t i = begin;
+    prefetch_ahead<false>(logits + begin);
+    prefetch_ahead<true>(gradient + begin);
     for (; i + 4 <= end; i += 4) {
       uint64_t four;
       std::memcpy(&four, logits + i, sizeof four);
