@@ -45,8 +45,10 @@ LOSS = field.RankingLoss(
     truth=lambda inputs: brute_force_alrp(inputs.logits, inputs.dense, inputs.regression_of_positives, DELTA),
     has_segments=False,
 )
+SPEED = (("trained", 1000, 10**6, {FOCAL: 0.20, field.LOOP: 1 / 200}),)
 TARGETS = ranking_targets.Targets(
-    cpu_speed=(("trained", 1000, 10**6, {FOCAL: 0.20, field.LOOP: 1 / 200}),),
+    warm_speed=SPEED,
+    cold_speed=SPEED,
     cuda_speed=(("trained", 1000, 2 * 10**6, None, 40.0),),
 )
 

@@ -120,15 +120,11 @@ def _narrow_speed(arguments: argparse.Namespace, report: targets.Rows) -> None:
             report(f"{provider.name}, {case.title}, {arguments.cache}", 1.0, "x float32", got, targets.medians(timings, case.dtype, "float32"))
 
 
+EQUALIZED_SPEED = [(EFL_CASE, {PUBLISHED_EFL: 1 / 25}), (EQLV2_CASE, {PUBLISHED_EQLV2: 1 / 8})]
 TARGETS = element_targets.Targets(
-    cpu_speed=[
-        (DENSE_FOCAL, {FOCAL: 0.18, COMPILED_FOCAL: 0.45}),
-        (FOCAL_CASE, {FOCAL: 0.18, COMPILED_FOCAL: 0.45}),
-        (EFL_CASE, {PUBLISHED_EFL: 1 / 25}),
-        (EQLV2_CASE, {PUBLISHED_EQLV2: 1 / 8}),
-    ],
+    warm_speed=[*[(entry, {FOCAL: 0.15, COMPILED_FOCAL: 0.42}) for entry in (DENSE_FOCAL, FOCAL_CASE)], *EQUALIZED_SPEED],
+    cold_speed=[*[(entry, {FOCAL: 0.18, COMPILED_FOCAL: 0.45}) for entry in (DENSE_FOCAL, FOCAL_CASE)], *EQUALIZED_SPEED],
     cuda_speed=[((FOCAL_LOSS, 2 * 10**7, 80, "dense"), 1.3), ((FOCAL_LOSS, 2 * 10**7), 1.3)],
-    warm_speed=[(entry, {FOCAL: 0.15, COMPILED_FOCAL: 0.42}) for entry in (DENSE_FOCAL, FOCAL_CASE)],
     memory=[FOCAL_CASE, EFL_CASE, EQLV2_CASE],
     accuracy=[DENSE_FOCAL, FOCAL_CASE, (FOCAL_LOSS, 10**6, 80, "index", "init"), EFL_CASE, EQLV2_CASE],
     further=_narrow_speed,

@@ -71,8 +71,11 @@ def check(arguments: argparse.Namespace) -> list[dict]:
     seeds."""
     report = targets.Rows()
     backend, sizes = "triton" if arguments.device == "cuda" else "cpp", SIZES[arguments.device]
-    for entry in sizes:
-        element_targets.compare(LOSS, backend, LOSS.problems.make_case(arguments, *entry), LIMITS, arguments, report)
+    if arguments.device == "cpu":
+        element_targets.compare_warm_and_cold(LOSS, [(entry, LIMITS) for entry in sizes], None, arguments, report)
+    else:
+        for entry in sizes:
+            element_targets.compare(LOSS, backend, LOSS.problems.make_case(arguments, *entry), LIMITS, arguments, report)
     element_targets.memory_and_accuracy(LOSS, [backend], sizes, sizes, arguments, report)
     return report.close()
 

@@ -24,7 +24,7 @@ from rsloss_kernels import smooth_l1_loss  # noqa: E402
 
 EAGER, COMPILED = "smooth L1, eager", "smooth L1, torch.compile"
 TARGETS = element_targets.Targets(
-    cpu_speed=[
+    warm_speed=[
         ((4096, "dense"), {EAGER: None, COMPILED: None, harness.COPY: None}),
         ((10**6, "dense"), {EAGER: None, COMPILED: None, harness.COPY: 2.0}),
         ((10**7, "dense"), {EAGER: 1 / 4, COMPILED: None, harness.COPY: 2.0}),

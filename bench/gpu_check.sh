@@ -189,6 +189,7 @@ inside "plots" 5 plots
 printf '\n=== results in %s after %d s\n' "$out" "$((SECONDS - begin))" | tee -a "$log"
 "$python" - "$out"/{rank_sort,ghm,focal,group_softmax,seesaw,smooth_l1}.json <<'PYTHON' 2>&1 | tee -a "$log"
 import json, sys
+from bench import targets
 for path in sys.argv[1:]:
     try:
         sections = json.load(open(path))["sections"]
@@ -202,7 +203,7 @@ for path in sys.argv[1:]:
             print(f"{problem:<42} {record['timing']:<9} {record['provider']:<28} {record['median_ms'] * 1e3:10.1f} us "
                   f"{record['ratio_to_floor']:7.2f} x floor")
     for record in sections.get("targets", {"records": []})["records"]:
-        print("pass" if record["passed"] else "FAIL", record["target"], record["got"], record["unit"], "limit", record["limit"])
+        print(targets.verdict(record), record["target"], record["got"], record["unit"], "limit", record["limit"], "aim", record["aim"])
 PYTHON
 printf '\n%s' "$summary" | tee -a "$log"
 printf '%d stage(s) failed\n' "$failures" | tee -a "$log"

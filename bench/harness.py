@@ -1,6 +1,6 @@
 """Times workloads side by side, and says on which machine.
 
-All workloads of a case run in one process, one call each per round, the order reversed every other round: whatever slows the
+All workloads of a case run in one process, one sample each per round, the order reversed every other round: whatever slows the
 machine down slows both sides. A ratio is the median over the rounds in which both ran. CPU calls are timed by the clock; CUDA
 calls by events around an idle device, so that host overheads count; captured CUDA calls by events around the replay, device
 time alone.
@@ -19,6 +19,8 @@ import torch
 
 WARM_UP_SECONDS = 0.2
 MAX_WARM_UPS = 5
+UNCOUNTED_CALLS, COUNTED_CALLS = 2, 5  # of a warm sample on a CPU
+LONG_SECONDS = 0.1
 L2_FLUSH_BYTES = 256 << 20
 SLEEP_CYCLES = 200_000
 COPY = "copy floor"
@@ -88,16 +90,21 @@ class Draws:
 
 
 class _CpuClock:
-    """`cold`: the call before was another's, which left the caches full of its own. Else it is this workload's, uncounted."""
+    """`cold`: the call before was another's, which left the caches full of its own. Else a sample is the median of a block of calls one
+    after another, the first of them uncounted; a call above LONG_SECONDS is one by itself, a block would take too long."""
 
     def __init__(self, cold: bool):
         self.cold = cold
 
     def sample(self, workload: Workload) -> float:
-        if not self.cold:
-            if workload.prepare is not None:
-                workload.prepare()
-            workload.call()
+        calls = [self._time(workload)]
+        if self.cold or calls[0] > LONG_SECONDS:
+            return calls[0]
+        calls += [self._time(workload) for _ in range(UNCOUNTED_CALLS + COUNTED_CALLS - 1)]
+        return statistics.median(calls[UNCOUNTED_CALLS:])
+
+    @staticmethod
+    def _time(workload: Workload) -> float:
         if workload.prepare is not None:
             workload.prepare()
         start = time.perf_counter()
@@ -167,7 +174,7 @@ def measure(
     capture: bool = False,
     cold: bool = True,
 ) -> dict[str, Timing]:
-    """Times every workload for about `budget` seconds, at most `max_repetitions` calls, in alternating rounds.
+    """Times every workload for about `budget` seconds of samples, at most `max_repetitions` of them, in alternating rounds.
 
     A workload whose warm-up call takes the whole budget has that call as its only sample. One that raises has its reason in
     `failure`.

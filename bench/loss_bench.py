@@ -73,9 +73,9 @@ def parse(loss, argv: list[str] | None) -> argparse.Namespace:
         "--cache",
         choices=("cold", "warm"),
         default="cold",
-        help="cold: after a call of another, on CUDA after L2 was overwritten; warm: after an uncounted call of its own",
+        help="cold: after a call of another, on CUDA after L2 was overwritten; warm: one call of its own after another",
     )
-    parser.add_argument("--budget", type=float, help="seconds per provider and problem; default 0.6, quick 0.2, must-show 1.5")
+    parser.add_argument("--budget", type=float, help="seconds of samples per provider and problem; default 0.6, quick 0.2, must-show 1.5")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
         "--seeds", nargs="+", type=int, help="draws of the inputs, times are medians over them; default 0 1 2 3 4, quick 0"

@@ -146,7 +146,7 @@ def named(loss, case, name: str) -> Provider:
 
 
 def times_and_faults(loss, case, names: list[str], budget: float, kept: int = 1 << 30) -> dict[str, list]:
-    """Seconds of every round by name, each call after an uncounted one, and the page faults of one call; see KEPT_ENVIRONMENT."""
+    """Seconds of every round by name, warm, and the page faults of one call; see KEPT_ENVIRONMENT."""
     memory.keep_memory(kept)
     inputs = loss.problems.make_inputs(case)
     workloads = [workload(named(loss, case, name), inputs, "full") for name in names]

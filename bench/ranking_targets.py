@@ -18,15 +18,16 @@ LIMITS = 1e-7, 1e-6  # of the losses, of the gradient
 class Targets:
     """What a loss promises.
 
-    cpu_speed, warm_speed: (distribution, P, N, {provider to compare with: largest ratio of ours to it, None: told only}); see --cache.
-    reference_to_loop: largest ratio of the plain PyTorch backend to the published loop, on the first problem of cpu_speed.
+    warm_speed: (distribution, P, N, {provider to compare with: largest ratio of ours to it, None: told only}); see --cache.
+    cold_speed: likewise, but the ratios are aims.
+    reference_to_loop: largest ratio of the plain PyTorch backend to the published loop, on the first problem of warm_speed.
     cuda_speed: captured; (distribution, P, N, provider or None, limit): microseconds, or the ratio to the provider.
     scale: further rows, functions of (loss, arguments, report), on a CPU.
     """
 
-    cpu_speed: tuple
+    warm_speed: tuple
+    cold_speed: tuple
     cuda_speed: tuple
-    warm_speed: tuple = ()
     reference_to_loop: float | None = None
     scale: tuple[Callable, ...] = ()
 
@@ -38,11 +39,12 @@ def check(loss: field.RankingLoss, promised: Targets, arguments: argparse.Namesp
         _cuda_speed(loss, promised.cuda_speed, arguments, report)
         compiled, sizes = ["cuda", "triton"], promised.cuda_speed
     else:
-        _cpu_speed(loss, promised.cpu_speed, targets.changed(arguments, cache="cold"), report, promised.reference_to_loop)
-        _cpu_speed(loss, promised.warm_speed, targets.changed(arguments, cache="warm"), report)
+        warm, cold = (targets.changed(arguments, cache=cache) for cache in ("warm", "cold"))
+        _cpu_speed(loss, promised.warm_speed, warm, report, promised.reference_to_loop)
+        _cpu_speed(loss, [(*size, targets.as_aims(aims)) for *size, aims in promised.cold_speed], cold, report)
         for rows_of_scale in promised.scale:
             rows_of_scale(loss, arguments, report)
-        compiled, sizes = ["cpp"], promised.cpu_speed
+        compiled, sizes = ["cpp"], promised.warm_speed
     for backend in compiled:
         for size in sizes:
             memory(loss, backend, size[:3], arguments, report)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 BENCH = pathlib.Path(__file__).resolve().parent
 sys.path.append(str(BENCH.parent))
 
-from bench import exponents, results  # noqa: E402
+from bench import exponents, results, targets  # noqa: E402
 from bench import tables_of_sizes as of_sizes  # noqa: E402
 from bench.slower import OURS, slower  # noqa: E402
 from bench.tables_of_sizes import number  # noqa: E402
@@ -95,10 +95,9 @@ def headlines(folder: pathlib.Path) -> str:
                 parts.append(_largest_counts(document["loss"], sections[name]["records"]))
         if "targets" in sections:
             records = sections["targets"]["records"]
-            failed = [record for record in records if not record["passed"]]
-            parts.append(f"{len(records) - len(failed)} of {len(records)} rows that must hold do" + (", these do not:\n" if failed else ".\n"))
-            if failed:
-                parts.append(_targets(failed))
+            others = [record for record in records if targets.verdict(record) in ("FAIL", "missed")]
+            parts.append(targets.summary(records) + (". The others:\n" if others else ".\n"))
+            parts += [_targets(others)] if others else []
         if "distance" in sections:
             parts.append(_worst_distances(sections["distance"]))
         grown = {name: sections[name]["records"] for name in exponents.AXES if name in sections}
@@ -111,7 +110,8 @@ def _heading(document: dict) -> str:
     machine = document["machine"]
     settings = next(iter(document["sections"].values()))["settings"]
     where = machine["gpu"] or f"{machine['cpu']}, {settings['threads']} threads"
-    return f"**{TITLES.get(document['loss'], document['loss'])}**, {where}, torch {machine['torch']}, {settings['date']}\n"
+    draws = f"{len(settings['seeds'])} draws" if len(settings["seeds"]) > 1 else "1 draw"
+    return f"**{TITLES.get(document['loss'], document['loss'])}**, {where}, torch {machine['torch']}, {draws}, {settings['date']}\n"
 
 
 def _speed(loss: str, records: list[dict]) -> str:
@@ -199,12 +199,12 @@ def _by_problem(loss: str, records: list[dict], cell: Callable[[dict], str]) -> 
 
 
 def _targets(records: list[dict]) -> str:
-    lines = ["| must hold | got | limit | |", "|---|---|---|---|"]
+    lines = ["| row | got | limit or aim | verdict |", "|---|---|---|---|"]
     for record in records:
         got = "-" if record["got"] is None else f"{record['got']:.3g}"
-        verdict = "pass" if record["passed"] else "fail"
-        limit = "-" if record["limit"] is None else f"{record['limit']:.3g}"
-        lines.append(f"| {record['target']} | {got} {record['unit']} | {limit} | {verdict} |")
+        aim = "-" if record["aim"] is None else f"aim {record['aim']:.3g}"
+        limit = aim if record["limit"] is None else f"{record['limit']:.3g}"
+        lines.append(f"| {record['target']} | {got} {record['unit']} | {limit} | {targets.verdict(record)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -10,7 +10,7 @@ import pathlib
 
 from bench import exponents
 
-SCHEMA = 2
+SCHEMA = 3
 NUMBER = (int, float)
 OPTIONAL_NUMBER = (int, float, type(None))
 OPTIONAL_TEXT = (str, type(None))
@@ -105,6 +105,7 @@ FIELDS = {
     "targets": {
         "target": str,
         "limit": OPTIONAL_NUMBER,
+        "aim": OPTIONAL_NUMBER,
         "unit": str,
         "got": OPTIONAL_NUMBER,
         "passed": bool,
@@ -186,7 +187,8 @@ def update(folder: pathlib.Path, loss: str, machine: dict, sections: dict) -> pa
     """Writes `sections` ({name: {"settings", "records"}}) into the file of `loss`, keeping others of the very same machine."""
     path = path_of(folder, loss)
     document = {"schema": SCHEMA, "loss": loss, "machine": machine, "sections": {}}
-    if path.exists():
+    # A file of another schema is as good as none: its figures may mean something else.
+    if path.exists() and json.loads(path.read_text()).get("schema") == SCHEMA:
         previous = read(path)
         if previous["machine"] == machine:
             document["sections"] = previous["sections"]

@@ -1,5 +1,6 @@
 """Rows that must hold, each a figure with its limit, whatever the family of the loss: how they are told, memory and accuracy."""
 import argparse
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -12,6 +13,19 @@ class Aim(float):
     """In place of a limit: told with the row, which holds without it."""
 
 
+def as_aims(limits: Mapping[str, float | None]) -> dict[str, Aim | None]:
+    return {name: None if limit is None else Aim(limit) for name, limit in limits.items()}
+
+
+def verdict(record: Mapping[str, object]) -> str:
+    """Of a row with a limit: pass or FAIL. Of others, which only must have a figure: told or FAIL, and met or missed with an aim."""
+    if not record["passed"]:
+        return "FAIL"
+    if record["aim"] is not None:
+        return "met" if record["got"] <= record["aim"] else "missed"
+    return "told" if record["limit"] is None else "pass"
+
+
 class Rows:
     """Collects the records of a results file and prints each as it comes."""
 
@@ -20,19 +34,27 @@ class Rows:
 
     def __call__(self, target: str, limit: float | None, unit: str, got: float | None, note: str | None = None) -> None:
         """Without a limit the figure is told, and that there is one is all that must hold."""
-        if isinstance(limit, Aim):
-            target, limit = f"{target} (aim: {limit:.3g})", None
+        limit, aim = (None, float(limit)) if isinstance(limit, Aim) else (limit, None)
         passed = got is not None and (limit is None or got <= limit)
-        figures = {"limit": limit, "unit": unit, "got": measures.rounded(got)}
+        figures = {"limit": limit, "aim": aim, "unit": unit, "got": measures.rounded(got)}
         self.records.append({"target": target, **figures, "passed": passed, "note": note})
         figure = "none" if got is None else f"{got:.4g}"
-        bound = "no limit" if limit is None else f"limit {limit:.4g}"
+        bound = f"limit {limit:.4g}" if limit is not None else "no limit" if aim is None else f"aim {aim:.4g}"
         remark = f"  ({note})" if note else ""
-        print(f"{'pass' if passed else 'FAIL'}  {target}: {figure} {unit}, {bound}{remark}", flush=True)
+        print(f"{verdict(self.records[-1]):<6}  {target}: {figure} {unit}, {bound}{remark}", flush=True)
 
     def close(self) -> list[dict]:
-        print(f"{sum(row['passed'] for row in self.records)} of {len(self.records)} targets hold")
+        print(summary(self.records))
         return self.records
+
+
+def summary(records: Sequence[Mapping[str, object]]) -> str:
+    """How many of the rows with a limit hold, how many of those with an aim meet it; and how many figures are missing elsewhere."""
+    verdicts = [verdict(record) for record in records]
+    words = [f"{verdicts.count('pass')} of {sum(record['limit'] is not None for record in records)} rows that must hold do"]
+    if any(record["aim"] is not None for record in records):
+        words.append(f"{verdicts.count('met')} of {sum(record['aim'] is not None for record in records)} aims are met")
+    return ", ".join(words)
 
 
 def changed(arguments: argparse.Namespace, **options: object) -> argparse.Namespace:

@@ -312,6 +312,18 @@ def test_results_outside_the_schema_are_refused(folder):
             results.validate(spoiled)
 
 
+def test_a_file_of_another_schema_is_replaced(folder):
+    path = folder / "results" / "box" / "rank_sort.json"
+    document = json.loads(path.read_text())
+    records = document["sections"]["speed"]["records"]
+    kept = {"memory": {"settings": SETTINGS, "records": []}}
+    results.update(path.parent, "rank_sort", document["machine"], kept)
+    assert set(results.read(path)["sections"]) == {"speed", "memory"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": results.SCHEMA - 1}))
+    results.update(path.parent, "rank_sort", document["machine"], {"speed": {"settings": SETTINGS, "records": records}})
+    assert set(results.read(path)["sections"]) == {"speed"}
+
+
 def test_report_notices_a_figure_that_no_file_holds(folder):
     readme = folder / "README.md"
     readme.write_text("before\n<!-- bench:begin -->\n<!-- bench:end -->\nafter\n")
@@ -332,8 +344,8 @@ def test_headlines_are_multiples_of_ours_and_what_does_not_hold(folder):
     records = results.read(box / "rank_sort.json")["sections"]["speed"]["records"]
     records += [record("rank_sort_loss [cpp]", 10, 2000, 0.5), record("copy floor", 10, 2000, 0.1)]
     rows = [
-        {"target": name, "limit": 1.0, "unit": "MiB", "got": got, "passed": got <= 1, "note": None}
-        for name, got in (("small", 0.5), ("large", 2.0))
+        {"target": name, "limit": limit, "aim": aim, "unit": "MiB", "got": got, "passed": aim is not None or got <= 1, "note": None}
+        for name, limit, aim, got in (("small", 1.0, None, 0.5), ("large", 1.0, None, 2.0), ("near", None, 3.0, 2.0), ("far", None, 3.0, 4.0))
     ]
     sections = {"speed": {"settings": SETTINGS, "records": records}, "targets": {"settings": SETTINGS, "records": rows}}
     for stem in ("rank_sort", "ap", "another"):
@@ -343,7 +355,9 @@ def test_headlines_are_multiples_of_ours_and_what_does_not_hold(folder):
     assert titles == ["Rank & Sort loss", "AP loss", "another"]
     assert "| trained | 10 | 2,000 | dense | float32 | 0.5 | 5 x |" in text and "copy floor" not in text
     assert "| trained | 20 | 2,000 | dense | float32 | - | - |" in text
-    assert "1 of 2 rows that must hold do, these do not:" in text and "| large | 2 MiB | 1 | fail |" in text and "small" not in text
+    assert "1 of 2 rows that must hold do, 1 of 2 aims are met. The others:" in text
+    assert "| large | 2 MiB | 1 | FAIL |" in text and "| far | 4 MiB | aim 3 | missed |" in text
+    assert "small" not in text and "near" not in text
 
 
 def test_plot_follows_the_axis_with_everything_else_fixed(folder):

@@ -1,6 +1,8 @@
 """The benchmark's counts, profiles and rows that must hold: figures that nobody could tell from wrong ones."""
 import argparse
+import dataclasses
 import gzip
+import itertools
 import json
 import mmap
 import pathlib
@@ -14,7 +16,7 @@ import torch
 sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))
 
 from bench import bench_rank_sort, counts, element_targets, harness, measures, memory, profiling, report, results, run, targets  # noqa: E402
-from bench import bench_focal, bench_maps, map_problems, ranking_scale  # noqa: E402
+from bench import bench_focal, bench_ghm, bench_maps, map_problems, ranking_scale, ranking_targets  # noqa: E402
 from bench.providers import COMPILED_FOCAL, FOCAL, leaves_of  # noqa: E402
 
 TINY = ["--positives", "8", "--negatives", "400", "--seeds", "0", "--budget", "0.01", "--device", "cpu", "--threads", "1"]
@@ -90,13 +92,27 @@ def test_counts_become_sections_and_tables(tmp_path):
         results.validate(document)
 
 
-def test_a_warm_call_follows_one_of_its_own():
+def test_warm_calls_follow_their_own():
     calls = []
     workloads = [harness.Workload(name, lambda name=name: calls.append(name), lambda name=name: calls.append(name + "'")) for name in "ab"]
     timings = harness.measure(workloads, "cpu", budget=1, max_repetitions=2, cold=False)
     assert [len(timing.samples) for timing in timings.values()] == [2, 2]
-    # Prepared, called, prepared and called: so also in the rounds, the second of which runs backwards.
-    assert "".join(calls).endswith("".join(2 * f"{name}'{name}" for name in "abba"))
+    # Prepared and called, again and again: so also in the rounds, the second of which runs backwards.
+    block = harness.UNCOUNTED_CALLS + harness.COUNTED_CALLS
+    assert "".join(calls).endswith("".join(block * f"{name}'{name}" for name in "abba"))
+
+
+def test_a_cold_sample_is_one_call_and_a_warm_one_the_median_of_the_counted(monkeypatch):
+    def sample(seconds, cold=False):
+        clock = itertools.chain.from_iterable((0.0, second) for second in seconds)
+        monkeypatch.setattr(harness.time, "perf_counter", lambda: next(clock))
+        got = harness._CpuClock(cold).sample(harness.Workload("a", lambda: None))
+        assert next(clock, None) is None
+        return got
+
+    assert sample([0.09, 0.08, 0.01, 0.05, 0.02, 0.04, 0.03]) == 0.03
+    assert sample([0.2]) == 0.2
+    assert sample([0.09], cold=True) == 0.09
 
 
 def test_profile_writes_a_trace_and_the_cost_of_every_operator(tmp_path):
@@ -139,7 +155,16 @@ def test_an_aim_is_told_and_not_held(capsys):
     rows("speed", targets.Aim(1.4), "x focal", 3.0)
     rows("speed", 1.4, "x focal", 3.0)
     assert [row["passed"] for row in rows.close()] == [True, False]
-    assert rows.records[0]["target"] == "speed (aim: 1.4)" and rows.records[0]["limit"] is None
+    assert [(row["target"], row["limit"], row["aim"]) for row in rows.records] == [("speed", None, 1.4), ("speed", 1.4, None)]
+    rows("speed", targets.Aim(1.4), "x focal", 1.2)
+    rows("speed", None, "x focal", 3.0)
+    rows("speed", 1.4, "x focal", 1.2)
+    rows("speed", targets.Aim(1.4), "x focal", None)
+    assert [targets.verdict(row) for row in rows.records] == ["missed", "FAIL", "met", "told", "pass", "FAIL"]
+    told = capsys.readouterr().out
+    assert "missed  speed: 3 x focal, aim 1.4" in told and "FAIL    speed: 3 x focal, limit 1.4" in told
+    assert targets.summary(rows.records) == "1 of 2 rows that must hold do, 1 of 3 aims are met"
+    assert targets.as_aims({"a": 0.5, "b": None}) == {"a": 0.5, "b": None} and isinstance(targets.as_aims({"a": 0.5})["a"], targets.Aim)
 
 
 def test_outputs_count_as_kept_only_without_page_faults(monkeypatch):
@@ -172,6 +197,37 @@ def test_rows_of_time_are_in_their_unit(monkeypatch):
     ranking_scale.import_of_the_package(loss, arguments, rows)
     assert [(row["got"], row["unit"], row["passed"]) for row in rows.records] == [(50.0, "us", True), (0.25, "s", True)]
     assert asked == [("warm", ["ours"])] and "P=10 N=1e3" in rows.records[0]["target"] and rows.records[0]["target"].endswith("warm")
+
+
+def timed_without_a_clock(monkeypatch, ratio):
+    def time_case(loss, arguments, case, names, capture=False):
+        ours, *others = names
+        draws = {name: harness.Draws([harness.Timing([1.0])]) for name in others}
+        return draws | {ours: harness.Draws([harness.Timing([ratio])])}, [{"relevant": [0.5]}]
+
+    monkeypatch.setattr(targets, "time_case", time_case)
+    for name in ("memory", "accuracy"):
+        monkeypatch.setattr(targets, name, lambda *_: None)
+
+
+def test_limits_hold_for_warm_calls_and_cold_ones_have_aims(monkeypatch):
+    timed_without_a_clock(monkeypatch, 0.16)
+    arguments = argparse.Namespace(dtype="float32", device="cpu", seeds=[0], budget=0.1, cache="cold")
+    monkeypatch.setattr(type(bench_rank_sort.LOSS), "why_not", lambda *_: None)
+    promised = dataclasses.replace(bench_rank_sort.TARGETS, scale=())
+    of_ranking = {
+        (row["target"].rpartition(", ")[2], row["unit"]): (row["limit"], row["aim"], targets.verdict(row))
+        for row in ranking_targets.check(bench_rank_sort.LOSS, promised, arguments)
+        if "trained P=1000" in row["target"] and "[cpp]" in row["target"]
+    }
+    assert of_ranking["warm", f"x {FOCAL}"] == (0.14, None, "FAIL")
+    assert of_ranking["cold", f"x {FOCAL}"] == (None, 0.2, "met")
+    assert of_ranking["warm", f"x {COMPILED_FOCAL}"] == (0.4, None, "pass") and ("cold", f"x {COMPILED_FOCAL}") not in of_ranking
+    monkeypatch.setattr(type(bench_ghm.LOSS), "why_not", lambda *_: None)
+    rows = element_targets.check(bench_ghm.LOSS, bench_ghm.TARGETS, arguments)
+    of_ghm = [(row["target"].rpartition(", ")[2], row["limit"], row["aim"]) for row in rows if row["unit"].endswith("MMDetection's")]
+    limits = [1 / 15, 1 / 20, 1 / 15, 1 / 20, 1 / 15]
+    assert of_ghm == [("warm", limit, None) for limit in limits] + [("cold", None, limit) for limit in limits]
 
 
 def test_rows_name_the_state_of_the_caches():
