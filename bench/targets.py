@@ -49,7 +49,7 @@ class Rows:
 
 
 def summary(records: Sequence[Mapping[str, object]]) -> str:
-    """How many of the rows with a limit hold, how many of those with an aim meet it; and how many figures are missing elsewhere."""
+    """How many of the rows with a limit hold, how many of those with an aim meet it."""
     verdicts = [verdict(record) for record in records]
     words = [f"{verdicts.count('pass')} of {sum(record['limit'] is not None for record in records)} rows that must hold do"]
     if any(record["aim"] is not None for record in records):
