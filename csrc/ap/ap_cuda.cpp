@@ -29,8 +29,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> average_precision_forward(Ten
                                                                              std::optional<int64_t> max_positives, bool maps,
                                                                              bool background_first, double delta,
                                                                              double gradient_scale, bool interpolated) {
-  return ranking_forward(average_precision_finalize, logits, targets, quality, segments, num_segments, max_positives, maps,
-                         background_first, delta, gradient_scale, interpolated);
+  return ranking_forward(ranking_bin, average_precision_finalize, logits, targets, quality, segments, num_segments,
+                         max_positives, maps, background_first, delta, gradient_scale, interpolated);
 }
 
 }  // namespace

@@ -17,7 +17,6 @@
 #include "rank_sort/members.h"
 #include "rank_sort/rank_sort.h"
 #include "ranking/finalize_cpu.h"
-#include "ranking/ranking_forward.h"
 
 #define RSL_SIMD_BODY "rank_sort/rank_sort_simd.h"
 #include "common/for_each_isa.h"
@@ -214,11 +213,9 @@ std::vector<double> pull_of_better(const Windows& windows, const ByQuality& by, 
   return pull;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> rank_sort_finalize(Tensors logits, Tensor negatives, Tensor ranked, Tensor counts,
-                                                              Tensor bins, std::optional<Tensor> segments, int64_t num_segments,
-                                                              double delta, double gradient_scale, bool) {
-  const RankedPositives positives("rank_sort_finalize", logits, negatives, ranked, counts, bins, segments, num_segments, delta,
-                                  gradient_scale);
+constexpr char kFinalize[] = "rank_sort_finalize";
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> finish(const RankedPositives& positives) {
   const int64_t count = positives.count();
   const ByQuality by = order_by_quality(positives.windows, positives.quality());
   const std::vector<QualitySums> sums = compare_qualities(positives.windows, by, positives.quality());
@@ -240,14 +237,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rank_sort_finalize(Tensors logits, Te
   return {positives.loss(ranking_error), positives.loss(sorting_error), gradients, positives.lines(terms)};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rank_sort_forward(Tensors logits, Tensors targets, Tensors quality,
-                                                                             std::optional<Tensor> segments,
-                                                                             int64_t num_segments,
-                                                                             std::optional<int64_t> max_positives, bool maps,
-                                                                             bool background_first, double delta,
-                                                                             double gradient_scale, bool upstream_parity) {
-  return ranking_forward(rank_sort_finalize, logits, targets, quality, segments, num_segments, max_positives, maps,
-                         background_first, delta, gradient_scale, upstream_parity);
+std::tuple<Tensor, Tensor, Tensor, Tensor> rank_sort_finalize(Tensors logits, Tensor negatives, Tensor ranked, Tensor counts,
+                                                              Tensor bins, std::optional<Tensor> segments, int64_t num_segments,
+                                                              double delta, double gradient_scale, bool) {
+  return finish({kFinalize, logits, negatives, ranked, counts, bins, segments, num_segments, delta, gradient_scale});
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rank_sort_forward(
+    Tensors logits, Tensors targets, Tensors quality, std::optional<Tensor> segments, int64_t num_segments,
+    std::optional<int64_t> max_positives, bool maps, bool background_first, double delta, double gradient_scale, bool) {
+  return forward_by_steps(kFinalize, finish, logits, targets, quality, segments, num_segments, max_positives, maps,
+                          background_first, delta, gradient_scale);
 }
 
 }  // namespace

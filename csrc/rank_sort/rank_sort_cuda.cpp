@@ -30,7 +30,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rank_sort_forward(Ten
                                                                              std::optional<int64_t> max_positives, bool maps,
                                                                              bool background_first, double delta,
                                                                              double gradient_scale, bool upstream_parity) {
-  return ranking_forward(rank_sort_finalize, logits, targets, quality, segments, num_segments, max_positives, maps,
+  return ranking_forward(ranking_bin, rank_sort_finalize, logits, targets, quality, segments, num_segments, max_positives, maps,
                          background_first, delta, gradient_scale, upstream_parity);
 }
 

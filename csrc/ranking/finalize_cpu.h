@@ -7,11 +7,14 @@
 
 #include <limits>
 #include <optional>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "common/checks.h"
 #include "common/new_tensor_cpu.h"
 #include "ranking/ranking_checks.h"
+#include "ranking/ranking_forward.h"
 #include "ranking/windows_cpu.h"
 
 namespace rsloss {
@@ -28,9 +31,10 @@ struct PositiveTerms {
 
 class RankedPositives {
  public:
+  // known: the windows of `ranked`, or none.
   RankedPositives(const char* op, const Tensors& logits, const Tensor& negatives, const Tensor& ranked, const Tensor& counts,
                   const Tensor& bins, const std::optional<Tensor>& segments, int64_t num_segments, double delta,
-                  double gradient_scale)
+                  double gradient_scale, std::optional<Windows> known = std::nullopt)
       : num_segments_(num_segments), gradient_scale_(gradient_scale) {
     check_delta(op, delta);
     capacity_ = check_collected(op, logits, negatives, counts, segments, num_segments, "ranked", ranked, kRecordRows);
@@ -38,10 +42,7 @@ class RankedPositives {
     check_table(op, "bins", bins, logits[0], ScalarType::Long, 2, columns);
     records_ = static_cast<const double*>(ranked.const_data_ptr());
     is_double_ = logits[0].scalar_type() == ScalarType::Double;
-    std::vector<SegmentRange> ranges =
-        segment_ranges(records_ + kSegment * capacity_, count_valid(records_, capacity_), num_segments);
-    windows = is_double_ ? make_windows<double>(records_, std::move(ranges), delta)
-                         : make_windows<float>(records_, std::move(ranges), delta);
+    windows = known ? *std::move(known) : windows_of(records_, capacity_, num_segments, delta, is_double_);
     const int64_t* bin_counts = static_cast<const int64_t*>(bins.const_data_ptr());
     const int64_t* count = static_cast<const int64_t*>(counts.const_data_ptr());
     const double unit = fixed_point_unit(delta, fixed_point_bits(count[kElements], is_double_));
@@ -125,5 +126,25 @@ class RankedPositives {
   bool is_double_;
   bool is_broken_;
 };
+
+// `ranking_bin`, which leaves the windows of what it ranks in `windows`.
+std::tuple<Tensor, Tensor> bin_negatives(const Tensors& logits, const Tensor& negatives, const Tensor& positives,
+                                         const Tensor& counts, const std::optional<Tensor>& segments, int64_t num_segments,
+                                         double delta, std::optional<Windows>& windows);
+
+// All steps of a loss. finish: from RankedPositives to what its finalize returns.
+template <class Finish>
+auto forward_by_steps(const char* finalize, const Finish& finish, const Tensors& logits, const Tensors& targets,
+                      const Tensors& quality, const std::optional<Tensor>& segments, int64_t num_segments,
+                      std::optional<int64_t> max_positives, bool maps, bool background_first, double delta,
+                      double gradient_scale) {
+  std::optional<Windows> windows;
+  const auto bin = [&](const auto&... arguments) { return bin_negatives(arguments..., windows); };
+  const auto finalize_ranked = [&](const auto&... arguments) {
+    return finish(RankedPositives(finalize, arguments..., std::move(windows)));
+  };
+  return ranking_forward(bin, finalize_ranked, logits, targets, quality, segments, num_segments, max_positives, maps,
+                         background_first, delta, gradient_scale);
+}
 
 }  // namespace rsloss

@@ -19,10 +19,10 @@
 #include "common/new_tensor_cpu.h"
 #include "common/parallel.h"
 #include "common/sort_doubles.h"
+#include "ranking/finalize_cpu.h"
 #include "ranking/patterns_cpu.h"
 #include "ranking/ranking.h"
 #include "ranking/ranking_checks.h"
-#include "ranking/ranking_forward.h"
 #include "ranking/ranking_sweep.h"
 #include "ranking/windows_cpu.h"
 
@@ -271,8 +271,9 @@ int64_t stream_negatives(const Tensors& logits, const uint64_t* words, const Seg
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> ranking_bin(Tensors logits, Tensor negatives, Tensor positives, Tensor counts,
-                                       std::optional<Tensor> segments, int64_t num_segments, double delta) {
+std::tuple<Tensor, Tensor> bin_negatives(const Tensors& logits, const Tensor& negatives, const Tensor& positives,
+                                         const Tensor& counts, const std::optional<Tensor>& segments, int64_t num_segments,
+                                         double delta, std::optional<Windows>& windows) {
   const char* op = "ranking_bin";
   check_delta(op, delta);
   const int64_t capacity =
@@ -282,17 +283,18 @@ std::tuple<Tensor, Tensor> ranking_bin(Tensors logits, Tensor negatives, Tensor 
   Tensor bins = new_cpu_tensor({2, columns}, ScalarType::Long);
   double* sorted = static_cast<double*>(ranked.mutable_data_ptr());
   sort_records(static_cast<const double*>(positives.const_data_ptr()), sorted, capacity, num_segments);
-  const std::vector<SegmentRange> ranges =
-      segment_ranges(sorted + kSegment * capacity, count_valid(sorted, capacity), num_segments);
+  const bool is_double = logits[0].scalar_type() == ScalarType::Double;
+  windows = windows_of(sorted, capacity, num_segments, delta, is_double);
+  const Breakpoints& points = windows->breakpoints;
+  const std::vector<SegmentRange>& ranges = windows->ranges;
   int64_t* bin_counts = static_cast<int64_t*>(bins.mutable_data_ptr());
   std::memset(bin_counts, 0, static_cast<size_t>(2 * columns) * sizeof(int64_t));
   const int64_t elements = static_cast<const int64_t*>(counts.const_data_ptr())[kElements];
-  const int bits = fixed_point_bits(elements, logits[0].scalar_type() == ScalarType::Double);
+  const int bits = fixed_point_bits(elements, is_double);
   const double unit = fixed_point_unit(delta, bits), most = static_cast<double>((int64_t{1} << bits) - 1);
   const SegmentMap map(logits, segments, num_segments);
   dispatch_floating(logits[0].scalar_type(), [&](auto tag) {
     using In = decltype(tag);
-    const Breakpoints points = merge_breakpoints<Arithmetic<In>>(sorted, ranges, delta);
     if constexpr (sizeof(In) == 2) {
       if (takes_patterns(map, elements)) {
         bin_counts[0] = bin_patterns<In>(logits, static_cast<const uint64_t*>(negatives.const_data_ptr()), ranges, points,
@@ -304,6 +306,12 @@ std::tuple<Tensor, Tensor> ranking_bin(Tensors logits, Tensor negatives, Tensor 
                                          unit, most, elements, bin_counts, bin_counts + columns);
   });
   return {ranked, bins};
+}
+
+std::tuple<Tensor, Tensor> ranking_bin(Tensors logits, Tensor negatives, Tensor positives, Tensor counts,
+                                       std::optional<Tensor> segments, int64_t num_segments, double delta) {
+  std::optional<Windows> windows;
+  return bin_negatives(logits, negatives, positives, counts, segments, num_segments, delta, windows);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rsloss_kernels, CPU, m) { m.impl("ranking_bin.cpp", TORCH_BOX(&ranking_bin)); }

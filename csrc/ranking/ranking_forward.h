@@ -27,14 +27,15 @@ auto insert_tables(const Outputs& outputs, const Tensor& negatives, const Tensor
                          std::get<count + 1>(outputs));
 }
 
-// finalize: the last operator of the loss; options: its own arguments.
-template <class Finalize, class... Options>
-auto ranking_forward(const Finalize& finalize, const Tensors& logits, const Tensors& targets, const Tensors& quality,
-                     const std::optional<Tensor>& segments, int64_t num_segments, std::optional<int64_t> max_positives,
-                     bool maps, bool background_first, double delta, double gradient_scale, Options... options) {
+// bin, finalize: the operators of these names, or what does the same; options: the own arguments of the latter.
+template <class Bin, class Finalize, class... Options>
+auto ranking_forward(const Bin& bin, const Finalize& finalize, const Tensors& logits, const Tensors& targets,
+                     const Tensors& quality, const std::optional<Tensor>& segments, int64_t num_segments,
+                     std::optional<int64_t> max_positives, bool maps, bool background_first, double delta,
+                     double gradient_scale, Options... options) {
   const auto [positives, negatives, counts] =
       ranking_collect(logits, targets, quality, segments, num_segments, max_positives, maps, background_first);
-  const auto [ranked, bins] = ranking_bin(logits, negatives, positives, counts, segments, num_segments, delta);
+  const auto [ranked, bins] = bin(logits, negatives, positives, counts, segments, num_segments, delta);
   const auto outputs =
       finalize(logits, negatives, ranked, counts, bins, segments, num_segments, delta, gradient_scale, options...);
   return insert_tables(outputs, negatives, counts, std::make_index_sequence<std::tuple_size_v<decltype(outputs)> - 2>());

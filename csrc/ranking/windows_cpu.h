@@ -67,46 +67,6 @@ double breakpoint(double centre, double shift) {
   return std::max(std::numeric_limits<T>::lowest(), round_up_sum<T>(centre, shift));
 }
 
-// Merges the breakpoints of one segment, the first of which has the slot `slot`. No branch depends on the data: both slots are
-// written, and one is stepped over. What stands behind the last lo, NaN, is never taken; what stands behind the last hi, +inf,
-// is not as long as a lo is left, all of which are finite.
-template <class IsNext>
-void merge_segment(const double* lo, const double* hi, const IsNext& lo_is_next, int32_t slot, int32_t end, double* edges,
-                   int32_t* lo_slot, int32_t* hi_slot) {
-  int64_t next_lo = 0, next_hi = 0;
-  for (; slot < end; ++slot) {
-    const bool takes_lo = lo_is_next(lo[next_lo], hi[next_hi]);
-    edges[slot] = takes_lo ? lo[next_lo] : hi[next_hi];
-    lo_slot[next_lo] = hi_slot[next_hi] = slot;
-    next_lo += takes_lo;
-    next_hi += !takes_lo;
-  }
-}
-
-template <class T>
-Breakpoints merge_breakpoints(const double* centre, const std::vector<SegmentRange>& ranges, double delta) {
-  const int64_t count = count_ranks(ranges), largest = largest_range(ranges);
-  Breakpoints merged{std::vector<double>(2 * count), std::vector<int32_t>(count + 1), std::vector<int32_t>(count + 1),
-                     std::numeric_limits<T>::max()};
-  std::vector<double> lo(largest + 1), hi(largest + 1);
-  for (const SegmentRange& range : ranges) {
-    for (int64_t i = range.begin; i < range.end; ++i) {
-      lo[i - range.begin] = std::min(breakpoint<T>(centre[i], -delta), merged.largest);
-      hi[i - range.begin] = breakpoint<T>(centre[i], delta);
-    }
-    lo[range.size()] = std::numeric_limits<double>::quiet_NaN();
-    hi[range.size()] = std::numeric_limits<double>::infinity();
-    const auto merge = [&](const auto& lo_is_next) {
-      merge_segment(lo.data(), hi.data(), lo_is_next, static_cast<int32_t>(2 * range.begin),
-                    static_cast<int32_t>(2 * range.end), merged.edges.data(), &merged.lo_slot[range.begin],
-                    &merged.hi_slot[range.begin]);
-    };
-    if (delta > 0) merge(std::less<>{});
-    else merge(std::less_equal<>{});
-  }
-  return merged;
-}
-
 struct Windows {
   const double* centre;              // [V] ascending inside a segment
   std::vector<SegmentRange> ranges;  // of segments with a valid positive
@@ -114,11 +74,65 @@ struct Windows {
   double delta;
   double slope;  // 1 / (2 delta); 0 for delta = 0
   Breakpoints breakpoints;
-  std::vector<int32_t> lower;     // [V] first rank of the segment with s >= lo_i
-  std::vector<int32_t> upper;     // [V] first rank with s >= hi_i
+  std::vector<int32_t> lower;     // [V] first rank of the segment with s >= lo_i; and one entry that the merge may write
+  std::vector<int32_t> upper;     // [V] first rank with s >= hi_i; likewise
   std::vector<int32_t> full_end;  // [V] ranks of the segment below have H(s_i - s_j) = 1
   std::vector<double> offset;     // [V] s_i - the first centre of its cluster
 };
+
+// The ascending values of one segment, `count` of each, and one more that ends them: NaN behind the last lo, +inf behind the
+// last hi and the last centre.
+struct WindowEnds {
+  explicit WindowEnds(int64_t largest) : lo(largest + 1), hi(largest + 1), centre(largest + 1) {}
+
+  template <class T>
+  void fill(const double* centres, int64_t size, double delta) {
+    constexpr double kLargest = std::numeric_limits<T>::max();
+    for (int64_t i = 0; i < size; ++i) {
+      lo[i] = std::min(breakpoint<T>(centres[i], -delta), kLargest);
+      hi[i] = breakpoint<T>(centres[i], delta);
+      centre[i] = std::min(centres[i], kLargest);  // none is larger, but for a table that no operator wrote
+    }
+    lo[size] = std::numeric_limits<double>::quiet_NaN();
+    hi[size] = centre[size] = std::numeric_limits<double>::infinity();
+    count = size;
+  }
+
+  int64_t count = 0;
+  std::vector<double> lo;
+  std::vector<double> hi;
+  std::vector<double> centre;
+};
+
+// Merges lo with hi, centres with lo and centres with hi: three chains side by side, none of which waits for the others. No
+// branch depends on the data: what both values of a step might get is written, and one of them is stepped over. What ends the
+// values is never taken as long as others are left.
+template <class IsNext>
+void merge_segment(const WindowEnds& ends, const IsNext& lo_is_next, int32_t first, Windows& windows) {
+  Breakpoints& points = windows.breakpoints;
+  double* edges = &points.edges[2 * int64_t{first}];
+  int32_t *lo_slot = &points.lo_slot[first], *hi_slot = &points.hi_slot[first];
+  int32_t *lower = &windows.lower[first], *upper = &windows.upper[first];
+  int64_t next_lo = 0, next_hi = 0, below_lo = 0, lo_done = 0, below_hi = 0, hi_done = 0;
+  for (int64_t step = 0; step < 2 * ends.count; ++step) {
+    const double lo = ends.lo[next_lo], hi = ends.hi[next_hi];
+    const bool takes_lo = lo_is_next(lo, hi);
+    edges[step] = takes_lo ? lo : hi;
+    lo_slot[next_lo] = hi_slot[next_hi] = static_cast<int32_t>(2 * int64_t{first} + step);
+    next_lo += takes_lo;
+    next_hi += !takes_lo;
+
+    const bool is_below_lo = !(ends.centre[below_lo] >= ends.lo[lo_done]);
+    lower[lo_done] = static_cast<int32_t>(first + below_lo);
+    below_lo += is_below_lo;
+    lo_done += !is_below_lo;
+
+    const bool is_below_hi = !(ends.centre[below_hi] >= ends.hi[hi_done]);
+    upper[hi_done] = static_cast<int32_t>(first + below_hi);
+    below_hi += is_below_hi;
+    hi_done += !is_below_hi;
+  }
+}
 
 template <class T>
 Windows make_windows(const double* centre, std::vector<SegmentRange> ranges, double delta) {
@@ -128,23 +142,21 @@ Windows make_windows(const double* centre, std::vector<SegmentRange> ranges, dou
                   count,
                   delta,
                   delta > 0 ? 1 / (2 * delta) : 0,
-                  {},
-                  std::vector<int32_t>(count),
-                  std::vector<int32_t>(count),
+                  {std::vector<double>(2 * count), std::vector<int32_t>(count + 1), std::vector<int32_t>(count + 1),
+                   std::numeric_limits<T>::max()},
+                  std::vector<int32_t>(count + 1),
+                  std::vector<int32_t>(count + 1),
                   {},
                   std::vector<double>(count)};
-  windows.breakpoints = merge_breakpoints<T>(centre, windows.ranges, delta);
-  const Breakpoints& points = windows.breakpoints;
+  WindowEnds ends(largest_range(windows.ranges));
   for (const SegmentRange& range : windows.ranges) {
-    int64_t lower = range.begin, upper = range.begin;
+    ends.fill<T>(centre + range.begin, range.size(), delta);
+    if (delta > 0) merge_segment(ends, std::less<>{}, static_cast<int32_t>(range.begin), windows);
+    else merge_segment(ends, std::less_equal<>{}, static_cast<int32_t>(range.begin), windows);
     double cluster = 0;
     for (int64_t i = range.begin; i < range.end; ++i) {
-      while (lower < range.end && centre[lower] < points.edges[points.lo_slot[i]]) ++lower;
-      while (upper < range.end && centre[upper] < points.edges[points.hi_slot[i]]) ++upper;
-      windows.lower[i] = static_cast<int32_t>(lower);
-      windows.upper[i] = static_cast<int32_t>(upper);
       // Exactly i windows were opened before this one; a cluster starts where as many were closed.
-      const int64_t closed_before = points.lo_slot[i] - i;
+      const int64_t closed_before = windows.breakpoints.lo_slot[i] - i;
       if (closed_before == i) cluster = centre[i];
       windows.offset[i] = centre[i] - cluster;
     }
@@ -162,6 +174,13 @@ Windows make_windows(const double* centre, std::vector<SegmentRange> ranges, dou
   return windows;
 }
 
+// Of the valid ones among `ranked`, [4, capacity].
+inline Windows windows_of(const double* ranked, int64_t capacity, int64_t num_segments, double delta, bool is_double) {
+  std::vector<SegmentRange> ranges = segment_ranges(ranked + kSegment * capacity, count_valid(ranked, capacity), num_segments);
+  return is_double ? make_windows<double>(ranked, std::move(ranges), delta)
+                   : make_windows<float>(ranked, std::move(ranges), delta);
+}
+
 // FP_i of every positive. counts, sums: the rows of `bins`; unit: of the fixed-point sums. Returns [V].
 inline std::vector<double> false_positives(const Windows& windows, const int64_t* counts, const int64_t* sums, double unit) {
   const Breakpoints& points = windows.breakpoints;
@@ -174,23 +193,24 @@ inline std::vector<double> false_positives(const Windows& windows, const int64_t
     const int64_t first = 2 * range.begin, last = 2 * range.end;
     uint64_t* from_slot = from_slots.data() - first;
     double* moment = moments.data() - first;
-    from_slot[last] = 0;
-    moment[last] = 0;
-    double end = 0;
-    int64_t open = 0, next_hi = range.end - 1, next_lo = range.end - 1;
+    uint64_t negatives = from_slot[last] = 0;
+    double sum = moment[last] = 0, end = 0;
+    int64_t open = 0, next_lo = range.end - 1;
     for (int64_t slot = last; slot-- > first;) {
-      from_slot[slot] = from_slot[slot + 1] + static_cast<uint64_t>(counts[slot + 1]);
-      moment[slot] = open > 0 ? moment[slot + 1] + static_cast<double>(sums[slot + 1]) * unit +
-                                    static_cast<double>(counts[slot + 1]) * (points.finite_edge(slot) - end)
-                              : 0;
-      if (next_hi >= range.begin && points.hi_slot[next_hi] == slot) {
-        if (open == 0) end = points.finite_edge(slot);
-        ++open;
-        --next_hi;
-      } else {
-        top[next_lo--] = end;
-        --open;
+      const int64_t count = counts[slot + 1];
+      const double edge = points.finite_edge(slot);
+      sum = sum + static_cast<double>(sums[slot + 1]) * unit + static_cast<double>(count) * (edge - end);
+      if (open == 0) {
+        sum = 0;
+        end = edge;
       }
+      moment[slot] = sum;
+      from_slot[slot] = negatives += static_cast<uint64_t>(count);
+      // No branch depends on which one it is. The first slot is a lo.
+      const bool is_lo = points.lo_slot[next_lo] == slot;
+      top[next_lo] = end;
+      next_lo -= is_lo;
+      open += is_lo ? -1 : 1;
     }
     for (int64_t i = range.begin; i < range.end; ++i) {
       const int32_t lo = points.lo_slot[i], hi = points.hi_slot[i];
@@ -234,21 +254,20 @@ inline void write_lines(const Windows& windows, const double* coefficient, doubl
   double closed = 0;
   for (const SegmentRange& range : windows.ranges) {
     double opened = 0, moment = 0, cluster = 0;
-    int64_t open = 0, next_lo = range.begin, next_hi = range.begin;
+    int64_t next_lo = range.begin, next_hi = range.begin;
     closed = 0;
     for (int64_t slot = 2 * range.begin; slot < 2 * range.end; ++slot) {
-      if (open == 0) {
-        cluster = points.edges[slot];
-        opened = moment = 0;
-      }
-      const bool is_lo = next_lo < range.end && points.lo_slot[next_lo] == slot;
-      const int64_t i = is_lo ? next_lo++ : next_hi++;
-      const double sign = is_lo ? 1 : -1;
-      open += is_lo ? 1 : -1;
+      if (next_lo == next_hi) cluster = points.edges[slot];
+      // No branch depends on which one it is. The last slot is a hi.
+      const bool is_hi = points.hi_slot[next_hi] == slot;
+      const int64_t i = is_hi ? next_hi : next_lo;
+      next_hi += is_hi;
+      next_lo += !is_hi;
+      const double sign = is_hi ? -1 : 1;
       opened += sign * coefficient[i];
       moment += sign * coefficient[i] * (windows.centre[i] - cluster);
-      if (!is_lo) closed += coefficient[i];
-      if (open == 0) opened = moment = 0;
+      closed += is_hi ? coefficient[i] : 0;
+      if (next_lo == next_hi) opened = moment = 0;
       edge[slot] = points.edges[slot];
       value[slot] = line_value(closed, opened, moment, points.finite_edge(slot) - cluster, windows.delta);
       slope[slot] = windows.delta > 0 ? opened / (2 * windows.delta) : 0;
