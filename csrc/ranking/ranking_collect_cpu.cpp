@@ -33,19 +33,32 @@ namespace {
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 constexpr int64_t kScanWords = 512;
 
-// out[i] = tensor[at(index[i])], as double.
-template <class At>
-void gather_elements(const Tensor& tensor, const std::vector<int64_t>& index, int64_t count, double* out, const At& at) {
-  dispatch_floating(tensor.scalar_type(), [&](auto tag) {
-    const auto* data = static_cast<const decltype(tag)*>(tensor.const_data_ptr());
-    for (int64_t i = 0; i < count; ++i) out[i] = static_cast<double>(data[at(index[i])]);
-  });
-}
+// The elements of a floating tensor, as double.
+class Elements {
+ public:
+  explicit Elements(const Tensor& tensor) : type_(tensor.scalar_type()), data_(tensor.const_data_ptr()) {}
 
-// What is found in a tensor, or in a task's share of it. A task collects it in a variable of its own and counts while the mask
-// is in its cache: cache lines that go from thread to thread cost more than all the rest.
+  double operator[](int64_t i) const {
+    double value = 0;
+    dispatch_floating(type_, [&](auto tag) { value = static_cast<double>(static_cast<const decltype(tag)*>(data_)[i]); });
+    return value;
+  }
+
+ private:
+  ScalarType type_;
+  const void* data_;
+};
+
+struct Positive {
+  int64_t index;  // flat, in its tensor
+  double logit;
+  double quality;
+};
+
+// What is found in a tensor, or in a task's share of it. A task collects it in a variable of its own, and reads and counts
+// while all is in its cache: cache lines that go from thread to thread cost more than all the rest.
 struct Found {
-  std::vector<int64_t> positives;  // flat indices, ascending
+  std::vector<Positive> positives;  // ascending by index
   int64_t negatives = 0;
 };
 
@@ -59,13 +72,14 @@ Found join(std::vector<Found>& shares) {
 }
 
 // Fills the mask of one tensor from dense targets.
-Found scan_dense(const Tensor& targets, uint64_t* negatives) {
+Found scan_dense(const Tensor& targets, const Tensor& logits, uint64_t* negatives) {
   const int64_t count = targets.numel(), words = mask_words(count);
   const int64_t tasks = task_count(words, kWordsPerTask);
   std::vector<Found> found(tasks);
   dispatch_floating(targets.scalar_type(), [&](auto tag) {
     using In = decltype(tag);
     const In* data = static_cast<const In*>(targets.const_data_ptr());
+    const Elements logit(logits);
     run_tasks(tasks, [&](int64_t task) {
       uint64_t positives[kScanWords];
       Found mine;
@@ -74,8 +88,10 @@ Found scan_dense(const Tensor& targets, uint64_t* negatives) {
         const int64_t block = std::min(kScanWords, end - word);
         RSL_ISA_CALL(scan_targets, data + word * 64, std::min(block * 64, count - word * 64), negatives + word, positives);
         for (int64_t i = 0; i < block; ++i)
-          for (uint64_t bits = positives[i]; bits != 0; bits &= bits - 1)
-            mine.positives.push_back((word + i) * 64 + __builtin_ctzll(bits));
+          for (uint64_t bits = positives[i]; bits != 0; bits &= bits - 1) {
+            const int64_t index = (word + i) * 64 + __builtin_ctzll(bits);
+            mine.positives.push_back({index, logit[index], static_cast<double>(data[index])});
+          }
         mine.negatives += RSL_ISA_CALL(count_bits, negatives + word, block);
       }
       found[task] = std::move(mine);
@@ -92,11 +108,13 @@ void clear_bits(uint64_t* words, int64_t begin, int64_t end) {
 
 // The same from class indices. Tasks own multiples of 64 rows, so that no two touch the same word.
 template <class Label>
-Found scan_labels(const Label* labels, int64_t rows, int64_t classes, bool background_first, uint64_t* negatives) {
+Found scan_labels(const Label* labels, int64_t rows, int64_t classes, bool background_first, const Tensor& logits,
+                  uint64_t* negatives) {
   const int64_t words = mask_words(rows * classes), groups = (rows + 63) / 64;
   std::memset(negatives, 0xff, words * 8);
   clear_bits(negatives, rows * classes, words * 64);
   const int64_t tasks = task_count(rows, 1 << 15);
+  const Elements logit(logits);
   std::vector<Found> found(tasks);
   run_tasks(tasks, [&](int64_t task) {
     Found mine;
@@ -112,7 +130,7 @@ Found scan_labels(const Label* labels, int64_t rows, int64_t classes, bool backg
       if (column >= 0 && column < classes) {
         const int64_t index = row * classes + column;
         negatives[index / 64] &= ~(uint64_t{1} << index % 64);
-        mine.positives.push_back(index);
+        mine.positives.push_back({index, logit[index], 1});
       }
     }
     mine.negatives = RSL_ISA_CALL(count_bits, negatives + begin * classes / 64, mask_words((end - begin) * classes));
@@ -164,7 +182,8 @@ class RowBits {
 // The same of a map: two passes. The first reads every label once, not once per class, clears the bits of the positives and
 // keeps a bit per row; the second finds what was cleared, in the order of the elements, and clears ignored rows plane by plane.
 template <class Label>
-Found scan_map(const Label* labels, int64_t rows, IndexShape shape, bool background_first, uint64_t* negatives) {
+Found scan_map(const Label* labels, int64_t rows, IndexShape shape, bool background_first, const Tensor& logits,
+               uint64_t* negatives) {
   const int64_t count = rows * shape.classes, words = mask_words(count), row_words = mask_words(rows);
   const int64_t tasks = task_count(words, kWordsPerTask), label_tasks = std::min(tasks, row_words);
   const Label first = background_first ? 1 : 0;
@@ -194,13 +213,17 @@ Found scan_map(const Label* labels, int64_t rows, IndexShape shape, bool backgro
   });
   kept[row_words] = 0;
   const bool has_ignored = std::accumulate(kept_count.begin(), kept_count.end(), int64_t{0}) != rows;
+  const Elements logit(logits);
   std::vector<Found> found(tasks);
   run_tasks(tasks, [&](int64_t task) {
     Found mine;
     const int64_t begin = task_begin(words, tasks, task), end = task_begin(words, tasks, task + 1);
-    for (int64_t word = begin; word < end; ++word)
-      for (uint64_t bits = ~negatives[word]; bits != 0; bits &= bits - 1)
-        mine.positives.push_back(64 * word + __builtin_ctzll(bits));
+    for (int64_t word = begin; word < end; ++word) {
+      for (uint64_t bits = ~negatives[word]; bits != 0; bits &= bits - 1) {
+        const int64_t index = 64 * word + __builtin_ctzll(bits);
+        mine.positives.push_back({index, logit[index], 1});
+      }
+    }
     if (has_ignored) {
       RowBits rows_kept(kept.get(), shape, 64 * begin);
       for (int64_t word = begin; word < end; ++word)
@@ -214,9 +237,10 @@ Found scan_map(const Label* labels, int64_t rows, IndexShape shape, bool backgro
 }
 
 template <class Label>
-Found scan_index(const Label* labels, int64_t rows, IndexShape shape, bool background_first, uint64_t* negatives) {
-  if (shape.places == 1) return scan_labels(labels, rows, shape.classes, background_first, negatives);
-  return scan_map(labels, rows, shape, background_first, negatives);
+Found scan_index(const Label* labels, int64_t rows, IndexShape shape, bool background_first, const Tensor& logits,
+                 uint64_t* negatives) {
+  if (shape.places == 1) return scan_labels(labels, rows, shape.classes, background_first, logits, negatives);
+  return scan_map(labels, rows, shape, background_first, logits, negatives);
 }
 
 // Takes what belongs to no segment out of the mask and of the positives of one tensor.
@@ -229,10 +253,10 @@ void drop_ignored(const SegmentMap& segments, size_t level, int64_t count, uint6
       if (segment == segments.num_segments()) clear_bits(words, first, last);
     });
   });
-  const auto is_ignored = [&](int64_t index) {
-    return segments.run_at(level, index, index + 1).segment == segments.num_segments();
+  const auto is_ignored = [&](const Positive& positive) {
+    return segments.run_at(level, positive.index, positive.index + 1).segment == segments.num_segments();
   };
-  std::vector<int64_t>& positives = found.positives;
+  std::vector<Positive>& positives = found.positives;
   positives.erase(std::remove_if(positives.begin(), positives.end(), is_ignored), positives.end());
   found.negatives = RSL_ISA_CALL(count_bits, words, mask_words(count));
 }
@@ -261,14 +285,15 @@ std::tuple<Tensor, Tensor, Tensor> ranking_collect(Tensors logits, Tensors targe
       continue;
     }
     if (!is_label(target.scalar_type())) {
-      found.push_back(scan_dense(target, words));
+      found.push_back(scan_dense(target, logits[level], words));
     } else {
       const IndexShape shape = index_shape(logits[level], target, maps);
       const int64_t rows = target.numel();
-      found.push_back(
-          target.scalar_type() == ScalarType::Int
-              ? scan_index(static_cast<const int32_t*>(target.const_data_ptr()), rows, shape, background_first, words)
-              : scan_index(static_cast<const int64_t*>(target.const_data_ptr()), rows, shape, background_first, words));
+      found.push_back(target.scalar_type() == ScalarType::Int
+                          ? scan_index(static_cast<const int32_t*>(target.const_data_ptr()), rows, shape, background_first,
+                                       logits[level], words)
+                          : scan_index(static_cast<const int64_t*>(target.const_data_ptr()), rows, shape, background_first,
+                                       logits[level], words));
     }
     if (ignores_elements) drop_ignored(map, level, count, words, found.back());
     words += mask_words(count);
@@ -280,27 +305,21 @@ std::tuple<Tensor, Tensor, Tensor> ranking_collect(Tensors logits, Tensors targe
   double* records = static_cast<double*>(positives.mutable_data_ptr());
   int64_t slot = 0, first_index = 0;
   for (size_t level = 0; level < logits.size(); ++level) {
-    const std::vector<int64_t>& index = found[level].positives;
-    const bool dense = !is_label(targets[level].scalar_type());
-    const int64_t count = std::min<int64_t>(static_cast<int64_t>(index.size()), capacity - slot);
-    double *logit = records + kLogit * capacity + slot, *value = records + kQuality * capacity + slot;
-    const auto same = [](int64_t element) { return element; };
-    gather_elements(logits[level], index, count, logit, same);
-    if (dense) {
-      gather_elements(targets[level], index, count, value, same);
-    } else if (quality.empty()) {
-      std::fill(value, value + count, 1.0);
-    } else {
+    std::vector<Positive>& positive_of = found[level].positives;
+    if (!quality.empty()) {
       const IndexShape shape = index_shape(logits[level], targets[level], maps);
-      gather_elements(quality[level], index, count, value, [=](int64_t element) { return shape.row(element); });
+      const Elements of_row(quality[level]);
+      for (Positive& positive : positive_of) positive.quality = of_row[shape.row(positive.index)];
     }
-    for (int64_t i = 0; i < count; ++i) {
-      if (!std::isfinite(logit[i]) || !std::isfinite(value[i])) logit[i] = kNaN;
-      records[kSegment * capacity + slot + i] =
-          map.is_single() ? 0 : static_cast<double>(map.run_at(level, index[i], index[i] + 1).segment);
-      records[kIndex * capacity + slot + i] = static_cast<double>(first_index + index[i]);
+    const int64_t end = slot + std::min<int64_t>(static_cast<int64_t>(positive_of.size()), capacity - slot);
+    for (auto positive = positive_of.begin(); slot < end; ++slot, ++positive) {
+      const bool is_finite = std::isfinite(positive->logit) && std::isfinite(positive->quality);
+      records[kLogit * capacity + slot] = is_finite ? positive->logit : kNaN;
+      records[kQuality * capacity + slot] = positive->quality;
+      records[kSegment * capacity + slot] =
+          map.is_single() ? 0 : static_cast<double>(map.run_at(level, positive->index, positive->index + 1).segment);
+      records[kIndex * capacity + slot] = static_cast<double>(first_index + positive->index);
     }
-    slot += count;
     first_index += logits[level].numel();
   }
   for (; slot < capacity; ++slot) {
