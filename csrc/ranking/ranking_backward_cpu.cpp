@@ -25,6 +25,11 @@
 #define RSL_SIMD_BODY "ranking/ranking_gradient_simd.h"
 #include "common/for_each_isa.h"
 
+#define RSL_SIMD_BODY "ranking/pattern_gradients_simd.h"
+#include "common/for_each_isa.h"
+
+#include "ranking/pattern_gradients_cpu.h"
+
 namespace rsloss {
 namespace {
 

@@ -29,6 +29,11 @@
 #define RSL_SIMD_BODY "ranking/ranking_bin_simd.h"
 #include "common/for_each_isa.h"
 
+#define RSL_SIMD_BODY "ranking/pattern_counts_simd.h"
+#include "common/for_each_isa.h"
+
+#include "ranking/pattern_counts_cpu.h"
+
 namespace rsloss {
 namespace {
 
@@ -200,7 +205,7 @@ int64_t bin_patterns(const Tensors& logits, const uint64_t* words, const std::ve
                      const Breakpoints& points, OffsetScale scale, int64_t* counts, int64_t* offsets) {
   const PartedEdges<float> parted(points.edges.data(), ranges, 1, false);
   std::vector<BinSums> sums(parted.edges.size() + 1);
-  const Histogram counted = histogram<In>(logits, words);
+  const Histogram counted(logits, words);
   const int64_t nan_count = bin_histogram<In>(counted, parted.edges, scale, sums.data());
   write_bins(
       points, ranges, [&](int64_t bin) { return sums[bin].count; }, [&](int64_t bin) { return sums[bin].sum; }, counts,
