@@ -46,23 +46,7 @@ class ZeroedCounts {
 // its rows are in its cache.
 class Histogram {
  public:
-  // Counts the patterns among the negatives of all tensors.
-  Histogram(const Tensors& logits, const uint64_t* words)
-      : tasks_(std::min(kMostTasks, task_count(mask_words(count_elements(logits)), kWordsPerTask))) {
-    run_tasks(tasks_, [&](int64_t task) {
-      const uint64_t* level_mask = words;
-      for (const Tensor& level : logits) {
-        const uint16_t* data = static_cast<const uint16_t*>(level.const_data_ptr());
-        const int64_t count = level.numel(), level_words = mask_words(count);
-        const int64_t begin = task_begin(level_words, tasks_, task), end = task_begin(level_words, tasks_, task + 1);
-        PatternRange ranges[2];
-        RSL_ISA_CALL(count_patterns, data + begin * 64, std::min(end * 64, count) - begin * 64, level_mask + begin,
-                     counts_.row(2 * task), ranges);
-        for (const PatternRange& range : ranges) mark_occupied(task, range);
-        level_mask += level_words;
-      }
-    });
-  }
+  explicit Histogram(int64_t tasks) : tasks_(tasks) {}
 
   ~Histogram() {
     for (int64_t stretch = 0; stretch < kStretches; ++stretch) {
@@ -86,21 +70,41 @@ class Histogram {
     return (any >> stretch % 64 & 1) == 0;
   }
 
- private:
-  // A row may hold something although the sum of the rows is 0.
-  void mark_occupied(int64_t task, const PatternRange& range) {
+  // Counts the patterns of some negatives.
+  void add(int64_t task, const uint16_t* logits, int64_t count, const uint64_t* negatives) {
+    PatternRange ranges[2];
+    RSL_ISA_CALL(count_patterns, logits, count, negatives, counts_.row(2 * task), ranges);
     const uint32_t *even = counts_.row(2 * task), *odd = counts_.row(2 * task + 1);
-    for (int64_t stretch = range.begin / kStretch; stretch * kStretch < range.end; ++stretch) {
-      uint32_t any = 0;
-      for (int64_t i = stretch * kStretch; i < (stretch + 1) * kStretch; ++i) any |= even[i] | odd[i];
-      occupied_[task][stretch / 64] |= static_cast<uint64_t>(any != 0) << stretch % 64;
+    for (const PatternRange& range : ranges) {
+      for (int64_t stretch = range.begin / kStretch; stretch * kStretch < range.end; ++stretch) {
+        // A row may hold something although the sum of the rows is 0.
+        uint32_t any = 0;
+        for (int64_t i = stretch * kStretch; i < (stretch + 1) * kStretch; ++i) any |= even[i] | odd[i];
+        occupied_[task][stretch / 64] |= static_cast<uint64_t>(any != 0) << stretch % 64;
+      }
     }
   }
 
+ private:
   int64_t tasks_;
   ZeroedCounts counts_;
   uint64_t occupied_[kMostTasks][kStretches / 64] = {};
 };
+
+// Counts the patterns among the negatives of all tensors.
+template <class In>
+void count_negatives(const Tensors& logits, const uint64_t* words, int64_t tasks, Histogram& counted) {
+  run_tasks(tasks, [&](int64_t task) {
+    const uint64_t* level_mask = words;
+    for (const Tensor& level : logits) {
+      const uint16_t* data = static_cast<const uint16_t*>(level.const_data_ptr());
+      const int64_t count = level.numel(), level_words = mask_words(count);
+      const int64_t begin = task_begin(level_words, tasks, task), end = task_begin(level_words, tasks, task + 1);
+      counted.add(task, data + begin * 64, std::min(end * 64, count) - begin * 64, level_mask + begin);
+      level_mask += level_words;
+    }
+  });
+}
 
 // Adds all counted values to the bins of `edges`, [edges + 1]; returns the number of NaN.
 template <class In>

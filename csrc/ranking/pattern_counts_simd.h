@@ -23,9 +23,8 @@ struct PatternExtremes {
     signed_most[i] = as_signed > signed_most[i] ? as_signed : signed_most[i];
   }
 
-  // Of both signs; empty where none occurred.
-  void write(PatternRange* ranges) const {
-    ranges[0] = ranges[1] = {kPatterns, 0};
+  // Of both signs.
+  void add_to(PatternRange* ranges) const {
     for (int i = 0; i < kLanes; ++i) {
       if (signed_most[i] >= 0) ranges[0].add(least[i]), ranges[0].add(static_cast<uint16_t>(signed_most[i]));
       if (signed_least[i] < 0) ranges[1].add(static_cast<uint16_t>(signed_least[i])), ranges[1].add(most[i]);
@@ -34,7 +33,8 @@ struct PatternExtremes {
 };
 
 // Adds the elements whose bits are set to counts [2, kPatterns]; neighbours go to different rows, so that runs of equal values
-// do not wait for one another. A row alone may be off by a multiple of 2^32. ranges [2]: of the patterns of all elements.
+// do not wait for one another. A row alone may be off by a multiple of 2^32. ranges: [2], to which the patterns of all elements
+// are added.
 static void count_patterns(const uint16_t* logits, int64_t count, const uint64_t* negatives, uint32_t* counts,
                            PatternRange* ranges) {
   uint32_t* others = counts + kPatterns;
@@ -66,5 +66,5 @@ static void count_patterns(const uint16_t* logits, int64_t count, const uint64_t
       ++others[four >> 48];
     }
   }
-  extremes.write(ranges);
+  extremes.add_to(ranges);
 }

@@ -4,8 +4,8 @@
 // Of a word, `count` elements at most 64.
 static inline void look_up_one_by_one(const uint16_t* logits, int64_t count, uint64_t negatives, const uint16_t* table,
                                       uint16_t* gradient) {
-  int64_t i = 0;
-  for (; i + 4 <= count; i += 4) {
+  const int64_t fours = count / 4 * 4;
+  for (int64_t i = 0; i < fours; i += 4) {
     uint64_t four;
     __builtin_memcpy(&four, logits + i, sizeof four);
     gradient[i] = table[four & 0xffff];
@@ -13,7 +13,7 @@ static inline void look_up_one_by_one(const uint16_t* logits, int64_t count, uin
     gradient[i + 2] = table[four >> 32 & 0xffff];
     gradient[i + 3] = table[four >> 48];
   }
-  for (; i < count; ++i) gradient[i] = table[logits[i]];
+  for (int64_t i = fours; i < count; ++i) gradient[i] = table[logits[i]];
   for (uint64_t others = ~negatives; others != 0; others &= others - 1) {
     const int64_t at = __builtin_ctzll(others);
     if (at >= count) break;

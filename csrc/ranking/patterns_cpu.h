@@ -41,8 +41,8 @@ inline uint16_t pattern_of(In value) {
 
 // Patterns [begin, end); none where these are the other way round.
 struct PatternRange {
-  int64_t begin;
-  int64_t end;
+  int64_t begin = kPatterns;
+  int64_t end = 0;
 
   void add(int64_t pattern) {
     begin = pattern < begin ? pattern : begin;

@@ -205,7 +205,9 @@ int64_t bin_patterns(const Tensors& logits, const uint64_t* words, const std::ve
                      const Breakpoints& points, OffsetScale scale, int64_t* counts, int64_t* offsets) {
   const PartedEdges<float> parted(points.edges.data(), ranges, 1, false);
   std::vector<BinSums> sums(parted.edges.size() + 1);
-  const Histogram counted(logits, words);
+  const int64_t tasks = std::min(kMostTasks, task_count(mask_words(count_elements(logits)), kWordsPerTask));
+  Histogram counted(tasks);
+  count_negatives<In>(logits, words, tasks, counted);
   const int64_t nan_count = bin_histogram<In>(counted, parted.edges, scale, sums.data());
   write_bins(
       points, ranges, [&](int64_t bin) { return sums[bin].count; }, [&](int64_t bin) { return sums[bin].sum; }, counts,
