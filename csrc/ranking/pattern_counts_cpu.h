@@ -14,87 +14,80 @@
 
 namespace rsloss {
 
-// [2 * kMostTasks, kPatterns], all zeros whenever nobody has it: one is kept from call to call, for clearing it costs more than
-// clearing what was counted.
 constexpr int64_t kMostTasks = 2;
 
-class ZeroedCounts {
- public:
-  ZeroedCounts() : counts_(idle().exchange(nullptr)) {
-    if (counts_ == nullptr) counts_ = new uint32_t[2 * kMostTasks * kPatterns]();
-  }
-  // They must be zeros again.
-  ~ZeroedCounts() {
-    uint32_t* none = nullptr;
-    if (!idle().compare_exchange_strong(none, counts_)) delete[] counts_;
-  }
-  ZeroedCounts(const ZeroedCounts&) = delete;
-  ZeroedCounts& operator=(const ZeroedCounts&) = delete;
-
-  uint32_t* row(int64_t i) const { return counts_ + i * kPatterns; }
-
- private:
-  static std::atomic<uint32_t*>& idle() {
-    static std::atomic<uint32_t*> kept{nullptr};
-    return kept;
-  }
-
-  uint32_t* counts_;
+// How often patterns occurred: two rows of counts for each of the tasks that count side by side, and which stretches of its own
+// a task left something in. One is kept from call to call: clearing all of it costs more than clearing what was counted.
+struct CountTable {
+  uint32_t rows[kMostTasks][2][kPatterns];
+  uint64_t occupied[kMostTasks][kStretches / 64];
 };
 
-// How often every pattern occurs: the sum of the rows, two per task. Most stretches are empty: each task marks the others while
-// its rows are in its cache.
+inline std::atomic<CountTable*>& idle_table() {
+  static std::atomic<CountTable*> idle{nullptr};
+  return idle;
+}
+
+// The sums of the rows of all tasks.
 class Histogram {
  public:
-  explicit Histogram(int64_t tasks) : tasks_(tasks) {}
-
+  explicit Histogram(int64_t tasks) : tasks_(tasks), table_(idle_table().exchange(nullptr)) {
+    if (table_ == nullptr) table_ = new CountTable();
+  }
   ~Histogram() {
-    for (int64_t stretch = 0; stretch < kStretches; ++stretch) {
-      if (is_empty(stretch)) continue;
-      for (int64_t row = 0; row < 2 * tasks_; ++row) std::fill_n(counts_.row(row) + stretch * kStretch, kStretch, 0);
-    }
+    CountTable* none = nullptr;
+    if (!idle_table().compare_exchange_strong(none, table_)) delete table_;
   }
   Histogram(const Histogram&) = delete;
   Histogram& operator=(const Histogram&) = delete;
 
+  // A task clears and marks its own rows, in the cache where it counts.
+  void clear(int64_t task) {
+    for (int64_t stretch = 0; stretch < kStretches; ++stretch) {
+      if ((table_->occupied[task][stretch / 64] >> stretch % 64 & 1) == 0) continue;
+      for (uint32_t* row : table_->rows[task]) std::fill_n(row + stretch * kStretch, kStretch, 0);
+    }
+    std::fill_n(table_->occupied[task], kStretches / 64, 0);
+  }
+
+  // Counts the patterns of some negatives.
+  void add(int64_t task, const uint16_t* logits, int64_t count, const uint64_t* negatives) {
+    PatternRange ranges[2];
+    const uint32_t (&rows)[2][kPatterns] = table_->rows[task];
+    RSL_ISA_CALL(count_patterns, logits, count, negatives, table_->rows[task][0], table_->rows[task][1], ranges);
+    for (const PatternRange& range : ranges) {
+      for (int64_t stretch = range.begin / kStretch; stretch * kStretch < range.end; ++stretch) {
+        // A row may hold something although the sum of the rows is 0.
+        uint32_t any = 0;
+        for (int64_t i = stretch * kStretch; i < (stretch + 1) * kStretch; ++i) any |= rows[0][i] | rows[1][i];
+        table_->occupied[task][stretch / 64] |= static_cast<uint64_t>(any != 0) << stretch % 64;
+      }
+    }
+  }
+
   int64_t count(int64_t pattern) const {
     uint32_t sum = 0;
-    for (int64_t row = 0; row < 2 * tasks_; ++row) sum += counts_.row(row)[pattern];
+    for (int64_t task = 0; task < tasks_; ++task) sum += table_->rows[task][0][pattern] + table_->rows[task][1][pattern];
     return sum;
   }
 
   // Whether none of the patterns of a stretch occurs.
   bool is_empty(int64_t stretch) const {
     uint64_t any = 0;
-    for (int64_t task = 0; task < tasks_; ++task) any |= occupied_[task][stretch / 64];
+    for (int64_t task = 0; task < tasks_; ++task) any |= table_->occupied[task][stretch / 64];
     return (any >> stretch % 64 & 1) == 0;
-  }
-
-  // Counts the patterns of some negatives.
-  void add(int64_t task, const uint16_t* logits, int64_t count, const uint64_t* negatives) {
-    PatternRange ranges[2];
-    RSL_ISA_CALL(count_patterns, logits, count, negatives, counts_.row(2 * task), ranges);
-    const uint32_t *even = counts_.row(2 * task), *odd = counts_.row(2 * task + 1);
-    for (const PatternRange& range : ranges) {
-      for (int64_t stretch = range.begin / kStretch; stretch * kStretch < range.end; ++stretch) {
-        // A row may hold something although the sum of the rows is 0.
-        uint32_t any = 0;
-        for (int64_t i = stretch * kStretch; i < (stretch + 1) * kStretch; ++i) any |= even[i] | odd[i];
-        occupied_[task][stretch / 64] |= static_cast<uint64_t>(any != 0) << stretch % 64;
-      }
-    }
   }
 
  private:
   int64_t tasks_;
-  ZeroedCounts counts_;
-  uint64_t occupied_[kMostTasks][kStretches / 64] = {};
+  CountTable* table_;
 };
 
 // Counts the patterns among the negatives of all tensors.
 template <class In>
 void count_negatives(const Tensors& logits, const uint64_t* words, int64_t tasks, Histogram& counted) {
   run_tasks(tasks, [&](int64_t task) {
+    counted.clear(task);
     const uint64_t* level_mask = words;
     for (const Tensor& level : logits) {
       const uint16_t* data = static_cast<const uint16_t*>(level.const_data_ptr());

@@ -32,12 +32,11 @@ struct PatternExtremes {
   }
 };
 
-// Adds the elements whose bits are set to counts [2, kPatterns]; neighbours go to different rows, so that runs of equal values
-// do not wait for one another. A row alone may be off by a multiple of 2^32. ranges: [2], to which the patterns of all elements
-// are added.
-static void count_patterns(const uint16_t* logits, int64_t count, const uint64_t* negatives, uint32_t* counts,
+// Adds the elements whose bits are set to two rows of counts, [kPatterns] each, neighbours to different ones, so that runs of
+// equal values do not wait for one another. A row alone may be off by a multiple of 2^32. ranges: [2], to which the patterns of
+// all elements are added.
+static void count_patterns(const uint16_t* logits, int64_t count, const uint64_t* negatives, uint32_t* even, uint32_t* odd,
                            PatternRange* ranges) {
-  uint32_t* others = counts + kPatterns;
   PatternExtremes extremes;
   for (int64_t word = 0; word * 64 < count; ++word) {
     const int64_t left = count - word * 64, size = left < 64 ? left : 64;
@@ -52,18 +51,15 @@ static void count_patterns(const uint16_t* logits, int64_t count, const uint64_t
     }
     // Counting bits may be a call, which a word of negatives alone need not wait for.
     if (left < 64 || (~mask != 0 && __builtin_popcountll(mask) < 32)) {
-      for (uint64_t bits = mask; bits != 0; bits &= bits - 1) ++counts[values[__builtin_ctzll(bits)]];
+      for (uint64_t bits = mask; bits != 0; bits &= bits - 1) ++even[values[__builtin_ctzll(bits)]];
       continue;
     }
     // Nearly all: count all, then take the others out.
-    for (uint64_t bits = ~mask; bits != 0; bits &= bits - 1) --counts[values[__builtin_ctzll(bits)]];
-    for (int i = 0; i < 64; i += 4) {
-      uint64_t four;
-      __builtin_memcpy(&four, values + i, sizeof four);
-      ++counts[four & 0xffff];
-      ++others[four >> 16 & 0xffff];
-      ++counts[four >> 32 & 0xffff];
-      ++others[four >> 48];
+    for (uint64_t bits = ~mask; bits != 0; bits &= bits - 1) --even[values[__builtin_ctzll(bits)]];
+#pragma GCC unroll 32
+    for (int i = 0; i < 64; i += 2) {
+      ++even[values[i]];
+      ++odd[values[i + 1]];
     }
   }
   extremes.add_to(ranges);

@@ -4,16 +4,8 @@
 // Of a word, `count` elements at most 64.
 static inline void look_up_one_by_one(const uint16_t* logits, int64_t count, uint64_t negatives, const uint16_t* table,
                                       uint16_t* gradient) {
-  const int64_t fours = count / 4 * 4;
-  for (int64_t i = 0; i < fours; i += 4) {
-    uint64_t four;
-    __builtin_memcpy(&four, logits + i, sizeof four);
-    gradient[i] = table[four & 0xffff];
-    gradient[i + 1] = table[four >> 16 & 0xffff];
-    gradient[i + 2] = table[four >> 32 & 0xffff];
-    gradient[i + 3] = table[four >> 48];
-  }
-  for (int64_t i = fours; i < count; ++i) gradient[i] = table[logits[i]];
+#pragma GCC unroll 8
+  for (int64_t i = 0; i < count; ++i) gradient[i] = table[logits[i]];
   for (uint64_t others = ~negatives; others != 0; others &= others - 1) {
     const int64_t at = __builtin_ctzll(others);
     if (at >= count) break;
