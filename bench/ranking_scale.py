@@ -15,24 +15,27 @@ SEGMENTS = 64
 
 
 def narrow_type(loss, arguments, report) -> None:
-    """bfloat16 against float32 logits of the same values: a histogram of at most 65,536 values takes the place of the search."""
-    wide, narrow = "float32", "bfloat16"
+    """bfloat16 logits against the same in float32; and against float32 logits that were rounded to bfloat16, which many positives
+    share, so that there are fewer breakpoints."""
     case = PROBLEMS.make_case(arguments, "init", 1000, 10**6)
     relevant = []
 
     def build(seed):
-        inputs = make_inputs(replace(case, seed=seed, dtype=narrow))
-        widened = replace(inputs, logits=inputs.logits.float())
-        relevant.append(inputs.relevant(loss.delta))
+        wide, narrow = (make_inputs(replace(case, seed=seed, dtype=dtype)) for dtype in ("float32", "bfloat16"))
+        relevant.append(narrow.relevant(loss.delta))
+        rounded = replace(narrow, logits=narrow.logits.float())
         return [
-            differentiated(dtype, loss.forward(one, BACKEND), one.logits)
-            for dtype, one in ((wide, widened), (narrow, inputs))
+            differentiated(name, loss.forward(inputs, BACKEND), inputs.logits)
+            for name, inputs in (("wide", wide), ("rounded", rounded), ("narrow", narrow))
         ]
 
-    title = f"{loss.name(BACKEND)}, {replace(case, dtype=narrow).title}"
-    _report_ratio(loss, arguments, report, build, relevant, title, narrow, wide, 0.5, f"x its {wide} time")
+    title = f"{loss.name(BACKEND)}, {replace(case, dtype='bfloat16').title}"
+    others = {"wide": "its float32 time", "rounded": "its float32 time on rounded logits"}
+    for cache in ("warm", "cold"):
+        limits = {"wide": 0.5, "rounded": None}
+        _report_ratios(loss, arguments, report, build, relevant, title, "narrow", limits, others, cache)
     for distribution in ("trained", "init"):
-        case = replace(PROBLEMS.make_case(arguments, distribution, 1000, 10**6), dtype=narrow)
+        case = replace(PROBLEMS.make_case(arguments, distribution, 1000, 10**6), dtype="bfloat16")
         _report_time(loss, arguments, report, case, "warm", 1e9 / (case.positives + case.negatives), 0.35, "ns per element")
 
 
@@ -89,7 +92,8 @@ def equal_segments(loss, arguments, report) -> None:
             ]
 
         title = f"{loss.name(BACKEND)}, {whole.title}, {form}"
-        _report_ratio(loss, arguments, report, build, relevant, title, form, "whole", 1.5, "x the unsegmented call")
+        units = {"whole": "the unsegmented call"}
+        _report_ratios(loss, arguments, report, build, relevant, title, form, {"whole": 1.5}, units, "cold")
 
 
 def many_positives(loss, arguments, report) -> None:
@@ -129,10 +133,14 @@ def _report_time(loss, arguments, report, case, cache: str, scale: float, limit:
     report(f"{loss.name(BACKEND)}, {case.title}, {cache}", limit, unit, got, note)
 
 
-def _report_ratio(loss, arguments, report, build, relevant, title, ours, other, limit, unit) -> None:
-    got, note = None, loss.why_not(BACKEND, arguments.device)
-    if note is None:
-        timings = measures.time_draws(targets.changed(arguments, cache="cold"), build)
-        got = timings[ours].ratio_to(timings[other])
-        note = f"{targets.medians(timings, ours, other)}; {ranking_targets.told_relevant(relevant)}"
-    report(f"{title}, cold", limit, unit, got, note)
+def _report_ratios(loss, arguments, report, build, relevant, title, ours, limits, units, cache: str) -> None:
+    """Ours to each of the others of `limits`, named in `units`."""
+    relevant.clear()
+    missing = loss.why_not(BACKEND, arguments.device)
+    timings = None if missing else measures.time_draws(targets.changed(arguments, cache=cache), build)
+    for other, limit in limits.items():
+        got, note = None, missing
+        if timings:
+            got = timings[ours].ratio_to(timings[other])
+            note = f"{targets.medians(timings, ours, other)}; {ranking_targets.told_relevant(relevant)}"
+        report(f"{title}, {cache}", limit, f"x {units[other]}", got, note)
