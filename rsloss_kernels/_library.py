@@ -48,7 +48,7 @@ def define(
         qualified = f"{NAMESPACE}::{name}.{backend}"
         torch.library.define(qualified, schema)
         torch.library.register_fake(qualified, _on_one_device(name, backend, _with_every_tensor(name, schema, fake)))
-        if backend in _PYTHON_MODULES:
+        if backend in _PYTHON_MODULES and backend in backends:
             implementation = _lazily(stem, backend, name) if compose is None else compose(backend)
             torch.library.impl(qualified, "default", _with_every_tensor(name, schema, implementation))
         if make_backward is not None:

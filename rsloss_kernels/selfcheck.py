@@ -56,14 +56,15 @@ def cases(seed: int) -> Iterator[Case]:
 
         return Case(f"{loss.__name__}, {name}", operator, logits, run)
 
-    def step_by_step(loss: str, option: float) -> Callable[..., Any]:
+    def step_by_step(loss: str, *options: float) -> Callable[..., Any]:
         """The loss as it is with a process group, which communicates between the steps."""
 
         def evaluate(x: Tensor, targets: Tensor, quality: Tensor | None = None) -> tuple[Tensor, ...]:
             settings: dict[str, Any] = {"delta": 0.5, "background": "last", "max_positives": None}
             settings |= {"process_group": None, "average_gradients": True}
             request = read_arguments(loss, f"{loss}_finalize", x, targets, quality, **settings)
-            return ranking.finish(loss, ranking.rank_positives(request), option)
+            outputs = ranking.finish(loss, ranking.rank_positives(request), *options)
+            return tuple(value for value in outputs if value.requires_grad)
 
         evaluate.__name__ = f"{loss}_finalize"
         return evaluate
@@ -127,8 +128,8 @@ def cases(seed: int) -> Iterator[Case]:
     yield average_precision("interpolated", logits, dense)
     yield average_precision("not interpolated", logits, labels, interpolated=False)
     yield average_precision("segments by class", logits, dense, segments="class")
-    for loss, option in (("rank_sort", False), ("average_precision", True)):
-        yield case(step_by_step(loss, option), f"{loss}_finalize", "step by step", logits, dense)
+    for loss, *options in (("rank_sort", False), ("average_precision", True), ("alrp",)):
+        yield case(step_by_step(loss, *options), f"{loss}_finalize", "step by step", logits, dense)
     yield alrp("a value per positive", logits, dense, torch.rand(int((dense > 0).sum()), generator=generator))
     yield alrp("a value per row", logits * 3, labels, quality, delta=0.0)
     state = {"acc_sum": torch.rand(30, generator=generator) * 9, "num_updates": torch.arange(30)}

@@ -32,6 +32,7 @@ ACCEPTED = {
 }
 # The steps of which an operator is made may be the ones that refuse.
 STEPS = {f"{loss}_forward": f"ranking_collect|ranking_bin|{loss}_finalize" for loss in ("rank_sort", "average_precision")}
+STEPS["alrp_forward"] = "ranking_collect|alrp_loss"
 
 
 class Recorder(TorchDispatchMode):
@@ -122,7 +123,7 @@ def test_losses_call_every_operator(backend):
 @pytest.mark.parametrize("operator", sorted(set(_library.defined)))
 def test_operator_refuses_bad_arguments(backend, operator):
     if backend.name not in _library.implemented_by(operator):
-        good = recorded(Backend("reference", "cpu"))[operator][0]
+        good = recorded(Backend(_library.implemented_by(operator)[0], "cpu"))[operator][0]
         with pytest.raises(NotImplementedError, match=f"{operator}.{backend.name}"):
             _library.operator(operator, backend.name)(*good)
         return

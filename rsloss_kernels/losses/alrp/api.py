@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from rsloss_kernels import _checks, distributed
+from rsloss_kernels import _checks, _library, distributed
 from rsloss_kernels._state import weighted
 from rsloss_kernels.losses.levels import Levels, index_in_rows
 from rsloss_kernels.losses.ranking import api as ranking
@@ -94,6 +94,20 @@ def alrp_loss(
     is_per_row = bool(request.quality)
     # Without a capacity the tables have been made to measure: the number of positives is on the host, and there is no padding.
     is_to_measure = request.capacity is None
+    if is_to_measure and levels is None and request.backend in _library.implemented_by("alrp_forward"):
+        losses = _checks.plain(regression_losses)
+        return ALRPLosses(
+            *_library.differentiable(
+                "alrp_forward",
+                request.backend,
+                request.logits,
+                request.targets,
+                losses,
+                is_per_row,
+                request.is_background_first,
+                request.delta,
+            )
+        )
     if is_per_row:
         edit_records = None
     elif is_to_measure:

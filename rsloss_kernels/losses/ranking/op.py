@@ -71,6 +71,46 @@ def _backward_fake(logits, negatives, gradients, lines, counts, segments, num_se
     return [torch.empty_like(level, memory_format=torch.contiguous_format) for level in logits]
 
 
+def table_shapes(capacity: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Of the gradients and lines that a finalize leaves for backward."""
+    return (GRADIENT_ROWS, capacity), (LINE_ROWS, 2 * capacity)
+
+
+def loss_type(logits: list[Tensor]) -> torch.dtype:
+    return torch.float64 if logits[0].dtype == torch.float64 else torch.float32
+
+
+def save_for_gradient(ctx, logits, segments, num_segments, upstream_parity, num_losses, output, negatives, counts):
+    """`output`: the losses come first, gradients and lines last."""
+    ctx.num_segments = num_segments
+    ctx.upstream_parity = upstream_parity
+    ctx.mark_non_differentiable(*output[num_losses:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*logits, segments, negatives, counts, *output[-2:])
+
+
+def make_backward_of(num_losses: int) -> Callable[[str], Callable[..., Any]]:
+    """The formula of an operator whose context `save_for_gradient` filled, and which has its `no_gradients`."""
+
+    def make_backward(backend):
+        ranking_backward = _library.operator("ranking_backward", backend)
+
+        def backward(ctx, grad_first, grad_second, *_):
+            *logits, segments, negatives, counts, gradients, lines = ctx.saved_tensors
+            if ctx.upstream_parity:
+                grad_second = grad_first
+            elif num_losses == 1:
+                grad_second = None
+            grad_logits = ranking_backward(
+                logits, negatives, gradients, lines, counts, segments, ctx.num_segments, grad_first, grad_second
+            )
+            return grad_logits, *ctx.no_gradients
+
+        return backward
+
+    return make_backward
+
+
 def define_loss(stem: str, loss: str, options: str, losses: str, statistics: str = "") -> None:
     """Defines the operators of a ranking loss that have an autograd formula; backward of both is the gradient pass
     `ranking_backward`.
@@ -91,41 +131,16 @@ def define_loss(stem: str, loss: str, options: str, losses: str, statistics: str
 
     def new_outputs(logits: list[Tensor], capacity: int) -> tuple[list[Tensor], list[Tensor]]:
         """Losses and statistics; gradients and lines."""
-        loss_type = torch.float64 if logits[0].dtype == torch.float64 else torch.float32
-        returned = [logits[0].new_empty((), dtype=loss_type) for _ in range(num_losses)]
+        returned = [logits[0].new_empty((), dtype=loss_type(logits)) for _ in range(num_losses)]
         returned += [logits[0].new_empty((capacity,), dtype=torch.float64) for _ in range(has_statistics)]
-        shapes = (GRADIENT_ROWS, capacity), (LINE_ROWS, 2 * capacity)
-        return returned, [logits[0].new_empty(shape, dtype=torch.float64) for shape in shapes]
-
-    def save(ctx, logits, segments, num_segments, last, output, negatives, counts):
-        ctx.num_segments = num_segments
-        ctx.upstream_parity = has_parity and last
-        ctx.mark_non_differentiable(*output[num_losses:])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*logits, segments, negatives, counts, *output[-2:])
-
-    def make_backward(backend):
-        ranking_backward = _library.operator("ranking_backward", backend)
-
-        def backward(ctx, grad_first, grad_second, *_):
-            *logits, segments, negatives, counts, gradients, lines = ctx.saved_tensors
-            if ctx.upstream_parity:
-                grad_second = grad_first
-            elif num_losses == 1:
-                grad_second = None
-            grad_logits = ranking_backward(
-                logits, negatives, gradients, lines, counts, segments, ctx.num_segments, grad_first, grad_second
-            )
-            return grad_logits, *ctx.no_gradients
-
-        return backward
+        return returned, [logits[0].new_empty(shape, dtype=torch.float64) for shape in table_shapes(capacity)]
 
     def finalize_fake(logits, negatives, ranked, *_):
         return tuple(itertools.chain(*new_outputs(logits, ranked.shape[1])))
 
     def save_for_finalize(ctx, inputs, output):
         logits, negatives, _, counts, _, segments, num_segments, *_, last = inputs
-        save(ctx, logits, segments, num_segments, last, output, negatives, counts)
+        save_for_gradient(ctx, logits, segments, num_segments, has_parity and last, num_losses, output, negatives, counts)
         ctx.no_gradients = [None] * (len(inputs) - 1)
 
     _library.define(
@@ -135,7 +150,7 @@ def define_loss(stem: str, loss: str, options: str, losses: str, statistics: str
         f"float delta, float gradient_scale{options}) -> ({', '.join([*outputs, 'Tensor gradients', 'Tensor lines'])})",
         finalize_fake,
         save_for_finalize,
-        make_backward,
+        make_backward_of(num_losses),
         num_tables=2,
         num_saved_tables=4,
     )
@@ -149,7 +164,7 @@ def define_loss(stem: str, loss: str, options: str, losses: str, statistics: str
 
     def save_for_forward(ctx, inputs, output):
         logits, targets, quality, segments, num_segments, *_, last = inputs
-        save(ctx, logits, segments, num_segments, last, output, *output[-4:-2])
+        save_for_gradient(ctx, logits, segments, num_segments, has_parity and last, num_losses, output, *output[-4:-2])
         # A list of tensors has a list of gradients.
         ctx.no_gradients = [[None] * len(targets), [None] * len(quality), *[None] * (len(inputs) - 3)]
 
@@ -161,7 +176,7 @@ def define_loss(stem: str, loss: str, options: str, losses: str, statistics: str
         f"({', '.join([*outputs, 'Tensor negatives', 'Tensor counts', 'Tensor gradients', 'Tensor lines'])})",
         forward_fake,
         save_for_forward,
-        make_backward,
+        make_backward_of(num_losses),
         num_tables=4,
         num_saved_tables=4,
         compose=functools.partial(_compose_forward, loss),
