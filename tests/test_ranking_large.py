@@ -164,6 +164,25 @@ def test_many_16_bit_logits_are_those_in_float32(backend, loss, generator, dtype
 
 
 @pytest.mark.slow_interpreter
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_many_16_bit_logits_of_few_exponents(backend, generator, dtype):
+    """Nearly all between -16 and -2, as in a detector, whose gradients are looked up in registers; the others alone, or whole words of
+    them. What one call counted is gone in the next."""
+    count = 300_000
+    targets = torch.zeros(count)
+    targets[torch.randperm(count, generator=generator)[:400]] = torch.rand(400, generator=generator) * 0.9 + 0.1
+    usual = -2 - 13 * torch.rand(count, generator=generator)
+    others = torch.randn(count, generator=generator) * 10.0 ** torch.randint(-3, 4, (count,), generator=generator)
+    is_alone = torch.rand(count, generator=generator) < 0.02
+    is_in_word = (torch.rand(count // 60 + 1, generator=generator) < 0.04).repeat_interleave(60)[:count]
+    for is_other in (is_alone | is_in_word, torch.zeros(count, dtype=torch.bool), is_in_word, ~is_in_word, is_alone):
+        logits = torch.where(is_other, others, usual).to(dtype)
+        narrow = evaluate(backend, logits, targets, loss=rank_sort_loss, delta=0.5)
+        wide = evaluate(backend, logits.float(), targets, loss=rank_sort_loss, delta=0.5)
+        assert_gates(backend, narrow, [float(value) for value in wide.losses], wide.gradient.double())
+
+
+@pytest.mark.slow_interpreter
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_many_16_bit_logits_of_levels_are_those_of_one_tensor(backend, generator, dtype, threads):
