@@ -2,10 +2,8 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <cstdint>
 #include <cstring>
-#include <memory>
 #include <vector>
 
 namespace rsloss {
@@ -23,39 +21,57 @@ inline uint64_t ordered_bits(double value) {
   return bits >> 63 ? ~bits : bits | (uint64_t{1} << 63);
 }
 
-template <int kDigitBits>
-inline void sort_by_digits(std::vector<SortKey>& keys) {
-  constexpr int kDigits = (64 + kDigitBits - 1) / kDigitBits;
-  constexpr uint64_t kMask = (uint64_t{1} << kDigitBits) - 1;
-  std::vector<std::array<uint32_t, kMask + 1>> counts(kDigits);
-  for (const SortKey& key : keys)
-    for (int digit = 0; digit < kDigits; ++digit) ++counts[digit][key.bits >> (digit * kDigitBits) & kMask];
-  std::vector<SortKey> other(keys.size());
-  for (int digit = 0; digit < kDigits; ++digit) {
-    const int shift = digit * kDigitBits;
-    // Doubles that come from floats have long runs of equal low digits.
-    if (counts[digit][keys[0].bits >> shift & kMask] == keys.size()) continue;
-    uint32_t begin = 0;
-    for (uint32_t& count : counts[digit]) {
-      const uint32_t size = count;
-      count = begin;
+inline uint64_t bits_of(const SortKey& key) { return key.bits; }
+inline uint64_t bits_of(uint64_t key) { return key; }
+
+// Sorts by the bits [first, end), stably: a pass per digit, which share the bits evenly.
+template <class Key>
+inline void sort_by_digits(std::vector<Key>& keys, int first, int end) {
+  const int most = keys.size() < 8192 ? 9 : 11;
+  const int digits = (end - first + most - 1) / most, width = (end - first + digits - 1) / digits;
+  const uint64_t values = uint64_t{1} << width;
+  std::vector<uint32_t> places(digits * values);
+  for (const Key& key : keys)
+    for (int digit = 0; digit < digits; ++digit)
+      ++places[digit * values + (bits_of(key) >> (first + digit * width) & (values - 1))];
+  std::vector<Key> other(keys.size());
+  for (int digit = 0; digit < digits; ++digit) {
+    uint32_t begin = 0, *place = &places[digit * values];
+    for (uint64_t value = 0; value < values; ++value) {
+      const uint32_t size = place[value];
+      place[value] = begin;
       begin += size;
     }
-    for (const SortKey& key : keys) other[counts[digit][key.bits >> shift & kMask]++] = key;
+    for (const Key& key : keys) other[place[bits_of(key) >> (first + digit * width) & (values - 1)]++] = key;
     keys.swap(other);
   }
 }
+
+constexpr int kSlotBits = 29;  // slots are below kMostPositives
 
 // keys come with ascending slots, which break ties.
 inline void sort_keys(std::vector<SortKey>& keys) {
   if (keys.size() < 256) {
     std::sort(keys.begin(), keys.end(),
               [](const SortKey& a, const SortKey& b) { return a.bits != b.bits ? a.bits < b.bits : a.slot < b.slot; });
-  } else if (keys.size() < 8192) {
-    sort_by_digits<8>(keys);
-  } else {
-    sort_by_digits<11>(keys);
+    return;
   }
+  uint64_t differing = 0;
+  for (const SortKey& key : keys) differing |= key.bits ^ keys[0].bits;
+  if (differing == 0) return;
+  const int low = __builtin_ctzll(differing), width = 64 - __builtin_clzll(differing) - low;
+  if (width + kSlotBits > 64) {
+    sort_by_digits(keys, low, low + width);
+    return;
+  }
+  // Doubles that come from floats differ in 35 bits at most, which fit above the slot.
+  const uint64_t mask = (uint64_t{1} << width) - 1, same = keys[0].bits & ~(mask << low);
+  std::vector<uint64_t> packed(keys.size());
+  for (size_t i = 0; i < keys.size(); ++i)
+    packed[i] = (keys[i].bits >> low & mask) << kSlotBits | static_cast<uint64_t>(keys[i].slot);
+  sort_by_digits(packed, kSlotBits, kSlotBits + width);
+  for (size_t i = 0; i < keys.size(); ++i)
+    keys[i] = {same | packed[i] >> kSlotBits << low, static_cast<int32_t>(packed[i] & ((uint64_t{1} << kSlotBits) - 1))};
 }
 
 }  // namespace rsloss

@@ -133,19 +133,21 @@ void sweep_by_quality(const ByQuality& by, const std::vector<SegmentRange>& rang
   });
 }
 
-// Room for the members of all nodes; `value` of a rank.
+// Room for the members of all nodes.
 struct Members {
-  template <class Value>
-  Members(const Windows& windows, const ByQuality& by, const std::vector<int32_t>& lower, const std::vector<int32_t>& upper,
-          const Value& value)
-      : members(new Member[windows.count]),
-        scratch(new Member[windows.count]),
-        prefix(new double[4 * windows.count]),
-        worse_before(new int32_t[2 * windows.count]) {
+  explicit Members(int64_t count)
+      : members(new Member[count]),
+        scratch(new Member[count]),
+        prefix(new double[4 * count]),
+        worse_before(new int32_t[2 * count]) {}
+
+  // value: of every rank, [V]
+  void fill(const Windows& windows, const ByQuality& by, const std::vector<int32_t>& lower, const std::vector<int32_t>& upper,
+            const double* value) const {
     for (const SegmentRange& range : windows.ranges) {
       const int32_t first = static_cast<int32_t>(range.begin);
       for (int64_t r = range.begin; r < range.end; ++r)
-        members[r] = {by.position[r], lower[r] - first, upper[r] - first, windows.offset[r], value(r), 0, 0};
+        members[r] = {by.position[r], lower[r] - first, upper[r] - first, windows.offset[r], value[r], 0, 0};
     }
   }
 
@@ -159,13 +161,14 @@ struct Members {
   std::unique_ptr<int32_t[]> worse_before;
 };
 
-std::vector<QualitySums> compare_qualities(const Windows& windows, const ByQuality& by, const double* quality) {
+std::vector<QualitySums> compare_qualities(const Windows& windows, const ByQuality& by, const double* quality,
+                                           const Members& room) {
   const int64_t count = windows.count;
   const std::vector<double> all = sum_over_positives(windows, [](int64_t) { return 1.0; });
   const std::vector<double> all_quality = sum_over_positives(windows, [&](int64_t j) { return quality[j]; });
   // By position, like the nodes: tasks that write to the same cache lines wait for each other.
   std::vector<double> worse(count), worse_quality(count);
-  const Members room(windows, by, windows.lower, windows.upper, [&](int64_t r) { return quality[r]; });
+  room.fill(windows, by, windows.lower, windows.upper, quality);
   sweep_by_quality(
       by, windows.ranges,
       [&](Node node, int32_t middle) {
@@ -191,13 +194,14 @@ std::vector<QualitySums> compare_qualities(const Windows& windows, const ByQuali
 }
 
 // The sum over better positives i of weight_i H(s_j - s_i), for every positive j, by position.
-std::vector<double> pull_of_better(const Windows& windows, const ByQuality& by, const std::vector<double>& weight) {
+std::vector<double> pull_of_better(const Windows& windows, const ByQuality& by, const std::vector<double>& weight,
+                                   const Members& room) {
   const int64_t count = windows.count;
   std::vector<double> by_quality(count + kPadding), pull(count);
   // The step at delta = 0 takes ties, in either direction.
   const std::vector<int32_t>&lower = windows.delta == 0 ? windows.full_end : windows.lower,
         &upper = windows.delta == 0 ? windows.full_end : windows.upper;
-  const Members room(windows, by, lower, upper, [&](int64_t r) { return weight[r]; });
+  room.fill(windows, by, lower, upper, weight.data());
   for (int64_t r = 0; r < count; ++r) by_quality[by.position[r]] = weight[r];
   sweep_by_quality(
       by, windows.ranges,
@@ -218,7 +222,8 @@ constexpr char kFinalize[] = "rank_sort_finalize";
 std::tuple<Tensor, Tensor, Tensor, Tensor> finish(const RankedPositives& positives) {
   const int64_t count = positives.count();
   const ByQuality by = order_by_quality(positives.windows, positives.quality());
-  const std::vector<QualitySums> sums = compare_qualities(positives.windows, by, positives.quality());
+  const Members room(count);
+  const std::vector<QualitySums> sums = compare_qualities(positives.windows, by, positives.quality(), room);
   std::vector<double> ranking_error(count), sorting_error(count), weight(count);
   PositiveTerms terms(count);
   terms.second.resize(count);
@@ -231,7 +236,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> finish(const RankedPositives& positiv
     terms.first[i] = term.ranking_gradient;
     terms.second[i] = term.sorting_gradient;
   }
-  const std::vector<double> pull = pull_of_better(positives.windows, by, weight);
+  const std::vector<double> pull = pull_of_better(positives.windows, by, weight, room);
   for (int64_t i = 0; i < count; ++i) terms.second[i] += pull[by.position[i]];
   Tensor gradients = positives.gradients(terms);
   return {positives.loss(ranking_error), positives.loss(sorting_error), gradients, positives.lines(terms)};
