@@ -15,12 +15,11 @@ SEGMENTS = 64
 
 
 def narrow_type(loss, arguments, report) -> None:
-    """bfloat16 logits against the same in float32; and against float32 logits that were rounded to bfloat16, which many positives
-    share, so that there are fewer breakpoints."""
+    """bfloat16 logits against the same draw in float32; told too, against float32 logits that were rounded to bfloat16, where many
+    positives share a logit, so that there are fewer breakpoints."""
     case = PROBLEMS.make_case(arguments, "init", 1000, 10**6)
-    relevant = []
 
-    def build(seed):
+    def build(seed, relevant):
         wide, narrow = (make_inputs(replace(case, seed=seed, dtype=dtype)) for dtype in ("float32", "bfloat16"))
         relevant.append(narrow.relevant(loss.delta))
         rounded = replace(narrow, logits=narrow.logits.float())
@@ -30,10 +29,9 @@ def narrow_type(loss, arguments, report) -> None:
         ]
 
     title = f"{loss.name(BACKEND)}, {replace(case, dtype='bfloat16').title}"
-    others = {"wide": "its float32 time", "rounded": "its float32 time on rounded logits"}
+    units = {"wide": "the float32 time of the same draw", "rounded": "the float32 time of the rounded logits"}
     for cache in ("warm", "cold"):
-        limits = {"wide": 0.5, "rounded": None}
-        _report_ratios(loss, arguments, report, build, relevant, title, "narrow", limits, others, cache)
+        _report_ratios(loss, arguments, report, build, title, "narrow", {"wide": 0.5, "rounded": None}, units, cache)
     for distribution in ("trained", "init"):
         case = replace(PROBLEMS.make_case(arguments, distribution, 1000, 10**6), dtype="bfloat16")
         _report_time(loss, arguments, report, case, "warm", 1e9 / (case.positives + case.negatives), 0.35, "ns per element")
@@ -78,9 +76,8 @@ def equal_segments(loss, arguments, report) -> None:
     """64 equal segments in both forms against the same call without segments."""
     whole = PROBLEMS.make_case(arguments, "trained", 1000, 10**6, "index", SEGMENTS)
     for form in ("chunks", "row ids"):
-        relevant = []
 
-        def build(seed, form=form, relevant=relevant):
+        def build(seed, relevant, form=form):
             inputs = make_inputs(replace(whole, seed=seed))
             relevant.append(inputs.relevant(loss.delta))
             chosen = {"segments": SEGMENTS}
@@ -91,9 +88,8 @@ def equal_segments(loss, arguments, report) -> None:
                 for name, options in ((form, chosen), ("whole", {}))
             ]
 
-        title = f"{loss.name(BACKEND)}, {whole.title}, {form}"
-        units = {"whole": "the unsegmented call"}
-        _report_ratios(loss, arguments, report, build, relevant, title, form, {"whole": 1.5}, units, "cold")
+        title, units = f"{loss.name(BACKEND)}, {whole.title}, {form}", {"whole": "the unsegmented call"}
+        _report_ratios(loss, arguments, report, build, title, form, {"whole": 1.5}, units, "cold")
 
 
 def many_positives(loss, arguments, report) -> None:
@@ -133,11 +129,11 @@ def _report_time(loss, arguments, report, case, cache: str, scale: float, limit:
     report(f"{loss.name(BACKEND)}, {case.title}, {cache}", limit, unit, got, note)
 
 
-def _report_ratios(loss, arguments, report, build, relevant, title, ours, limits, units, cache: str) -> None:
-    """Ours to each of the others of `limits`, named in `units`."""
-    relevant.clear()
+def _report_ratios(loss, arguments, report, build, title, ours, limits, units, cache: str) -> None:
+    """Ours to each of the others of `limits`, named in `units`. build: workloads of a seed; adds what share of the negatives matters."""
+    relevant: list[float] = []
     missing = loss.why_not(BACKEND, arguments.device)
-    timings = None if missing else measures.time_draws(targets.changed(arguments, cache=cache), build)
+    timings = None if missing else measures.time_draws(targets.changed(arguments, cache=cache), lambda seed: build(seed, relevant))
     for other, limit in limits.items():
         got, note = None, missing
         if timings:

@@ -154,13 +154,12 @@ class Loss:
 
     @property
     def operators(self) -> tuple[str, ...]:
-        steps = ("ranking_collect", "ranking_bin", self.finalize, "ranking_backward")
-        return (*steps, self.forward) if self.forward else steps
+        return "ranking_collect", "ranking_bin", self.finalize, "ranking_backward", self.forward
 
     @property
-    def forward(self) -> str | None:
-        """The operator that does all steps of the forward in one call; aLRP has work of its own between the steps."""
-        return None if self.third == "regression_losses" else self.finalize.replace("_finalize", "_forward")
+    def forward(self) -> str:
+        """The operator that does all steps of the forward in one call; that of aLRP not every backend has."""
+        return self.finalize.replace("_finalize", "_forward")
 
     def arguments(self, logits: Tensor, targets: Tensor, quality: Tensor | None = None) -> tuple[Tensor, ...]:
         """Those of the function. Regression losses follow from the quality: between 0 and 2, one per positive or per row."""
@@ -190,11 +189,11 @@ class Loss:
         return self.oracle(self.read(*arguments, background=background), self.delta if delta is None else delta)
 
     def run_other_operators(self, backend: harness.Backend, inputs: Inputs) -> None:
-        """Those that the public function calls with a process group only."""
-        if self.forward:
-            arguments = ([value.to(backend.device)] for value in inputs.arguments)
-            options = {"delta": inputs.options["delta"], "background_first": inputs.options.get("background") == "first"}
-            self.pipeline(backend, *arguments, **options).run()
+        """Those that the public function calls with a process group only. Dense targets serve as the regression losses of aLRP."""
+        is_dense = inputs.arguments[1].is_floating_point()
+        arguments = ([value.to(backend.device)] for value in inputs.arguments[: 2 if is_dense else None])
+        options = {"delta": inputs.options["delta"], "background_first": inputs.options.get("background") == "first"}
+        self.pipeline(backend, *arguments, **options).run()
 
     def pipeline(self, backend: harness.Backend, *arguments: list[Tensor], **options) -> harness.Pipeline:
         """The operators one by one; `arguments` are lists of logits, targets and qualities (here of regression losses too)."""

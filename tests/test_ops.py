@@ -88,7 +88,8 @@ def test_every_operator_is_reached_by_a_sample(backend, generator):
     assert claimed.isdisjoint(elsewhere) and claimed | elsewhere == set(OPERATORS)
     for loss in EVERY_LOSS.values():
         calls = record(backend, loss, loss.operator_samples[0], generator)
-        assert {str(function) for function, _ in calls} == {f"rsloss_kernels.{op}.{backend.name}" for op in loss.operators}
+        wanted = [operator for operator in loss.operators if backend.name in _library.implemented_by(operator)]
+        assert {str(function) for function, _ in calls} == {f"rsloss_kernels.{operator}.{backend.name}" for operator in wanted}
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

@@ -369,12 +369,23 @@ def test_backward_never_writes_outside_the_gradient(backend, index):
     assert differing <= 1
 
 
+def with_first_row(table: torch.Tensor, value: float | torch.Tensor) -> torch.Tensor:
+    """The table with other logits (counts, breakpoints) alone, beside indices and segments that are right."""
+    changed = table.clone()
+    changed[0] = value
+    return changed
+
+
 GARBAGE = {
     "nan": lambda table: torch.full_like(table, float("nan")),
     "inf": lambda table: torch.full_like(table, float("inf")),
     "minus_inf": lambda table: torch.full_like(table, -float("inf")),
     "unsorted": lambda table: table.flip(1),
     "huge": lambda table: torch.where(torch.arange(table.shape[1], device=table.device) % 3 == 1, -1e30, table),
+    "minus_inf_logits": lambda table: with_first_row(table, -float("inf")),
+    "logits_below_float32": lambda table: with_first_row(table, -1e39),
+    "logits_between_float32": lambda table: with_first_row(table, 1 + 1e-12),
+    "nan_logit_first": lambda table: with_first_row(table, torch.cat([torch.full_like(table[0, :1], torch.nan), table[0, 1:]])),
     "huge_index": lambda table: table.where(torch.arange(len(table), device=table.device)[:, None] != 3, 1e18),
 }
 
@@ -407,8 +418,9 @@ def test_operators_survive_one_table_with_garbage(backend, name, garbage, is_seg
     for operator in ALL[1:]:
         if name not in OPERATOR_ARGUMENTS[operator]:
             continue
-        for distance in (0, 1e4, -1e30):
+        for distance, delta in ((0, None), (1e4, None), (-1e30, None), (0, 1e-30)):
             given = arguments | {"logits": [level + distance for level in arguments["logits"]]}
+            given |= {} if delta is None else {"delta": delta}
             wanted = call_operator(backend, operator, given)
             try:
                 got = call_operator(backend, operator, given | {name: broken})

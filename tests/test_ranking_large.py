@@ -180,6 +180,10 @@ def test_many_16_bit_logits_of_few_exponents(backend, generator, dtype):
         narrow = evaluate(backend, logits, targets, loss=rank_sort_loss, delta=0.5)
         wide = evaluate(backend, logits.float(), targets, loss=rank_sort_loss, delta=0.5)
         assert_gates(backend, narrow, [float(value) for value in wide.losses], wide.gradient.double())
+        # Looked up in registers or in the table, by vector or alone: negatives of one logit have one gradient.
+        bits, gradient = logits[targets == 0].view(torch.int16).long() + 2**15, narrow.gradient[targets == 0].view(torch.int16)
+        of_logit = torch.zeros(2**16, dtype=torch.int16).scatter_(0, bits, gradient)
+        assert torch.equal(of_logit[bits], gradient)
 
 
 @pytest.mark.slow_interpreter

@@ -16,7 +16,7 @@
 
 #include "alrp/alrp.h"
 #include "common/floating_cpu.h"
-#include "ranking/finalize_cpu.h"
+#include "ranking/ranking_forward_cpu.h"
 
 namespace rsloss {
 namespace {
@@ -73,21 +73,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> alrp_forward(
   STD_TORCH_CHECK(logits.size() == 1, op, ": logits must hold one tensor, got ", logits.size());
   check_placement(op, "regression_losses", regression_losses, logits[0]);
   check_floating(op, "regression_losses", regression_losses);
-  STD_TORCH_CHECK(is_per_row || regression_losses.dim() == 1, op,
-                  ": regression_losses must have one dimension, unless there is one per row, got shape ",
-                  shape_of(regression_losses));
+  if (is_per_row) {
+    STD_TORCH_CHECK(targets.size() == 1 && is_label(targets[0].scalar_type()), op,
+                    ": targets must be class indices where there is a regression loss per row, got dense ones");
+    STD_TORCH_CHECK(shape_of(regression_losses) == shape_of(targets[0]), op,
+                    ": regression_losses must have the shape of targets, ", shape_of(targets[0]), ", got ",
+                    shape_of(regression_losses));
+  } else {
+    STD_TORCH_CHECK(regression_losses.dim() == 1, op,
+                    ": regression_losses must have one dimension, unless there is one per row, got shape ",
+                    shape_of(regression_losses));
+  }
   const Tensors quality = is_per_row ? Tensors{regression_losses} : Tensors{};
   const auto [positives, negatives, counts] =
       ranking_collect(logits, targets, quality, std::nullopt, 1, std::nullopt, false, background_first);
   const int64_t count = positives.size(1), size = regression_losses.numel();
   double* records = static_cast<double*>(positives.mutable_data_ptr());
   if (!is_per_row) put_losses(regression_losses, records, count);
-  // Ranked with their numbers in place of the flat indices, which ascend alike.
+  // Ranking carries their numbers along, the places in `regression_losses`, in place of the flat indices, which ascend alike.
   double* index = records + kIndex * count;
   const std::vector<double> flat_index(index, index + count);
   std::iota(index, index + count, 0.0);
   std::optional<Windows> windows;
-  const auto [ranked, bins] = bin_negatives(logits, negatives, positives, counts, std::nullopt, 1, delta, windows);
+  const auto [ranked, bins] = rank_and_bin(logits, negatives, positives, counts, std::nullopt, 1, delta, windows);
   double* number = static_cast<double*>(ranked.mutable_data_ptr()) + kIndex * count;
   std::vector<int64_t> place(count);
   const int64_t classes = is_per_row ? std::max<int64_t>(logits[0].size(logits[0].dim() - 1), 1) : 1;

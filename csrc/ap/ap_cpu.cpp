@@ -9,7 +9,7 @@
 #include <tuple>
 #include <vector>
 
-#include "ranking/finalize_cpu.h"
+#include "ranking/ranking_forward_cpu.h"
 
 namespace rsloss {
 namespace {

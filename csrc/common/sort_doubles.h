@@ -47,7 +47,7 @@ inline void sort_by_digits(std::vector<Key>& keys, int first, int end) {
   }
 }
 
-constexpr int kSlotBits = 29;  // slots are below kMostPositives
+constexpr int kSlotBits = 29;  // slots are below 2^29
 
 // keys come with ascending slots, which break ties.
 inline void sort_keys(std::vector<SortKey>& keys) {

@@ -16,7 +16,7 @@
 #include "common/sort_doubles.h"
 #include "rank_sort/members.h"
 #include "rank_sort/rank_sort.h"
-#include "ranking/finalize_cpu.h"
+#include "ranking/ranking_forward_cpu.h"
 
 #define RSL_SIMD_BODY "rank_sort/rank_sort_simd.h"
 #include "common/for_each_isa.h"

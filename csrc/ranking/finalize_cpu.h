@@ -7,14 +7,12 @@
 
 #include <limits>
 #include <optional>
-#include <tuple>
 #include <utility>
 #include <vector>
 
 #include "common/checks.h"
 #include "common/new_tensor_cpu.h"
 #include "ranking/ranking_checks.h"
-#include "ranking/ranking_forward.h"
 #include "ranking/windows_cpu.h"
 
 namespace rsloss {
@@ -126,25 +124,5 @@ class RankedPositives {
   bool is_double_;
   bool is_broken_;
 };
-
-// `ranking_bin`, which leaves the windows of what it ranks in `windows`.
-std::tuple<Tensor, Tensor> bin_negatives(const Tensors& logits, const Tensor& negatives, const Tensor& positives,
-                                         const Tensor& counts, const std::optional<Tensor>& segments, int64_t num_segments,
-                                         double delta, std::optional<Windows>& windows);
-
-// All steps of a loss. finish: from RankedPositives to what its finalize returns.
-template <class Finish>
-auto forward_by_steps(const char* finalize, const Finish& finish, const Tensors& logits, const Tensors& targets,
-                      const Tensors& quality, const std::optional<Tensor>& segments, int64_t num_segments,
-                      std::optional<int64_t> max_positives, bool maps, bool background_first, double delta,
-                      double gradient_scale) {
-  std::optional<Windows> windows;
-  const auto bin = [&](const auto&... arguments) { return bin_negatives(arguments..., windows); };
-  const auto finalize_ranked = [&](const auto&... arguments) {
-    return finish(RankedPositives(finalize, arguments..., std::move(windows)));
-  };
-  return ranking_forward(bin, finalize_ranked, logits, targets, quality, segments, num_segments, max_positives, maps,
-                         background_first, delta, gradient_scale);
-}
 
 }  // namespace rsloss

@@ -84,8 +84,7 @@ class Histogram {
 };
 
 // Counts the patterns among the negatives of all tensors.
-template <class In>
-void count_negatives(const Tensors& logits, const uint64_t* words, int64_t tasks, Histogram& counted) {
+inline void count_negatives(const Tensors& logits, const uint64_t* words, int64_t tasks, Histogram& counted) {
   run_tasks(tasks, [&](int64_t task) {
     counted.clear(task);
     const uint64_t* level_mask = words;

@@ -11,7 +11,12 @@ struct PatternExtremes {
   int16_t signed_most[kLanes];
 
   PatternExtremes() {
-    for (int i = 0; i < kLanes; ++i) least[i] = 0xffff, most[i] = 0, signed_least[i] = 0x7fff, signed_most[i] = -0x8000;
+    for (int i = 0; i < kLanes; ++i) {
+      least[i] = 0xffff;
+      most[i] = 0;
+      signed_least[i] = 0x7fff;
+      signed_most[i] = -0x8000;
+    }
   }
 
   // i: the lane
@@ -26,8 +31,14 @@ struct PatternExtremes {
   // Of both signs.
   void add_to(PatternRange* ranges) const {
     for (int i = 0; i < kLanes; ++i) {
-      if (signed_most[i] >= 0) ranges[0].add(least[i]), ranges[0].add(static_cast<uint16_t>(signed_most[i]));
-      if (signed_least[i] < 0) ranges[1].add(static_cast<uint16_t>(signed_least[i])), ranges[1].add(most[i]);
+      if (signed_most[i] >= 0) {
+        ranges[0].add(least[i]);
+        ranges[0].add(static_cast<uint16_t>(signed_most[i]));
+      }
+      if (signed_least[i] < 0) {
+        ranges[1].add(static_cast<uint16_t>(signed_least[i]));
+        ranges[1].add(most[i]);
+      }
     }
   }
 };

@@ -28,7 +28,10 @@ static int64_t find_window(const uint16_t* logits, int64_t count) {
   int best = 0, most = 0;
   for (int i = 0; i + 2 < kExponents; ++i) {
     const int here = found[i] + found[i + 1] + found[i + 2];
-    if (here > most) best = i, most = here;
+    if (here > most) {
+      best = i;
+      most = here;
+    }
   }
   return most >= kSample * 7 / 8 ? int64_t{best} * kSameExponent : -1;
 }

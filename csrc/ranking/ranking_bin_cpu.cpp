@@ -19,10 +19,10 @@
 #include "common/new_tensor_cpu.h"
 #include "common/parallel.h"
 #include "common/sort_doubles.h"
-#include "ranking/finalize_cpu.h"
 #include "ranking/patterns_cpu.h"
 #include "ranking/ranking.h"
 #include "ranking/ranking_checks.h"
+#include "ranking/ranking_forward_cpu.h"
 #include "ranking/ranking_sweep.h"
 #include "ranking/windows_cpu.h"
 
@@ -36,6 +36,8 @@
 
 namespace rsloss {
 namespace {
+
+static_assert(kMostPositives <= int64_t{1} << kSlotBits);
 
 // Reorders the keys by segment, stably. A segment that there is not counts as the first or the last one.
 void group_by_segment(std::vector<SortKey>& keys, const double* segment, int64_t num_segments) {
@@ -207,7 +209,7 @@ int64_t bin_patterns(const Tensors& logits, const uint64_t* words, const std::ve
   std::vector<BinSums> sums(parted.edges.size() + 1);
   const int64_t tasks = std::min(kMostTasks, task_count(mask_words(count_elements(logits)), kWordsPerTask));
   Histogram counted(tasks);
-  count_negatives<In>(logits, words, tasks, counted);
+  count_negatives(logits, words, tasks, counted);
   const int64_t nan_count = bin_histogram<In>(counted, parted.edges, scale, sums.data());
   write_bins(
       points, ranges, [&](int64_t bin) { return sums[bin].count; }, [&](int64_t bin) { return sums[bin].sum; }, counts,
@@ -278,9 +280,9 @@ int64_t stream_negatives(const Tensors& logits, const uint64_t* words, const Seg
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> bin_negatives(const Tensors& logits, const Tensor& negatives, const Tensor& positives,
-                                         const Tensor& counts, const std::optional<Tensor>& segments, int64_t num_segments,
-                                         double delta, std::optional<Windows>& windows) {
+std::tuple<Tensor, Tensor> rank_and_bin(const Tensors& logits, const Tensor& negatives, const Tensor& positives,
+                                        const Tensor& counts, const std::optional<Tensor>& segments, int64_t num_segments,
+                                        double delta, std::optional<Windows>& windows) {
   const char* op = "ranking_bin";
   check_delta(op, delta);
   const int64_t capacity =
@@ -318,7 +320,7 @@ std::tuple<Tensor, Tensor> bin_negatives(const Tensors& logits, const Tensor& ne
 std::tuple<Tensor, Tensor> ranking_bin(Tensors logits, Tensor negatives, Tensor positives, Tensor counts,
                                        std::optional<Tensor> segments, int64_t num_segments, double delta) {
   std::optional<Windows> windows;
-  return bin_negatives(logits, negatives, positives, counts, segments, num_segments, delta, windows);
+  return rank_and_bin(logits, negatives, positives, counts, segments, num_segments, delta, windows);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rsloss_kernels, CPU, m) { m.impl("ranking_bin.cpp", TORCH_BOX(&ranking_bin)); }

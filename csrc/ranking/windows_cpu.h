@@ -116,7 +116,8 @@ void merge_segment(const WindowEnds& ends, const IsNext& lo_is_next, int32_t fir
   int64_t next_lo = 0, next_hi = 0, below_lo = 0, lo_done = 0, below_hi = 0, hi_done = 0;
   for (int64_t step = 0; step < 2 * ends.count; ++step) {
     const double lo = ends.lo[next_lo], hi = ends.hi[next_hi];
-    const bool takes_lo = lo_is_next(lo, hi);
+    // No window closes before it opens, whatever a table holds that no operator wrote.
+    const bool takes_lo = next_lo == next_hi || lo_is_next(lo, hi);
     edges[step] = takes_lo ? lo : hi;
     lo_slot[next_lo] = hi_slot[next_hi] = static_cast<int32_t>(2 * int64_t{first} + step);
     next_lo += takes_lo;

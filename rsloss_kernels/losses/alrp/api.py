@@ -95,7 +95,7 @@ def alrp_loss(
     # Without a capacity the tables have been made to measure: the number of positives is on the host, and there is no padding.
     is_to_measure = request.capacity is None
     if is_to_measure and levels is None and request.backend in _library.implemented_by("alrp_forward"):
-        losses = _checks.plain(regression_losses)
+        losses = request.quality[0] if is_per_row else _checks.contiguous(regression_losses)
         return ALRPLosses(
             *_library.differentiable(
                 "alrp_forward",

@@ -36,7 +36,8 @@ def _forward_fake(logits, targets, regression_losses, is_per_row, background_fir
 
 
 def _save_for_forward(ctx, inputs, output):
-    save_for_gradient(ctx, inputs[0], None, 1, False, 1, output, *output[-4:-2])
+    negatives, counts = output[-4:-2]
+    save_for_gradient(ctx, inputs[0], output, negatives, counts, num_losses=1)
     ctx.no_gradients = [[None] * len(inputs[1]), *[None] * (len(inputs) - 2)]
 
 

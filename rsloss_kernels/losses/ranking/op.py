@@ -80,7 +80,9 @@ def loss_type(logits: list[Tensor]) -> torch.dtype:
     return torch.float64 if logits[0].dtype == torch.float64 else torch.float32
 
 
-def save_for_gradient(ctx, logits, segments, num_segments, upstream_parity, num_losses, output, negatives, counts):
+def save_for_gradient(
+    ctx, logits, output, negatives, counts, *, num_losses, segments=None, num_segments=1, upstream_parity=False
+):
     """`output`: the losses come first, gradients and lines last."""
     ctx.num_segments = num_segments
     ctx.upstream_parity = upstream_parity
@@ -140,7 +142,8 @@ def define_loss(stem: str, loss: str, options: str, losses: str, statistics: str
 
     def save_for_finalize(ctx, inputs, output):
         logits, negatives, _, counts, _, segments, num_segments, *_, last = inputs
-        save_for_gradient(ctx, logits, segments, num_segments, has_parity and last, num_losses, output, negatives, counts)
+        options = {"segments": segments, "num_segments": num_segments, "upstream_parity": has_parity and last}
+        save_for_gradient(ctx, logits, output, negatives, counts, num_losses=num_losses, **options)
         ctx.no_gradients = [None] * (len(inputs) - 1)
 
     _library.define(
@@ -164,7 +167,8 @@ def define_loss(stem: str, loss: str, options: str, losses: str, statistics: str
 
     def save_for_forward(ctx, inputs, output):
         logits, targets, quality, segments, num_segments, *_, last = inputs
-        save_for_gradient(ctx, logits, segments, num_segments, has_parity and last, num_losses, output, *output[-4:-2])
+        options = {"segments": segments, "num_segments": num_segments, "upstream_parity": has_parity and last}
+        save_for_gradient(ctx, logits, output, *output[-4:-2], num_losses=num_losses, **options)
         # A list of tensors has a list of gradients.
         ctx.no_gradients = [[None] * len(targets), [None] * len(quality), *[None] * (len(inputs) - 3)]
 
