@@ -26,10 +26,11 @@ std::unique_ptr<In[]> pattern_gradients(const double* lines, int64_t columns, in
   };
   const int64_t tasks = task_count(kPatterns, kPatterns / 8);
   run_tasks(tasks, [&](int64_t task) {
+    // Breakpoints at or below the last value; of NaN, behind which comes -inf, none.
+    int64_t below = 0;
     for (int64_t stretch = task_begin(kStretches, tasks, task); stretch < task_begin(kStretches, tasks, task + 1); ++stretch) {
       const int64_t begin = stretch * kStretch, last = begin + kStretch - 1;
-      // Behind NaN comes -inf, below all breakpoints.
-      int64_t below = value_of(begin) == value_of(begin) ? std::upper_bound(lines, lines + slots, value_of(begin)) - lines : 0;
+      while (below < slots && lines[below] <= value_of(begin)) ++below;
       // A line is monotone, and so is rounding: patterns between two with the same gradient have it too.
       if (value_of(begin) <= value_of(last) && !(below < slots && lines[below] <= value_of(last)) &&
           pattern_of(gradient(begin, below)) == pattern_of(gradient(last, below))) {

@@ -36,7 +36,10 @@ constexpr int64_t kScanWords = 512;
 // The elements of a floating tensor, as double.
 class Elements {
  public:
-  explicit Elements(const Tensor& tensor) : type_(tensor.scalar_type()), data_(tensor.const_data_ptr()) {}
+  explicit Elements(const Tensor& tensor)
+      : type_(tensor.scalar_type()), size_(static_cast<int64_t>(tensor.element_size())), data_(tensor.const_data_ptr()) {}
+
+  void prefetch(int64_t i) const { __builtin_prefetch(static_cast<const char*>(data_) + i * size_); }
 
   double operator[](int64_t i) const {
     double value = 0;
@@ -46,6 +49,7 @@ class Elements {
 
  private:
   ScalarType type_;
+  int64_t size_;
   const void* data_;
 };
 
@@ -87,11 +91,15 @@ Found scan_dense(const Tensor& targets, const Tensor& logits, uint64_t* negative
       for (int64_t word = task_begin(words, tasks, task); word < end; word += kScanWords) {
         const int64_t block = std::min(kScanWords, end - word);
         RSL_ISA_CALL(scan_targets, data + word * 64, std::min(block * 64, count - word * 64), negatives + word, positives);
-        for (int64_t i = 0; i < block; ++i)
+        const size_t before = mine.positives.size();
+        for (int64_t i = 0; i < block; ++i) {
           for (uint64_t bits = positives[i]; bits != 0; bits &= bits - 1) {
             const int64_t index = (word + i) * 64 + __builtin_ctzll(bits);
-            mine.positives.push_back({index, logit[index], static_cast<double>(data[index])});
+            logit.prefetch(index);
+            mine.positives.push_back({index, 0, static_cast<double>(data[index])});
           }
+        }
+        for (size_t i = before; i < mine.positives.size(); ++i) mine.positives[i].logit = logit[mine.positives[i].index];
         mine.negatives += RSL_ISA_CALL(count_bits, negatives + word, block);
       }
       found[task] = std::move(mine);
