@@ -58,6 +58,7 @@ def calls(seed: int) -> dict[str, tuple[torch.Tensor, Callable[[torch.Tensor], t
     # By the bits of 16-bit logits, from a quarter of a million elements on; many positives.
     chance = torch.rand(300_000, generator=generator)
     many, many_targets = normal(generator, 300_000), torch.rand(40_000, generator=generator).round()
+    many_qualities = (chance - 0.99).clamp(min=0)
     return {
         "ranking, maps": of_maps(lambda *given, **options: sum(r.rank_sort_loss(*given, **options))),
         "GHM-C, maps": of_maps(r.ghm_classification_loss),
@@ -76,7 +77,8 @@ def calls(seed: int) -> dict[str, tuple[torch.Tensor, Callable[[torch.Tensor], t
         "group softmax": (grouped, of_groups),
         "Seesaw": (normal(generator, ROWS, CLASSES + 2), lambda x: sum(r.seesaw_loss(x, labels, counts))),
         "smooth L1": (logits, lambda x: r.smooth_l1_loss(x, torch.zeros_like(x), 0.5)),
-        "ranking, many": (many, lambda x: sum(r.rank_sort_loss(x, (chance - 0.99).clamp(min=0)))),
+        "ranking, many": (many, lambda x: sum(r.rank_sort_loss(x, many_qualities))),
+        "ranking, many of few exponents": (many - 6, lambda x: sum(r.rank_sort_loss(x, many_qualities))),
         "ranking, many positives": (many[:40_000], lambda x: sum(r.rank_sort_loss(x, many_targets))),
     }
 
@@ -84,7 +86,8 @@ def calls(seed: int) -> dict[str, tuple[torch.Tensor, Callable[[torch.Tensor], t
 def losses(seed: int) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         for name, (values, loss) in calls(seed).items():
-            if (name == "ranking, many" and dtype == torch.float32) or (name == "ranking, many positives" and dtype == torch.bfloat16):
+            is_for_16_bits = name in ("ranking, many", "ranking, many of few exponents")
+            if (is_for_16_bits and dtype == torch.float32) or (name == "ranking, many positives" and dtype == torch.bfloat16):
                 continue
             leaf = values.to(dtype, copy=True).requires_grad_()
             loss(leaf).sum().backward()
