@@ -4,10 +4,11 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
+#include <vector>
 #ifdef RSL_OWN_THREADS
 #include <thread>
-#include <vector>
 #endif
 
 namespace rsloss {
@@ -46,5 +47,25 @@ void run_tasks(int64_t tasks, const Body& body) {
 
 // First item of `task` when `items` are dealt evenly among `tasks`.
 inline int64_t task_begin(int64_t items, int64_t tasks, int64_t task) { return items * task / tasks; }
+
+// Runs body(item) for item in [0, items) on so many tasks, each from the first of an even share on. A task that is done takes
+// the last ones of the others' shares: one whose processor is slow or late holds up none. Items must not depend on each other.
+template <class Body>
+void share_items(int64_t items, int64_t tasks, const Body& body) {
+  struct alignas(64) Share {
+    std::atomic<int64_t> claimed{0};  // of its items; whoever claims one has it
+    std::atomic<int64_t> taken_last{0};
+  };
+  std::vector<Share> shares(static_cast<size_t>(tasks));
+  run_tasks(tasks, [&](int64_t task) {
+    for (int64_t i = 0; i < tasks; ++i) {
+      const int64_t owner = (task + i) % tasks, begin = task_begin(items, tasks, owner),
+                    end = task_begin(items, tasks, owner + 1);
+      Share& share = shares[static_cast<size_t>(owner)];
+      for (int64_t first = begin; share.claimed.fetch_add(1, std::memory_order_relaxed) < end - begin;)
+        body(owner == task ? first++ : end - 1 - share.taken_last.fetch_add(1, std::memory_order_relaxed));
+    }
+  });
+}
 
 }  // namespace rsloss

@@ -1,141 +1,8 @@
-// Targets of 0 at logits z <= 0, nearly all elements of a detector, in floats: losses as sums of two, right to 3e-8, and slopes
-// to 4e-7. Part of focal_simd.h.
+// The losses of targets of 0 at logits z <= 0, and the sums of their slopes, in floats (focal_functions_simd.h). Part of
+// focal_simd.h.
 //
-// With e = e^z, q = e / (1 + e) and S = log1p(e) a loss q^gamma S is e^(gamma + 1) g(e), where g is smooth: log1p(e) / e / (1 +
-// e)^gamma, a table of polynomials for gamma 0, 1 and 2; for any other gamma it is e^(-gamma softplus(-z)) S. e^z is kept as
-// coarse (1 + rest) and g as leading (1 + ...), coarse and leading of so few bits that their products are exact in float.
-
-// The low bits of a float to which 0x1.8p23 was added are an integer: an index into a table of a vector or, of 16, of two.
-template <int kVectors>
-static inline FloatVec look_up_by_bits(const float* table, FloatVec at) {
-  const IntVec bits = reinterpret_cast<IntVec>(at);
-  return look_up<RSL_ISA == 0 ? 0 : kVectors>(table, RSL_ISA == 0 ? bits & 15 : bits);
-}
-
-constexpr double log_one_plus_constant(double x) {
-  const double s = x / (2 + x);
-  double power = 2 * s, sum = 0;
-  for (int k = 1; k < 60; k += 2, power *= s * s) sum += power / k;
-  return sum;
-}
-
-// 2^(j/16) to seven bits times 2^kScale, in the bits less j of the sixteenths of an octave that the exponent adds; and the
-// logarithm of what is lost.
-struct CoarsePowers {
-  alignas(64) float mantissas[16];
-  alignas(64) float lost[16];
-};
-constexpr float float_of_bits(int32_t bits) {
-  float value = static_cast<float>((bits & 0x7fffff) | 0x800000) / 0x1p23f;
-  for (int exponent = (bits >> 23) - 127; exponent > 0; --exponent) value *= 2;
-  for (int exponent = (bits >> 23) - 127; exponent < 0; ++exponent) value /= 2;
-  return value;
-}
-constexpr CoarsePowers make_coarse_powers(int scale) {
-  CoarsePowers table{};
-  for (int j = 0; j < 16; ++j) {
-    const double x = j * (0.69314718055994531 / 16);
-    double exact = 0, term = 1;
-    for (int k = 1; k < 40; ++k) exact += term, term *= x / k;
-    const int coarse = static_cast<int>(exact * 64 + 0.5);
-    table.mantissas[j] = float_of_bits(((127 + scale) << 23) + ((coarse - 64) << 17) - (j << 19));
-    table.lost[j] = static_cast<float>(log_one_plus_constant(exact * 64 / coarse - 1));
-  }
-  return table;
-}
-template <int kScale>
-constexpr CoarsePowers kCoarsePowers = make_coarse_powers(kScale);
-
-// g by a polynomial around each k / (kEntries - 1), in d = (kEntries - 1) e - k, within 1/2: leading (1 + terms[0] + terms[1] d
-// + ...).
-constexpr int kEntries = RSL_ISA == 256 ? 8 : 16;
-constexpr int kDegree = kEntries == 8 ? 7 : 5;
-struct RatioTable {
-  alignas(64) float leading[kEntries];
-  alignas(64) float terms[kDegree + 1][kEntries];
-};
-
-constexpr double rounded_to_bits(double x, int bits) {
-  double scale = 1;
-  for (; x * scale < (1 << (bits - 1)); scale *= 2) {}
-  return static_cast<int>(x * scale + 0.5) / scale;
-}
-
-constexpr RatioTable make_ratio_table(int gamma) {
-  constexpr int kSeries = 12;
-  const double step = 1.0 / (kEntries - 1), half = step / 2;
-  double chebyshev[kSeries][kSeries] = {};  // coefficients of the polynomials
-  chebyshev[0][0] = chebyshev[1][1] = 1;
-  for (int n = 2; n < kSeries; ++n)
-    for (int k = 0; k < kSeries; ++k) chebyshev[n][k] = (k > 0 ? 2 * chebyshev[n - 1][k - 1] : 0) - chebyshev[n - 2][k];
-  RatioTable table{};
-  for (int i = 0; i < kEntries; ++i) {
-    // The Taylor series of log1p, divided by e, then by powers of 1 + e.
-    const double center = i * step;
-    double series[kSeries + 1] = {log_one_plus_constant(center)}, power = 1;
-    for (int k = 1; k <= kSeries; ++k) power /= 1 + center, series[k] = (k % 2 ? power : -power) / k;
-    for (int k = 0; k < kSeries; ++k) series[k] = i == 0 ? series[k + 1] : (series[k] - (k > 0 ? series[k - 1] : 0)) / center;
-    for (int times = 0; times < gamma; ++times)
-      for (int k = 0; k < kSeries; ++k) series[k] = (series[k] - (k > 0 ? series[k - 1] : 0)) / (1 + center);
-    // Shortened where it costs least within the interval.
-    power = 1;
-    for (int k = 0; k < kSeries; ++k, power *= half) series[k] *= power;
-    for (int n = kSeries - 1; n > kDegree; --n) {
-      const double factor = series[n] / chebyshev[n][n];
-      for (int k = 0; k <= n; ++k) series[k] -= factor * chebyshev[n][k];
-    }
-    const double leading = rounded_to_bits(series[0], gamma == 0 ? 10 : 3);
-    table.leading[i] = static_cast<float>(leading);
-    power = 1;
-    for (int k = 0; k <= kDegree; ++k, power *= 2)
-      table.terms[k][i] = static_cast<float>((series[k] / leading - (k == 0 ? 1 : 0)) * power);
-  }
-  return table;
-}
-template <int kGamma>
-constexpr RatioTable kRatioTable = make_ratio_table(kGamma);
-
-// coarse (1 + rest); coarse has seven bits.
-struct CoarseFloat {
-  FloatVec coarse;
-  FloatVec rest;
-};
-
-// 2^kScale e^-(x + low) for x in [0, 120] where that is in the normal range.
-template <int kScale>
-static inline CoarseFloat exp_minus_coarse(FloatVec x, FloatVec low) {
-  const FloatVec shifted = x * -23.0831207f + 0x1.8p23f, n = shifted - 0x1.8p23f;
-  const FloatVec lost = look_up_by_bits<kSixteenthsVectors>(kCoarsePowers<kScale>.lost, shifted);
-  // The first product and difference are exact, also without fused operations.
-  const FloatVec r = ((n * -0x1.62ep-5f - x) - n * 1.99663656e-6f) + (lost - low), square = r * r;
-  const FloatVec mantissa = look_up_by_bits<kSixteenthsVectors>(kCoarsePowers<kScale>.mantissas, shifted);
-  // Unsigned: of an element that the caller drops the sum may overflow.
-  const UnsignedVec power = reinterpret_cast<UnsignedVec>(mantissa) + (reinterpret_cast<UnsignedVec>(shifted) << 19);
-  return {reinterpret_cast<FloatVec>(power), square * ((r * 0.16666667f + 0.5f) + square * 0.041666667f) + r};
-}
-
-// high + low
-struct FloatSum {
-  FloatVec high;
-  FloatVec low;
-};
-
-// e^(gamma + 1) g(e), high of 17 bits for gamma 0.
-template <int kGamma>
-static inline FloatSum modulated_entropy(CoarseFloat e) {
-  constexpr const RatioTable& table = kRatioTable<kGamma>;
-  const FloatVec steps = e.coarse * float{kEntries - 1}, shifted = (steps * e.rest + steps) + 0x1.8p23f;
-  const FloatVec d = steps * e.rest + (steps - (shifted - 0x1.8p23f));
-  FloatVec sum = look_up_by_bits<1>(table.terms[kDegree], shifted);
-  for (int k = kDegree - 1; k >= 0; --k) sum = sum * d + look_up_by_bits<1>(table.terms[k], shifted);
-  FloatVec high = look_up_by_bits<1>(table.leading, shifted) * e.coarse, rest = e.rest;
-  if constexpr (kGamma >= 1) high *= e.coarse;
-  if constexpr (kGamma >= 2) high *= e.coarse;
-  if constexpr (kGamma == 1) rest *= rest + 2;
-  if constexpr (kGamma == 2) rest *= rest * (rest + 3) + 3;
-  const FloatVec part = high * rest;
-  return {high, sum * (high + part) + part};
-}
+// In stages, each a loop over the block with a short chain of operations, so that a processor sees far enough ahead to be busy:
+// what one stage leaves to the next is in FocalStages.
 
 // Losses of any gamma are multiplied by a power of two, so that also those whose power of q leaves the range of float count.
 template <int kGamma>
@@ -145,114 +12,177 @@ constexpr double kBackgroundUnscale = kGamma < 0 ? 0x1p-96 : 1;
 constexpr float kFarthestBackground = 28;
 constexpr float kLargestBackgroundExponent = 110;
 
-// -x of background, which that is; within its range for any x.
-static inline uint32_t background_lanes(FloatVec x) {
-  return at_most_mask(x, FloatVec{}) & at_most_mask(all_floats(-kFarthestBackground), x);
-}
-static inline FloatVec background_distance(FloatVec x) {
-  const FloatVec farthest = all_floats(kFarthestBackground), none = {}, distance = none < -x ? -x : none;
-  return distance < farthest ? distance : farthest;
-}
-
-// m S with m = q^gamma 2^kScale for S = entropy = log1p(e^-distance); m as well.
-struct PoweredEntropy {
-  FloatSum loss;
-  FloatVec power;
-  uint32_t is_near;  // what is not is any number
-};
-template <int kScale>
-static inline PoweredEntropy powered_entropy(FloatVec distance, FloatSum entropy, FloatVec gamma_high, FloatVec gamma_low) {
-  // softplus(-z) and its product with gamma as sums of two.
-  const FloatVec sum = entropy.high + entropy.low, lost = entropy.low - (sum - entropy.high);
-  const FloatVec high = distance + sum, part = high - distance;
-  const FloatVec low = ((distance - (high - part)) + (sum - part)) + lost, product = gamma_high * high;
-  const FloatVec product_low = product_error(gamma_high, high, product) + (gamma_high * low + gamma_low * high);
-  const CoarseFloat m = exp_minus_coarse<kScale>(product, product_low);
-  const FloatVec loss_high = m.coarse * entropy.high, part_low = m.coarse * entropy.low;
-  return {{loss_high, (loss_high + part_low) * m.rest + part_low},
-          m.coarse * m.rest + m.coarse,
-          at_most_mask(product, all_floats(kLargestBackgroundExponent))};
+// How far a logit is below 0, and the lanes in which it is that, but not farther than: as integers, where the bits of what is
+// above 0, and of NaN, are beyond any limit.
+static inline FloatVec distance_below(FloatVec z) { return FloatVec{} - z; }
+static inline uint32_t lanes_within(FloatVec distance, float farthest) {
+  return at_most_mask(reinterpret_cast<UnsignedVec>(distance), reinterpret_cast<UnsignedVec>(all_floats(farthest)));
 }
 
 // Where the sums of classes are: nowhere, one for the block, one for each entry of the columns.
 enum class ClassSums { kNone, kOfBlock, kOfEntries };
 
-static inline void add_doubles(DoublePair& sum, FloatVec x) { sum.low += low_doubles(x), sum.high += high_doubles(x); }
+static inline void add_doubles(DoublePair& sum, DoublePair x) { sum.low += x.low, sum.high += x.high; }
+static inline void add_where(DoublePair& sum, uint32_t lanes, DoublePair x) {
+  sum.low += choose(lanes & kAllDoubles, x.low, DoubleVec{}), sum.high += choose(lanes >> kDoubles, x.high, DoubleVec{});
+}
+
+// Calls body(i, bit) for the vectors of 64 elements from `begin` on, fewer where they end: they are the bits of a word.
+template <class Body>
+static inline void for_vectors_of_word(int begin, int end, const Body& body) {
+  if (end - begin < 64) {
+    for (int i = begin; i < end; i += kFloats) body(i, i - begin);
+  } else {
+#pragma GCC unroll 16
+    for (int bit = 0; bit < 64; bit += kFloats) body(begin + bit, bit);
+  }
+}
+
+// Two numbers of each element of a block.
+struct StageValues {
+  alignas(64) float high[kBlock];
+  alignas(64) float low[kBlock];
+};
+static inline FloatSum load_sum(const StageValues& values, int i) {
+  return {load_floats(values.high + i), load_floats(values.low + i)};
+}
+static inline CoarseFloat load_coarse(const StageValues& values, int i) {
+  return {load_floats(values.high + i), load_floats(values.low + i)};
+}
+static inline void store_values(StageValues& values, int i, FloatVec high, FloatVec low) {
+  store_floats(values.high + i, high), store_floats(values.low + i, low);
+}
+
+struct FocalStages {
+  StageValues exponential;      // e, coarse and rest
+  StageValues loss;             // without the weight; of any gamma at first S
+  StageValues modulation;       // of any gamma at first gamma softplus(-z), then m, coarse and rest
+  uint64_t taken[kBlockWords];  // elements that floats can take
+};
+
+// e and who is taken.
+static inline void find_exponentials(const float* logits, const FocalBlock& block, FocalStages& stages) {
+  for (int begin = 0; begin < block.size; begin += 64) {
+    uint64_t within = 0;
+    for_vectors_of_word(begin, block.size, [&](int i, int bit) {
+      const FloatVec distance = distance_below(load_floats(logits + i));
+      within |= uint64_t{lanes_within(distance, kFarthestBackground)} << bit;
+      const CoarseFloat e = exp_minus_coarse<0>(distance, FloatVec{});
+      store_values(stages.exponential, i, e.coarse, e.rest);
+    });
+    stages.taken[begin / 64] = within & block.negative[begin / 64];
+  }
+}
+
+// m S from S, with m = q^gamma 2^kScale for any gamma.
+template <int kScale>
+static inline void modulate_losses(const float* logits, const FocalBlock& block, FocalStages& stages) {
+  for (int begin = 0; begin < block.size; begin += 64) {
+    uint64_t within = 0;
+    for_vectors_of_word(begin, block.size, [&](int i, int bit) {
+      const FloatVec distance = distance_below(load_floats(logits + i));
+      const FloatVec gamma_high = column_of(block.columns.gamma_high, block, i);
+      const FloatVec gamma_low = column_of(block.columns.gamma_low, block, i);
+      const FloatSum entropy = load_sum(stages.loss, i);
+      // softplus(-z) and its product with gamma as sums of two.
+      const FloatVec sum = entropy.high + entropy.low, lost = entropy.low - (sum - entropy.high);
+      const FloatVec high = distance + sum, part = high - distance;
+      const FloatVec low = ((distance - (high - part)) + (sum - part)) + lost, product = gamma_high * high;
+      const FloatVec product_low = product_error(gamma_high, high, product) + (gamma_high * low + gamma_low * high);
+      within |= uint64_t{lanes_within(product, kLargestBackgroundExponent)} << bit;
+      store_values(stages.modulation, i, product, product_low);
+    });
+    stages.taken[begin / 64] &= within;
+  }
+  for (int i = 0; i < block.size; i += kFloats) {
+    const FloatSum exponent = load_sum(stages.modulation, i);
+    const CoarseFloat m = exp_minus_coarse<kScale>(exponent.high, exponent.low);
+    store_values(stages.modulation, i, m.coarse, m.rest);
+  }
+  for (int i = 0; i < block.size; i += kFloats) {
+    const CoarseFloat m = load_coarse(stages.modulation, i);
+    const FloatSum entropy = load_sum(stages.loss, i);
+    const FloatVec high = m.coarse * entropy.high, low = m.coarse * entropy.low;
+    store_values(stages.loss, i, high, (high + low) * m.rest + low);
+  }
+}
+
+// Calls take(i, bit, slope) with dL/dz without the weight and times the scale; 0 where the element is not taken.
+template <int kGamma, class Take>
+static inline void for_background_slopes(const FocalBlock& block, const FocalStages& stages, int begin, const Take& take) {
+  for_vectors_of_word(begin, block.size, [&](int i, int bit) {
+    const uint32_t lanes = static_cast<uint32_t>(stages.taken[begin / 64] >> bit) & kAllFloats;
+    const CoarseFloat e = load_coarse(stages.exponential, i);
+    const FloatVec near = e.coarse * e.rest + e.coarse, remainder = reciprocal(1 + near), q = near * remainder;
+    FloatVec slope = q;
+    if constexpr (kGamma != 0) {
+      const FloatSum loss = load_sum(stages.loss, i);
+      FloatVec gamma = all_floats(kGamma), power = kGamma == 1 ? q : q * q;
+      if constexpr (kGamma < 0) {
+        const CoarseFloat m = load_coarse(stages.modulation, i);
+        gamma = column_of(block.columns.gamma_high, block, i), power = m.coarse * m.rest + m.coarse;
+      }
+      slope = gamma * remainder * (loss.high + loss.low) + power * q;
+    }
+    take(i, bit, choose(lanes, slope, FloatVec{}));
+  });
+}
 
 // Adds the losses of the targets of 0 of a block, and their slopes to the sums. What floats cannot take becomes `left_over`.
-// kOneWeight: all classes of the block have the first one's weight. Elements have no weights of their own. In stages, each a
-// loop over the block with a short chain: a processor sees far enough ahead to be busy.
+// kOneWeight: all classes of the block have the first one's weight. Elements have no weights of their own.
 template <int kGamma, ClassSums kSums, bool kOneWeight>
 [[gnu::flatten, gnu::noinline]] static void sum_background(const float* logits, const FocalBlock& block, uint64_t* left_over,
                                                            DoublePair& result) {
-  constexpr int kModulated = kGamma < 0 ? 0 : kGamma;
   const ClassColumns& columns = block.columns;
   const FloatVec none = {};
-  alignas(64) float coarse[kBlock], rest[kBlock], entropy_high[kGamma < 0 ? kBlock : 1], entropy_low[kGamma < 0 ? kBlock : 1];
+  FocalStages stages;
+  find_exponentials(logits, block, stages);
   for (int i = 0; i < block.size; i += kFloats) {
-    const CoarseFloat e = exp_minus_coarse<0>(background_distance(load_floats(logits + i)), none);
-    store_floats(coarse + i, e.coarse), store_floats(rest + i, e.rest);
+    const FloatSum loss = modulated_entropy<(kGamma < 0 ? 0 : kGamma)>(load_coarse(stages.exponential, i));
+    store_values(stages.loss, i, loss.high, loss.low);
   }
-  const auto exponential = [&](int i) { return CoarseFloat{load_floats(coarse + i), load_floats(rest + i)}; };
-  if constexpr (kGamma < 0) {
-    for (int i = 0; i < block.size; i += kFloats) {
-      const FloatSum entropy = modulated_entropy<0>(exponential(i));
-      store_floats(entropy_high + i, entropy.high), store_floats(entropy_low + i, entropy.low);
-    }
-  }
-  DoublePair losses = {}, slopes = {};
+  if constexpr (kGamma < 0) modulate_losses<kBackgroundScale<kGamma>>(logits, block, stages);
+
+  DoublePair losses = {}, small_losses = {}, slopes = {};
   uint64_t any = 0;
   for (int begin = 0; begin < block.size; begin += 64) {
-    const uint64_t wanted = block.negative[begin / 64];
-    uint64_t taken = 0;
+    const uint64_t taken = stages.taken[begin / 64];
     // Few of the small parts, and of the slopes, are added in float.
     FloatVec small = none, pulls = none;
-    for (int i = begin; i < begin + 64 && i < block.size; i += kFloats) {
-      const FloatVec z = load_floats(logits + i);
-      uint32_t lanes = static_cast<uint32_t>(wanted >> (i - begin)) & background_lanes(z);
-      const CoarseFloat e = exponential(i);
-      FloatSum loss;
-      FloatVec power = none, gamma = all_floats(kModulated);
-      if constexpr (kGamma < 0) {
-        gamma = column_of(columns.gamma_high, block, i);
-        const FloatSum entropy = {load_floats(entropy_high + i), load_floats(entropy_low + i)};
-        const PoweredEntropy powered = powered_entropy<kBackgroundScale<kGamma>>(background_distance(z), entropy, gamma,
-                                                                                 column_of(columns.gamma_low, block, i));
-        loss = powered.loss, power = powered.power, lanes &= powered.is_near;
-      } else {
-        loss = modulated_entropy<kModulated>(e);
-      }
-      taken |= uint64_t{lanes} << (i - begin);
-      const FloatVec high = choose(lanes, loss.high, none), low = choose(lanes, loss.low, none);
+    const auto widen_some = [&](int bit, DoublePair& sum, FloatVec& part) {
+      if (RSL_ISA == 512 || (bit + kFloats) % (4 * kFloats) != 0 || bit + kFloats == 64) return;
+      add_doubles(sum, widen_floats(part));
+      part = FloatVec{};
+    };
+    for_vectors_of_word(begin, block.size, [&](int i, int bit) {
+      const uint32_t lanes = static_cast<uint32_t>(taken >> bit) & kAllFloats;
+      const FloatVec low = choose(lanes, load_floats(stages.loss.low + i), none);
       if constexpr (kOneWeight) {
-        add_doubles(losses, high);
+        add_where(losses, lanes, load_doubles(stages.loss.high + i));
         small += low;
       } else {
         // Times the sum of two floats.
+        const FloatVec high = choose(lanes, load_floats(stages.loss.high + i), none);
         const FloatVec w = load_floats(columns.negative_rounded + i), product = high * w;
-        add_doubles(losses, product);
+        add_doubles(losses, widen_floats(product));
         small += product_error(high, w, product) + (low * w + high * load_floats(columns.negative_lost + i));
       }
-      if constexpr (kSums != ClassSums::kNone) {
-        const FloatVec near = e.coarse * e.rest + e.coarse, remainder = reciprocal(1 + near), q = near * remainder;
-        FloatVec slope = q;
-        if constexpr (kGamma == 1) power = q;
-        if constexpr (kGamma == 2) power = q * q;
-        if constexpr (kGamma != 0) slope = gamma * remainder * (loss.high + loss.low) + power * q;
-        slope = choose(lanes, slope, none);
-        if constexpr (kSums == ClassSums::kOfBlock) pulls += slope;
+      widen_some(bit, small_losses, small);
+    });
+    add_doubles(small_losses, widen_floats(small));
+    if constexpr (kSums != ClassSums::kNone) {
+      for_background_slopes<kGamma>(block, stages, begin, [&](int i, int bit, FloatVec slope) {
+        if constexpr (kSums == ClassSums::kOfBlock) pulls += slope, widen_some(bit, slopes, pulls);
         else store_floats(block.negative_pulls + i, load_floats(block.negative_pulls + i) + slope);
-      }
-      if (RSL_ISA == 512 || (i + kFloats) % (4 * kFloats) != 0) continue;
-      add_doubles(losses, small), add_doubles(slopes, pulls);
-      small = pulls = none;
+      });
+      add_doubles(slopes, widen_floats(pulls));
     }
-    add_doubles(losses, small), add_doubles(slopes, pulls);
-    left_over[begin / 64] = wanted & ~taken;
+    left_over[begin / 64] = block.negative[begin / 64] & ~taken;
     any |= taken;
   }
   // An infinite weight multiplies nothing where there is nothing.
   if (any == 0) return;
+  add_doubles(losses, small_losses);
   const double factor = kBackgroundUnscale<kGamma> * (kOneWeight ? columns.negative[0] : 1);
   result.low += factor * losses.low, result.high += factor * losses.high;
   if constexpr (kSums == ClassSums::kOfBlock) {

@@ -185,10 +185,8 @@ std::vector<Chunk> cut_into_chunks(const Arguments& arguments, const std::vector
 // Calls body(chunk number) for all, on as many threads as it pays.
 template <class Body>
 void for_chunks(const std::vector<Chunk>& chunks, const Body& body) {
-  const int64_t count = static_cast<int64_t>(chunks.size()), tasks = task_count(count, 1);
-  run_tasks(tasks, [&](int64_t task) {
-    for (int64_t i = task_begin(count, tasks, task); i < task_begin(count, tasks, task + 1); ++i) body(i);
-  });
+  const int64_t count = static_cast<int64_t>(chunks.size());
+  share_items(count, task_count(count, 1), body);
 }
 
 // The sums of a chunk as its blocks add to them, by entry of the columns or by class, to P and N of each class.

@@ -89,25 +89,3 @@ static inline DoubleVec power_doubles(DoubleVec base, DoubleVec gamma) {
   const DoubleVec broken = z + t;
   return {is_number ? loss : broken, is_number ? slope : broken};
 }
-
-// dL/dx of a target of 0 or 1 in floats, right to 1e-6 for |x| = distance within [0, 86]. positive: the lanes with x >
-// 0.
-template <int kGamma>
-static inline FloatVec hard_slope(FloatVec distance, uint32_t positive, FloatVec gamma_high, FloatVec gamma_low) {
-  const FloatVec e = exp_minus(distance), larger = reciprocal(1 + e), none = FloatVec{};
-  const FloatVec q = choose(~positive & kAllFloats, e * larger, larger);
-  if constexpr (kGamma == 0) return q;
-  const FloatVec rest = choose(positive, e * larger, larger), log_part = log_one_plus(e);
-  const FloatVec softplus = choose(positive, log_part + distance, log_part);
-  if constexpr (kGamma == 1) return q * (rest * softplus + q);
-  if constexpr (kGamma == 2) return q * q * (2 * rest * softplus + q);
-  // gamma softplus(-x) as the sum of two floats: what is lost by rounding it would show.
-  const FloatVec below = choose(positive, none, distance), product = gamma_high * below;
-  const FloatVec other = gamma_high * log_part + (product_error(gamma_high, below, product) + gamma_low * below);
-  const FloatVec sum = product + other, part = sum - product, lost = (product - (sum - part)) + (other - part);
-  const FloatVec limit = all_floats(kLargestFloatExponent);
-  const uint32_t is_near = at_most_mask(sum, limit);
-  const FloatVec power = exp_minus(choose(is_near, sum, limit));
-  const FloatVec m = choose(is_near, power - power * lost, none);
-  return m * (gamma_high * rest * softplus + q);
-}

@@ -12,11 +12,16 @@
 static inline DoubleVec column_of(const double* column, const FocalBlock& block, int i) {
   return load_vec<DoubleVec>(column + (i & block.wrap));
 }
+static inline DoublePair column_pair(const double* column, const FocalBlock& block, int i) {
+  return {column_of(column, block, i), column_of(column, block, i + kDoubles)};
+}
 static inline FloatVec column_of(const float* column, const FocalBlock& block, int i) {
   return load_floats(column + (i & block.wrap));
 }
 
 #include "focal/focal_background_simd.h"
+#include "focal/focal_functions_simd.h"
+#include "focal/focal_slopes_simd.h"
 
 // Calls body(first element of the vector, lanes wanted) where any is.
 template <class Body>
@@ -25,6 +30,26 @@ static inline void for_wanted(const FocalBlock& block, const uint64_t* wanted, c
     const uint32_t mask = static_cast<uint32_t>(wanted[i / 64] >> i % 64) & kAllFloats;
     if (mask != 0) body(i, mask);
   }
+}
+
+// Few of a block are picked into vectors that they fill: calls body(where they are, their number) for each vector.
+static inline bool are_few(const uint64_t* wanted, int size) {
+  int count = 0;
+  for (int word = 0; word < kBlockWords; ++word) count += __builtin_popcountll(wanted[word]);
+  return count <= size / 8;
+}
+template <class Body>
+static inline void for_picked(const uint64_t* wanted, const Body& body) {
+  int at[kFloats], count = 0;
+  for (int word = 0; word < kBlockWords; ++word) {
+    for (uint64_t bits = wanted[word]; bits != 0; bits &= bits - 1) {
+      at[count++] = word * 64 + __builtin_ctzll(bits);
+      if (count < kFloats) continue;
+      body(at, kFloats);
+      count = 0;
+    }
+  }
+  if (count != 0) body(at, count);
 }
 
 // A vector of logits as hard_near takes them, 0 where they are not near. kNegated: x = -z.
@@ -54,29 +79,59 @@ static inline NearLogits load_near(const double* logits) {
           low_near | high_near << kDoubles};
 }
 
-// Calls take(i, lanes, low, high) with the halves of the vectors of elements, their losses and slopes multiplied by all
-// weights. kPositive: the targets are 1, else 0.
+// Calls take(lanes, low, high) with the halves of a vector of elements, their losses and slopes multiplied by w. kPositive: the
+// targets are 1, else 0.
+template <int kGamma, bool kExact, bool kPositive, class In, class Take>
+static inline void take_hard(const In* logits, uint32_t lanes, DoublePair w, DoublePair gamma, const Take& take) {
+  const NearLogits x = load_near<kPositive>(logits);
+  const auto with_sign = [](const ElementDoubles& x) { return ElementDoubles{x.loss, kPositive ? -x.slope : x.slope}; };
+  take(lanes & x.is_near, with_sign(hard_near<kGamma, kExact>(x.near.low, x.above & kAllDoubles, gamma.low, w.low)),
+       with_sign(hard_near<kGamma, kExact>(x.near.high, x.above >> kDoubles, gamma.high, w.high)));
+  const uint32_t far = lanes & ~x.is_near;
+  if (__builtin_expect(far != 0, 0)) {
+    const DoublePair z = load_doubles(logits);
+    take(far, with_sign(hard_far(kPositive ? -z.low : z.low, w.low)),
+         with_sign(hard_far(kPositive ? -z.high : z.high, w.high)));
+  }
+}
+
+// Calls take(i, lanes, low, high) with the halves of the vectors of elements, multiplied by all weights.
 template <int kGamma, bool kExact, bool kPositive, class In, class Take>
 static inline void sweep_hard(const In* logits, const FocalBlock& block, const uint64_t* wanted, const Take& take) {
   for_wanted(block, wanted, [&](int first, uint32_t lanes) {
-    const NearLogits x = load_near<kPositive>(logits + first);
-    const auto weight_of = [&](int i) {
-      const DoubleVec w = column_of(kPositive ? block.columns.positive : block.columns.negative, block, i);
-      return block.weight == nullptr ? w : w * load_vec<DoubleVec>(block.weight + i);
-    };
-    const auto with_sign = [](const ElementDoubles& x) { return ElementDoubles{x.loss, kPositive ? -x.slope : x.slope}; };
-    const auto half = [&](int i, DoubleVec near, uint32_t above) {
-      const DoubleVec gamma = kGamma < 0 ? column_of(block.columns.gamma, block, i) : DoubleVec{};
-      return with_sign(hard_near<kGamma, kExact>(near, above, gamma, weight_of(i)));
-    };
-    take(first, lanes & x.is_near, half(first, x.near.low, x.above & kAllDoubles),
-         half(first + kDoubles, x.near.high, x.above >> kDoubles));
-    const uint32_t far = lanes & ~x.is_near;
-    if (__builtin_expect(far != 0, 0)) {
-      const DoublePair z = load_doubles(logits + first);
-      take(first, far, with_sign(hard_far(kPositive ? -z.low : z.low, weight_of(first))),
-           with_sign(hard_far(kPositive ? -z.high : z.high, weight_of(first + kDoubles))));
+    DoublePair w = column_pair(kPositive ? block.columns.positive : block.columns.negative, block, first), gamma = {};
+    if (block.weight != nullptr) {
+      const DoublePair v = load_doubles(block.weight + first);
+      w = {w.low * v.low, w.high * v.high};
     }
+    if constexpr (kGamma < 0) gamma = column_pair(block.columns.gamma, block, first);
+    take_hard<kGamma, kExact, kPositive>(
+        logits + first, lanes, w, gamma,
+        [&](uint32_t taken, const ElementDoubles& low, const ElementDoubles& high) { take(first, taken, low, high); });
+  });
+}
+
+// Adds the targets of 0 of the mask, few of the block and without weights of their own.
+template <int kGamma, bool kClassSums>
+static inline void add_few(const float* logits, const FocalBlock& block, const uint64_t* wanted, DoublePair& total) {
+  for_picked(wanted, [&](const int* at, int count) {
+    alignas(64) float z[kFloats] = {};
+    alignas(64) double w[kFloats] = {}, gamma[kFloats] = {}, slopes[kFloats];
+    for (int lane = 0; lane < count; ++lane) {
+      z[lane] = logits[at[lane]], w[lane] = block.columns.negative[at[lane] & block.wrap];
+      if constexpr (kGamma < 0) gamma[lane] = block.columns.gamma[at[lane] & block.wrap];
+    }
+    const auto add = [&](uint32_t lanes, const ElementDoubles& low, const ElementDoubles& high) {
+      add_where(total, lanes, {low.loss, high.loss});
+      if constexpr (kClassSums) {
+        store_doubles(slopes, {absolute(low.slope), absolute(high.slope)});
+        for (; lanes != 0; lanes &= lanes - 1) {
+          const int lane = __builtin_ctz(lanes);
+          block.negative_sums[at[lane] & block.wrap] += slopes[lane];
+        }
+      }
+    };
+    take_hard<kGamma, false, false>(z, (1u << count) - 1, load_doubles(w), load_doubles(gamma), add);
   });
 }
 
@@ -152,8 +207,12 @@ template <int kGamma, bool kClassSums, class In>
       }
     };
   };
-  if (zeros != left_over || any_bit(zeros))
-    sweep_hard<kGamma, kExact, false>(logits, block, zeros, add_to(block.negative_sums));
+  bool is_summed = false;
+  if constexpr (!kExact) {
+    is_summed = zeros == left_over && are_few(zeros, block.size);
+    if (is_summed) add_few<kGamma, kClassSums>(logits, block, zeros, total);
+  }
+  if (!is_summed) sweep_hard<kGamma, kExact, false>(logits, block, zeros, add_to(block.negative_sums));
   if (block.has_ones) sweep_ones<kGamma, kExact>(table, logits, block, block.one, add_to(block.positive_sums));
   result = total;
   if (!block.has_soft) return;
@@ -199,31 +258,52 @@ template <bool kGradient, int kGamma, class In>
   if (block.has_soft) sweep_soft(table, logits, block, block.soft, write);
 }
 
-// Slopes in float of targets of 0, where the others become 0, or of 1. What is beyond the range of floats is left over.
+// Slopes in float, of targets of 0 or 1, of the lanes that are not beyond the range of floats.
+struct FloatSlopes {
+  FloatVec slopes;
+  uint32_t is_small;
+};
+template <int kGamma, bool kPositive>
+static inline FloatSlopes float_slopes(FloatVec z, FloatVec w, FloatVec gamma_high, FloatVec gamma_low) {
+  const FloatVec distance = absolute(z), none = FloatVec{};
+  const uint32_t above = kPositive ? greater_mask(none, z) : greater_mask(z, none);
+  const FloatVec slope = w * hard_slope<kGamma>(distance, above, gamma_high, gamma_low);
+  return {kPositive ? -slope : slope, at_most_mask(distance, all_floats(kLargestFloatExponent))};
+}
+
+// Writes the elements of the mask alone. What is beyond the range of floats is left over.
 template <int kGamma, bool kPositive>
 [[gnu::flatten]] static void write_float(const float* logits, const FocalBlock& block, const uint64_t* wanted,
                                          uint64_t* left_over, float* output) {
   const ClassColumns& columns = block.columns;
-  for (int i = 0; i < block.size; i += kFloats) {
-    const uint32_t mask = static_cast<uint32_t>(wanted[i / 64] >> i % 64) & kAllFloats;
-    if (mask == 0) {
-      if constexpr (!kPositive) store_floats(output + i, FloatVec{});
-      continue;
-    }
-    const FloatVec z = load_floats(logits + i), limit = all_floats(kLargestFloatExponent), none = FloatVec{};
-    const uint32_t is_small = at_most_mask(absolute(z), limit), lanes = mask & is_small;
-    set_lanes(left_over, i, mask & ~is_small);
-    const uint32_t positive = kPositive ? greater_mask(none, z) : greater_mask(z, none);
-    const FloatVec gamma_high = kGamma < 0 ? column_of(columns.gamma_high, block, i) : none;
-    const FloatVec gamma_low = kGamma < 0 ? column_of(columns.gamma_low, block, i) : none;
-    FloatVec w = column_of(kPositive ? columns.positive_rounded : columns.negative_rounded, block, i);
-    if (block.weight != nullptr) {
-      const DoublePair v = load_doubles(block.weight + i);
-      w *= to_floats(v.low, v.high);
-    }
-    const FloatVec slope = w * hard_slope<kGamma>(absolute(z), positive, gamma_high, gamma_low);
-    store_floats(output + i, choose(lanes, kPositive ? -slope : slope, kPositive ? load_floats(output + i) : none));
+  const float* weights = kPositive ? columns.positive_rounded : columns.negative_rounded;
+  if (are_few(wanted, block.size)) {
+    for_picked(wanted, [&](const int* at, int count) {
+      alignas(64) float z[kFloats] = {}, w[kFloats] = {}, gamma_high[kFloats] = {}, gamma_low[kFloats] = {}, slopes[kFloats];
+      for (int lane = 0; lane < count; ++lane) {
+        const int i = at[lane], entry = i & block.wrap;
+        z[lane] = logits[i], w[lane] = weights[entry];
+        if (block.weight != nullptr) w[lane] *= static_cast<float>(block.weight[i]);
+        if constexpr (kGamma < 0) gamma_high[lane] = columns.gamma_high[entry], gamma_low[lane] = columns.gamma_low[entry];
+      }
+      const FloatSlopes result =
+          float_slopes<kGamma, kPositive>(load_floats(z), load_floats(w), load_floats(gamma_high), load_floats(gamma_low));
+      store_floats(slopes, result.slopes);
+      for (int lane = 0; lane < count; ++lane) {
+        if (result.is_small >> lane & 1) output[at[lane]] = slopes[lane];
+        else set_bit(left_over, at[lane]);
+      }
+    });
+    return;
   }
+  for_wanted(block, wanted, [&](int i, uint32_t lanes) {
+    const FloatVec gamma_high = kGamma < 0 ? column_of(columns.gamma_high, block, i) : FloatVec{};
+    const FloatVec gamma_low = kGamma < 0 ? column_of(columns.gamma_low, block, i) : FloatVec{};
+    const FloatSlopes result =
+        float_slopes<kGamma, kPositive>(load_floats(logits + i), float_weight(weights, block, i), gamma_high, gamma_low);
+    store_floats(output + i, choose(lanes & result.is_small, result.slopes, load_floats(output + i)));
+    set_lanes(left_over, i, lanes & ~result.is_small);
+  });
 }
 
 // Value: float or double.
@@ -233,8 +313,8 @@ static void write_gradient(const FocalTable& table, const Value* logits, const F
     clear_output(output, block.size);
     write_wide<true, kGamma>(table, logits, block, block.negative, block.one, output);
   } else {
-    uint64_t zeros[kBlockWords] = {}, ones[kBlockWords] = {};
-    write_float<kGamma, false>(logits, block, block.negative, zeros, output);
+    uint64_t above[kBlockWords] = {}, zeros[kBlockWords] = {}, ones[kBlockWords] = {};
+    if (write_background<kGamma>(logits, block, above, output)) write_float<kGamma, false>(logits, block, above, zeros, output);
     if (block.has_ones) {
       if (modulates_positives(table)) write_float<kGamma, true>(logits, block, block.one, ones, output);
       else write_float<0, true>(logits, block, block.one, ones, output);
