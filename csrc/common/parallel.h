@@ -48,24 +48,53 @@ void run_tasks(int64_t tasks, const Body& body) {
 // First item of `task` when `items` are dealt evenly among `tasks`.
 inline int64_t task_begin(int64_t items, int64_t tasks, int64_t task) { return items * task / tasks; }
 
-// Runs body(item) for item in [0, items) on so many tasks, each from the first of an even share on. A task that is done takes
-// the last ones of the others' shares: one whose processor is slow or late holds up none. Items must not depend on each other.
-template <class Body>
-void share_items(int64_t items, int64_t tasks, const Body& body) {
+// Items dealt evenly among tasks, in pieces. A task takes those of its own share from the first on, then the last ones of the
+// others' shares: one whose processor is slow or late holds up none.
+class Shares {
+ public:
+  Shares(int64_t items, int64_t tasks, int64_t piece)
+      : items_(items),
+        tasks_(tasks),
+        piece_(piece),
+        pieces_((items + piece - 1) / piece),
+        shares_(static_cast<size_t>(tasks)) {}
+
+  int64_t pieces() const { return pieces_; }
+  int64_t piece_of(int64_t item) const { return item / piece_; }
+
+  // Calls body(begin, end) for the pieces that the task gets; every task must come once.
+  template <class Body>
+  void take(int64_t task, const Body& body) {
+    for (int64_t i = 0; i < tasks_; ++i) {
+      const int64_t owner = (task + i) % tasks_;
+      const int64_t first = task_begin(pieces_, tasks_, owner), last = task_begin(pieces_, tasks_, owner + 1);
+      Share& share = shares_[static_cast<size_t>(owner)];
+      for (int64_t own = first; share.claimed.fetch_add(1, std::memory_order_relaxed) < last - first;) {
+        const int64_t piece = i == 0 ? own++ : last - 1 - share.taken_last.fetch_add(1, std::memory_order_relaxed);
+        body(piece * piece_, std::min((piece + 1) * piece_, items_));
+      }
+    }
+  }
+
+ private:
   struct alignas(64) Share {
-    std::atomic<int64_t> claimed{0};  // of its items; whoever claims one has it
+    std::atomic<int64_t> claimed{0};  // whoever claims a piece has one
     std::atomic<int64_t> taken_last{0};
   };
-  std::vector<Share> shares(static_cast<size_t>(tasks));
-  run_tasks(tasks, [&](int64_t task) {
-    for (int64_t i = 0; i < tasks; ++i) {
-      const int64_t owner = (task + i) % tasks, begin = task_begin(items, tasks, owner),
-                    end = task_begin(items, tasks, owner + 1);
-      Share& share = shares[static_cast<size_t>(owner)];
-      for (int64_t first = begin; share.claimed.fetch_add(1, std::memory_order_relaxed) < end - begin;)
-        body(owner == task ? first++ : end - 1 - share.taken_last.fetch_add(1, std::memory_order_relaxed));
-    }
-  });
+  int64_t items_, tasks_, piece_, pieces_;
+  std::vector<Share> shares_;
+};
+
+// Runs body(item) for item in [0, items) on so many tasks. Items must not depend on each other.
+template <class Body>
+void share_items(int64_t items, int64_t tasks, const Body& body) {
+  Shares shares(items, tasks, 1);
+  run_tasks(tasks, [&](int64_t task) { shares.take(task, [&](int64_t item, int64_t) { body(item); }); });
+}
+
+// Words of 64 elements for a pass whose tasks hold something between pieces.
+inline Shares share_words(int64_t words, int64_t tasks) {
+  return {words, tasks, std::max(kWordsPerTask, words / (16 * tasks))};
 }
 
 }  // namespace rsloss

@@ -19,16 +19,20 @@ static inline FloatVec column_of(const float* column, const FocalBlock& block, i
   return load_floats(column + (i & block.wrap));
 }
 
-#include "focal/focal_background_simd.h"
 #include "focal/focal_functions_simd.h"
+
+#include "focal/focal_background_simd.h"
 #include "focal/focal_slopes_simd.h"
 
 // Calls body(first element of the vector, lanes wanted) where any is.
 template <class Body>
 static inline void for_wanted(const FocalBlock& block, const uint64_t* wanted, const Body& body) {
-  for (int i = 0; i < block.size; i += kFloats) {
-    const uint32_t mask = static_cast<uint32_t>(wanted[i / 64] >> i % 64) & kAllFloats;
-    if (mask != 0) body(i, mask);
+  for (int begin = 0; begin < block.size; begin += 64) {
+    if (wanted[begin / 64] == 0) continue;
+    for (int i = begin; i < begin + 64 && i < block.size; i += kFloats) {
+      const uint32_t mask = static_cast<uint32_t>(wanted[begin / 64] >> (i - begin)) & kAllFloats;
+      if (mask != 0) body(i, mask);
+    }
   }
 }
 

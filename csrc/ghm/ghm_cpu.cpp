@@ -97,10 +97,7 @@ GhmEdges make_edges(int64_t bins, const std::optional<double>& mu) {
 template <class Body>
 void for_chunks(const std::vector<Chunk>& chunks, const Body& body) {
   const int64_t count = static_cast<int64_t>(chunks.size());
-  const int64_t tasks = task_count(count, 1);
-  run_tasks(tasks, [&](int64_t task) {
-    for (int64_t i = task_begin(count, tasks, task); i < task_begin(count, tasks, task + 1); ++i) body(i);
-  });
+  share_items(count, task_count(count, 1), body);
 }
 
 // The histogram: counts by bin and the valid elements with NaN, then losses by bin and 0.

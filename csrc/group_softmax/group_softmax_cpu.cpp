@@ -72,10 +72,7 @@ template <class Body>
 void for_chunks(int64_t rows, int64_t columns, const Body& body) {
   const int64_t chunks = (rows + kChunkRows - 1) / kChunkRows;
   const int64_t tasks = task_count(chunks, std::max<int64_t>(1, kLogitsPerTask / (kChunkRows * columns)));
-  run_tasks(tasks, [&](int64_t task) {
-    for (int64_t i = task_begin(chunks, tasks, task); i < task_begin(chunks, tasks, task + 1); ++i)
-      body(i * kChunkRows, std::min<int64_t>(kChunkRows, rows - i * kChunkRows));
-  });
+  share_items(chunks, tasks, [&](int64_t i) { body(i * kChunkRows, std::min<int64_t>(kChunkRows, rows - i * kChunkRows)); });
 }
 
 void fill_chunk(const GroupLayout& layout, const Labels& labels, const Tensor& weights, int64_t begin, int64_t count,

@@ -80,11 +80,7 @@ constexpr int64_t kLogitsPerTask = 16384;
 // Calls body(row) for all rows, on as many threads as it pays.
 template <class Body>
 void for_rows(const Rows& problem, const Body& body) {
-  const int64_t tasks = task_count(problem.rows, std::max<int64_t>(1, kLogitsPerTask / (problem.classes + 2)));
-  run_tasks(tasks, [&](int64_t task) {
-    const int64_t end = task_begin(problem.rows, tasks, task + 1);
-    for (int64_t row = task_begin(problem.rows, tasks, task); row < end; ++row) body(row);
-  });
+  share_items(problem.rows, task_count(problem.rows, std::max<int64_t>(1, kLogitsPerTask / (problem.classes + 2))), body);
 }
 
 // pair: the logits of foreground and background.

@@ -62,11 +62,8 @@ bool is_wide(const SmoothL1Problem& problem) {
 // Calls body(chunk, begin, end) for pieces cut by the size alone, on as many threads as it pays. Returns their number.
 template <class Body>
 void for_chunks(int64_t elements, int64_t size, const Body& body) {
-  const int64_t chunks = (elements + size - 1) / size, tasks = task_count(chunks, 1);
-  run_tasks(tasks, [&](int64_t task) {
-    for (int64_t i = task_begin(chunks, tasks, task); i < task_begin(chunks, tasks, task + 1); ++i)
-      body(i, i * size, std::min((i + 1) * size, elements));
-  });
+  const int64_t chunks = (elements + size - 1) / size;
+  share_items(chunks, task_count(chunks, 1), [&](int64_t i) { body(i, i * size, std::min((i + 1) * size, elements)); });
 }
 
 int64_t chunk_size(int64_t elements) {
