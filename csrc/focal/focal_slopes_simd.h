@@ -21,7 +21,7 @@ struct SlopeStages {
 template <int kGamma>
 static inline FloatVec slope_by_table(FloatVec e) {
   if constexpr (kGamma == 0) return e * reciprocal(1 + e);
-  constexpr const SlopeTable& table = kSlopeTable < kGamma == 2 ? 2 : 1 > ;
+  constexpr const SlopeTable& table = kSlopeTable<kGamma>;
   const FloatVec shifted = e * float{kEntries - 1} + 0x1.8p23f, d = e * float{kEntries - 1} - (shifted - 0x1.8p23f);
   FloatVec sum = look_up_by_bits<kEntries>(table.terms[kSlopeDegree], shifted);
   for (int k = kSlopeDegree - 1; k >= 0; --k) sum = sum * d + look_up_by_bits<kEntries>(table.terms[k], shifted);
