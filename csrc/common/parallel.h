@@ -69,7 +69,8 @@ class Shares {
       const int64_t owner = (task + i) % tasks_;
       const int64_t first = task_begin(pieces_, tasks_, owner), last = task_begin(pieces_, tasks_, owner + 1);
       Share& share = shares_[static_cast<size_t>(owner)];
-      for (int64_t own = first; share.claimed.fetch_add(1, std::memory_order_relaxed) < last - first;) {
+      const auto is_worthwhile = [&] { return i == 0 || share.claimed.load(std::memory_order_relaxed) + kLeft < last - first; };
+      for (int64_t own = first; is_worthwhile() && share.claimed.fetch_add(1, std::memory_order_relaxed) < last - first;) {
         const int64_t piece = i == 0 ? own++ : last - 1 - share.taken_last.fetch_add(1, std::memory_order_relaxed);
         body(piece * piece_, std::min((piece + 1) * piece_, items_));
       }
@@ -81,6 +82,8 @@ class Shares {
     std::atomic<int64_t> claimed{0};  // whoever claims a piece has one
     std::atomic<int64_t> taken_last{0};
   };
+  // What another processor has in its cache costs more than a wait for so many pieces.
+  static constexpr int64_t kLeft = 2;
   int64_t items_, tasks_, piece_, pieces_;
   std::vector<Share> shares_;
 };

@@ -50,14 +50,11 @@ class Histogram {
     std::fill_n(table_->occupied[task], kStretches / 64, 0);
   }
 
-  // Counts the patterns of some negatives; ranges: [2], to which theirs are added.
-  void add(int64_t task, const uint16_t* logits, int64_t count, const uint64_t* negatives, PatternRange* ranges) {
-    RSL_ISA_CALL(count_patterns, logits, count, negatives, table_->rows[task][0], table_->rows[task][1], ranges);
-  }
-
-  // Marks what a task counted in all.
-  void mark(int64_t task, const PatternRange (&ranges)[2]) {
+  // Counts the patterns of some negatives.
+  void add(int64_t task, const uint16_t* logits, int64_t count, const uint64_t* negatives) {
+    PatternRange ranges[2];
     const uint32_t (&rows)[2][kPatterns] = table_->rows[task];
+    RSL_ISA_CALL(count_patterns, logits, count, negatives, table_->rows[task][0], table_->rows[task][1], ranges);
     for (const PatternRange& range : ranges) {
       for (int64_t stretch = range.begin / kStretch; stretch * kStretch < range.end; ++stretch) {
         // A row may hold something although the sum of the rows is 0.
@@ -88,21 +85,16 @@ class Histogram {
 
 // Counts the patterns among the negatives of all tensors.
 inline void count_negatives(const Tensors& logits, const uint64_t* words, int64_t tasks, Histogram& counted) {
-  std::vector<Shares> shares;
-  for (const Tensor& level : logits) shares.push_back(share_words(mask_words(level.numel()), tasks));
   run_tasks(tasks, [&](int64_t task) {
     counted.clear(task);
-    PatternRange ranges[2];
     const uint64_t* level_mask = words;
-    for (size_t level = 0; level < logits.size(); ++level) {
-      const uint16_t* data = static_cast<const uint16_t*>(logits[level].const_data_ptr());
-      const int64_t count = logits[level].numel();
-      shares[level].take(task, [&](int64_t begin, int64_t end) {
-        counted.add(task, data + begin * 64, std::min(end * 64, count) - begin * 64, level_mask + begin, ranges);
-      });
-      level_mask += mask_words(count);
+    for (const Tensor& level : logits) {
+      const uint16_t* data = static_cast<const uint16_t*>(level.const_data_ptr());
+      const int64_t count = level.numel(), level_words = mask_words(count);
+      const int64_t begin = task_begin(level_words, tasks, task), end = task_begin(level_words, tasks, task + 1);
+      counted.add(task, data + begin * 64, std::min(end * 64, count) - begin * 64, level_mask + begin);
+      level_mask += level_words;
     }
-    counted.mark(task, ranges);
   });
 }
 

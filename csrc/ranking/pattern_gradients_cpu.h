@@ -57,13 +57,12 @@ void write_pattern_gradients(const Tensors& logits, const uint64_t* words, const
     uint16_t* gradient = static_cast<uint16_t*>(gradients[level].mutable_data_ptr());
     const int64_t count = logits[level].numel(), level_words = mask_words(count);
     const int64_t tasks = task_count(level_words, kWordsPerTask);
-    const auto look_up = [&](int64_t begin, int64_t end) {
+    run_tasks(tasks, [&](int64_t task) {
+      const int64_t begin = task_begin(level_words, tasks, task), end = task_begin(level_words, tasks, task + 1);
       RSL_ISA_CALL(look_up_patterns, data + begin * 64, std::min(end * 64, count) - begin * 64, words + begin,
                    reinterpret_cast<const uint16_t*>(table), gradient + begin * 64);
       positives.write(offset, begin * 64, std::min(end * 64, count), static_cast<In*>(gradients[level].mutable_data_ptr()));
-    };
-    Shares shares = share_words(level_words, tasks);
-    run_tasks(tasks, [&](int64_t task) { shares.take(task, look_up); });
+    });
     words += level_words;
     offset += count;
   }

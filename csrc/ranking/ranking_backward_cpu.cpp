@@ -174,20 +174,18 @@ void stream_gradient(const Tensors& logits, const uint64_t* words, const Segment
       RSL_ISA_CALL(write_gradient, data + begin * 64, std::min(end * 64, count) - begin * 64, words + begin, span, of_part,
                    gradient + begin * 64);
     };
-    Shares shares = share_words(level_words, tasks);
     run_tasks(tasks, [&](int64_t task) {
-      shares.take(task, [&](int64_t first, int64_t last) {
-        segments.for_spans(
-            level, first, last,
-            [&](int64_t segment, int64_t begin, int64_t end) {
-              write(begin, end, nullptr, pass_of_part(pass, tables.parted.part(segment)));
-            },
-            [&](int64_t begin, int64_t end) {
-              const MixedSpan span = lookup.span(level, begin * 64);
-              write(begin, end, &span, pass);
-            });
-        positives.write(offset, first * 64, std::min(last * 64, count), gradient);
-      });
+      const int64_t first = task_begin(level_words, tasks, task), last = task_begin(level_words, tasks, task + 1);
+      segments.for_spans(
+          level, first, last,
+          [&](int64_t segment, int64_t begin, int64_t end) {
+            write(begin, end, nullptr, pass_of_part(pass, tables.parted.part(segment)));
+          },
+          [&](int64_t begin, int64_t end) {
+            const MixedSpan span = lookup.span(level, begin * 64);
+            write(begin, end, &span, pass);
+          });
+      positives.write(offset, first * 64, std::min(last * 64, count), gradient);
     });
     words += level_words;
     offset += count;
