@@ -284,3 +284,41 @@ def test_no_uninitialised_memory_reaches_the_result(backend, generator, sample, 
         losses = sigmoid_focal_loss(leaf.requires_grad_(), targets, **harness.on_device(inputs.options, backend))
     losses.sum().backward()
     assert losses.isfinite().all() and leaf.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("gamma", [0.0, 1.5, 2.0])
+@pytest.mark.parametrize("weight", [1e12, 1e30])
+def test_huge_class_weights(backend, generator, gamma, weight):
+    """No product leaves the range of float on the way."""
+    logits, labels = 2 * torch.randn((40, 2), generator=generator) - 1, torch.full((40,), 2)
+    for class_weight in ([weight, weight], [weight, 1.0]):
+        got = FOCAL.evaluate(backend, logits, labels, gamma=gamma, class_weight=torch.tensor(class_weight))
+        truth = FOCAL.truth(logits, labels, gamma=gamma, class_weight=torch.tensor(class_weight))
+        harness.assert_within(got.losses[0], truth.losses[0], backend.loss_gate(torch.float32) * truth.losses[0], "loss")
+
+
+@pytest.mark.parametrize("rows", [1, 3, 1025])
+@pytest.mark.parametrize("gamma", [1.5, 2.0])
+def test_infinite_class_weights(rows, gamma):
+    """Where there is nothing to multiply they multiply nothing."""
+    with use_backend("cpp"):
+        for class_weight in ([INF, INF], [INF, 1.0]):
+            loss = sigmoid_focal_loss(
+                torch.full((rows, 2), -1.0), torch.full((rows,), 2), gamma=gamma, class_weight=torch.tensor(class_weight), reduction="sum"
+            )
+            assert loss == INF
+
+
+@pytest.mark.parametrize("gamma", [1.0, 1.5, 2.0])
+def test_gradients_do_not_depend_on_neighbours(backend, generator, gamma):
+    """Of as many logits above 0 that they are picked out of a block, and of one more."""
+    logits = -5 * torch.rand(1024, generator=generator)
+    chosen = torch.randperm(1024, generator=generator)[:129]
+    logits[chosen] = 5 * torch.rand(129, generator=generator)
+    less = logits.clone()
+    less[chosen[-1]] *= -1
+    labels = torch.randint(2, (1024,), generator=generator)
+    labels[chosen[-1]] = 1
+    gradients = [FOCAL.evaluate(backend, values[:, None], labels, gamma=gamma).gradient for values in (logits, less)]
+    changed = (gradients[0] != gradients[1]).flatten().nonzero().flatten()
+    assert changed.tolist() == [chosen[-1].item()]

@@ -178,6 +178,23 @@ def test_logits_of_100_are_finite(backend, loss, dtype):
         assert got.losses[0].isfinite() and got.gradient.isfinite().all() and got.losses[0] > 0
 
 
+@pytest.mark.parametrize("gamma", [0.0, 1.0, 2.0, 0.3, 10.0])
+def test_equal_logits_below_zero(backend, generator, gamma):
+    """Rounding that is the same for all elements of a batch stays in the sum, wherever the logit is."""
+    if backend.is_slow or backend.is_interpreted:
+        pytest.skip("many calls; the formulas of these backends are taken as they stand, not by tables")
+    # Deeper ones have no loss in float.
+    depth = min(28.000002, 84 / (gamma + 1))
+    logits = torch.cat([-3 * torch.rand(60, generator=generator), -depth * torch.rand(20, generator=generator)])
+    for logit in [*logits.tolist(), -0.0, max(-28.0, -depth), -depth]:
+        inputs = torch.full((33, 2), logit)
+        labels = torch.full((33,), 2)
+        truth = FOCAL.truth(inputs[:1], labels[:1], gamma=gamma)
+        got = FOCAL.evaluate(backend, inputs, labels, gamma=gamma)
+        assert_within(got.losses[0], 33 * truth.losses[0], backend.loss_gate(torch.float32) * 33 * truth.losses[0], f"loss at {logit}")
+        harness.assert_gradient(backend, got.gradient[-1:], truth.gradient(), narrow=GRADIENT_GATE)
+
+
 @pytest.mark.slow_interpreter
 @PLAIN
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

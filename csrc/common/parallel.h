@@ -49,7 +49,8 @@ void run_tasks(int64_t tasks, const Body& body) {
 inline int64_t task_begin(int64_t items, int64_t tasks, int64_t task) { return items * task / tasks; }
 
 // Items dealt evenly among tasks, in pieces. A task takes those of its own share from the first on, then the last ones of the
-// others' shares: one whose processor is slow or late holds up none.
+// others' shares, so that a processor which is slow or late holds up the others by little. The very last are left to the owner,
+// who is about to take them, and whose cache may have what they read and write.
 class Shares {
  public:
   Shares(int64_t items, int64_t tasks, int64_t piece)
@@ -69,8 +70,7 @@ class Shares {
       const int64_t owner = (task + i) % tasks_;
       const int64_t first = task_begin(pieces_, tasks_, owner), last = task_begin(pieces_, tasks_, owner + 1);
       Share& share = shares_[static_cast<size_t>(owner)];
-      const auto is_worthwhile = [&] { return i == 0 || share.claimed.load(std::memory_order_relaxed) + kLeft < last - first; };
-      for (int64_t own = first; is_worthwhile() && share.claimed.fetch_add(1, std::memory_order_relaxed) < last - first;) {
+      for (int64_t own = first; claim(share, last - first, i == 0);) {
         const int64_t piece = i == 0 ? own++ : last - 1 - share.taken_last.fetch_add(1, std::memory_order_relaxed);
         body(piece * piece_, std::min((piece + 1) * piece_, items_));
       }
@@ -82,22 +82,33 @@ class Shares {
     std::atomic<int64_t> claimed{0};  // whoever claims a piece has one
     std::atomic<int64_t> taken_last{0};
   };
-  // What another processor has in its cache costs more than a wait for so many pieces.
   static constexpr int64_t kLeft = 2;
+
+  static bool claim(Share& share, int64_t size, bool is_owner) {
+    if (!is_owner && share.claimed.load(std::memory_order_relaxed) + kLeft >= size) return false;
+    return share.claimed.fetch_add(1, std::memory_order_relaxed) < size;
+  }
+
   int64_t items_, tasks_, piece_, pieces_;
   std::vector<Share> shares_;
 };
 
 // Runs body(item) for item in [0, items) on so many tasks. Items must not depend on each other.
 template <class Body>
-void share_items(int64_t items, int64_t tasks, const Body& body) {
-  Shares shares(items, tasks, 1);
-  run_tasks(tasks, [&](int64_t task) { shares.take(task, [&](int64_t item, int64_t) { body(item); }); });
+void share_items(int64_t items, int64_t tasks, const Body& body, int64_t piece = 1) {
+  Shares shares(items, tasks, piece);
+  run_tasks(tasks, [&](int64_t task) {
+    shares.take(task, [&](int64_t begin, int64_t end) {
+      for (int64_t item = begin; item < end; ++item) body(item);
+    });
+  });
 }
 
-// Words of 64 elements for a pass whose tasks hold something between pieces.
+// Words of 64 elements, at most 16 pieces for each task and as many for all.
 inline Shares share_words(int64_t words, int64_t tasks) {
-  return {words, tasks, std::max(kWordsPerTask, words / (16 * tasks))};
+  const int64_t of_task = std::min<int64_t>(std::max<int64_t>(words / (tasks * kWordsPerTask), 1), 16),
+                pieces = tasks * of_task;
+  return {words, tasks, std::max<int64_t>((words + pieces - 1) / pieces, 1)};
 }
 
 }  // namespace rsloss

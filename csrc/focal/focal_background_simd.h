@@ -107,7 +107,8 @@ static inline void modulate_losses(const float* logits, const FocalBlock& block,
   }
 }
 
-// Calls take(i, bit, slope) with dL/dz without the weight and times the scale; 0 where the element is not taken.
+// Calls take(i, bit, slope) for the word from `begin` on, with dL/dz without the weight and times the scale; 0 where the
+// element is not taken.
 template <int kGamma, class Take>
 static inline void for_background_slopes(const FocalBlock& block, const FocalStages& stages, int begin, const Take& take) {
   for_vectors_of_word(begin, block.size, [&](int i, int bit) {
@@ -144,12 +145,12 @@ template <int kGamma, ClassSums kSums, bool kOneWeight>
   if constexpr (kGamma < 0) modulate_losses<kBackgroundScale<kGamma>>(logits, block, stages);
 
   DoublePair losses = {}, small_losses = {}, slopes = {};
-  uint64_t any = 0;
   for (int begin = 0; begin < block.size; begin += 64) {
     const uint64_t taken = stages.taken[begin / 64];
     // Few of the small parts, and of the slopes, are added in float.
     FloatVec small = none, pulls = none;
     const auto widen_some = [&](int bit, DoublePair& sum, FloatVec& part) {
+      // What is left is added behind the loop.
       if (RSL_ISA == 512 || (bit + kFloats) % (4 * kFloats) != 0 || bit + kFloats == 64) return;
       add_doubles(sum, widen_floats(part));
       part = FloatVec{};
@@ -178,16 +179,17 @@ template <int kGamma, ClassSums kSums, bool kOneWeight>
       add_doubles(slopes, widen_floats(pulls));
     }
     left_over[begin / 64] = block.negative[begin / 64] & ~taken;
-    any |= taken;
   }
-  // An infinite weight multiplies nothing where there is nothing.
-  if (any == 0) return;
   add_doubles(losses, small_losses);
   const double factor = kBackgroundUnscale<kGamma> * (kOneWeight ? columns.negative[0] : 1);
-  result.low += factor * losses.low, result.high += factor * losses.high;
+  // An infinite weight multiplies nothing where there is nothing.
+  const auto multiplied = [](DoublePair sum, double w) {
+    return DoublePair{sum.low == 0.0 ? sum.low : w * sum.low, sum.high == 0.0 ? sum.high : w * sum.high};
+  };
+  add_doubles(result, multiplied(losses, factor));
   if constexpr (kSums == ClassSums::kOfBlock) {
-    const double size = factor < 0 ? -factor : factor;
-    const DoublePair before = load_doubles(block.negative_sums);
-    store_doubles(block.negative_sums, {before.low + size * slopes.low, before.high + size * slopes.high});
+    DoublePair sums = load_doubles(block.negative_sums);
+    add_doubles(sums, multiplied(slopes, factor < 0 ? -factor : factor));
+    store_doubles(block.negative_sums, sums);
   }
 }

@@ -106,8 +106,10 @@ class TableColumns {
     const double* negative = view.table + kNegativeWeight * classes;
     view.has_one_negative_weight =
         std::all_of(negative, negative + classes, [&](double other) { return other == negative[0]; });
-    view.has_float_negative_weight = std::all_of(negative, negative + classes, [](double other) {
-      return other == 0 || (std::fabs(other) > 1e-20 && std::fabs(other) < 1e20);
+    // Losses of any gamma are multiplied by 2^96 (focal_background_simd.h).
+    const double largest = view.common_gamma < 0 ? 0x1p31 : 1e20;
+    view.has_float_negative_weight = std::all_of(negative, negative + classes, [largest](double other) {
+      return other == 0 || (std::fabs(other) > 1e-20 && std::fabs(other) < largest);
     });
     // Rows that fill whole vectors where some do.
     const int64_t most = kBlock / classes, whole = kLanes / std::gcd(classes, int64_t{kLanes});

@@ -1,8 +1,8 @@
 // Strips of a level -> the sum of losses with the sums of classes, single losses, or gradients. Compiled once per instruction
 // set (common/for_each_isa.h). A block of elements at a time: targets and weights become bit masks (focal_masks_simd.h); then a
-// sweep takes the targets of 0, one those of 1 and one all others, each the vectors that hold any. Elements are computed in
-// double (focal_elements_simd.h), but for float32 and narrower logits gradients, and losses of targets of 0 at logits of 0 and
-// below (focal_background_simd.h), in float.
+// sweep takes the targets of 0, one those of 1 and one all others, each the vectors that hold any; where there are few they are
+// picked. Elements are computed in double (focal_elements_simd.h), but for float32 and narrower logits gradients
+// (focal_slopes_simd.h), and losses of targets of 0 at logits of 0 and below (focal_background_simd.h), in float.
 #include "common/vectors_simd.h"
 
 #include "common/exponentials_simd.h"
@@ -36,12 +36,13 @@ static inline void for_wanted(const FocalBlock& block, const uint64_t* wanted, c
   }
 }
 
-// Few of a block are picked into vectors that they fill: calls body(where they are, their number) for each vector.
+// So few that picking them costs less than the vectors that hold any.
 static inline bool are_few(const uint64_t* wanted, int size) {
   int count = 0;
   for (int word = 0; word < kBlockWords; ++word) count += __builtin_popcountll(wanted[word]);
   return count <= size / 8;
 }
+// Calls body(where they are, their number) for as many elements as fill a vector, and for the rest.
 template <class Body>
 static inline void for_picked(const uint64_t* wanted, const Body& body) {
   int at[kFloats], count = 0;

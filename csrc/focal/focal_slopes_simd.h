@@ -1,5 +1,5 @@
-// The gradients of targets of 0 at logits z <= 0 in floats, right to 1e-6, in stages as the losses (focal_background_simd.h).
-// Part of focal_simd.h.
+// The gradients of targets of 0 at logits z <= 0 in floats, right to 1e-6 for gamma up to 8 and 2e-6 up to 12, in stages as the
+// losses (focal_background_simd.h). Part of focal_simd.h.
 
 // The weight of a class times that of the element.
 static inline FloatVec float_weight(const float* column, const FocalBlock& block, int i) {
@@ -40,7 +40,7 @@ static inline FloatVec exp_minus_sum(FloatSum exponent) {
   return choose(at_most_mask(exponent.high, limit), power - power * exponent.low, FloatVec{});
 }
 
-// dL/dx of a target of 0 or 1 in floats, right to 1e-6 for |x| = distance within [0, 86]. positive: the lanes with x > 0. At
+// dL/dx of a target of 0 or 1 in floats for |x| = distance within [0, 86]. positive: the lanes with x > 0. At
 // others the bits are those of write_background.
 template <int kGamma>
 static inline FloatVec hard_slope(FloatVec distance, uint32_t positive, FloatVec gamma_high, FloatVec gamma_low) {

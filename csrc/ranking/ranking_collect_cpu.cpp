@@ -68,6 +68,9 @@ struct Found {
 
 Found join(std::vector<Found>& parts) {
   Found all = std::move(parts[0]);
+  size_t size = all.positives.size();
+  for (size_t i = 1; i < parts.size(); ++i) size += parts[i].positives.size();
+  all.positives.reserve(size);
   for (size_t i = 1; i < parts.size(); ++i) {
     all.positives.insert(all.positives.end(), parts[i].positives.begin(), parts[i].positives.end());
     all.negatives += parts[i].negatives;

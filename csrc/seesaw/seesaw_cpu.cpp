@@ -80,7 +80,8 @@ constexpr int64_t kLogitsPerTask = 16384;
 // Calls body(row) for all rows, on as many threads as it pays.
 template <class Body>
 void for_rows(const Rows& problem, const Body& body) {
-  share_items(problem.rows, task_count(problem.rows, std::max<int64_t>(1, kLogitsPerTask / (problem.classes + 2))), body);
+  const int64_t grain = std::max<int64_t>(1, kLogitsPerTask / (problem.classes + 2));
+  share_items(problem.rows, task_count(problem.rows, grain), body, std::max<int64_t>(1, grain / 8));
 }
 
 // pair: the logits of foreground and background.

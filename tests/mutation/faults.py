@@ -90,7 +90,7 @@ CPP = [
     ("rounding of the modulated entropy is lost", "csrc/focal/focal_functions_simd.h", "return {high, sum * (high + part) + part};", "return {high, sum * high + part};", FOCAL),
     ("picked elements that fill no vector vanish", "csrc/focal/focal_simd.h", "  if (count != 0) body(at, count);", "", FOCAL),
     ("slopes leave out a term", "csrc/focal/focal_slopes_simd.h", "for (int k = kSlopeDegree - 1; k >= 0; --k)", "for (int k = kSlopeDegree - 1; k >= 1; --k)", FOCAL),
-    ("pieces of a late task vanish", "csrc/common/parallel.h", "        body(piece * piece_, std::min((piece + 1) * piece_, items_));", "        if (i == 0) body(piece * piece_, std::min((piece + 1) * piece_, items_));", "tests/test_determinism.py"),
+    ("pieces of a late task vanish", "csrc/common/parallel.h", "        body(piece * piece_, std::min((piece + 1) * piece_, items_));", "        if (i == 0) body(piece * piece_, std::min((piece + 1) * piece_, items_));", "tests/test_work_shares.py"),
     ("class sums of negatives are not added", "csrc/focal/focal_simd.h", "return pull == 0.0 ? sum : sum + absolute(w) * (unscale * pull);", "return sum;", EQUALIZED),
     ("ties of two columns in a group", "csrc/group_softmax/group_softmax_simd.h", ": static_cast<double>(widen(row[start + 1 - skipped]));", ": static_cast<double>(widen(row[start + skipped]));", GROUPS),
     ("broken pairs give a number", "csrc/group_softmax/group_softmax_simd.h", "total += is_read ? weight * (is_sound ? terms.cross_entropy : nan) : zero;", "total += is_read && is_sound ? weight * terms.cross_entropy : zero;", GROUPS),
