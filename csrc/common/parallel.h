@@ -60,9 +60,6 @@ class Shares {
         pieces_((items + piece - 1) / piece),
         shares_(static_cast<size_t>(tasks)) {}
 
-  int64_t pieces() const { return pieces_; }
-  int64_t piece_of(int64_t item) const { return item / piece_; }
-
   // Calls body(begin, end) for the pieces that the task gets; every task must come once.
   template <class Body>
   void take(int64_t task, const Body& body) {
@@ -102,13 +99,6 @@ void share_items(int64_t items, int64_t tasks, const Body& body, int64_t piece =
       for (int64_t item = begin; item < end; ++item) body(item);
     });
   });
-}
-
-// Words of 64 elements, at most 16 pieces for each task and as many for all.
-inline Shares share_words(int64_t words, int64_t tasks) {
-  const int64_t of_task = std::min<int64_t>(std::max<int64_t>(words / (tasks * kWordsPerTask), 1), 16),
-                pieces = tasks * of_task;
-  return {words, tasks, std::max<int64_t>((words + pieces - 1) / pieces, 1)};
 }
 
 }  // namespace rsloss

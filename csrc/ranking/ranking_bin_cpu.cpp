@@ -239,7 +239,6 @@ int64_t stream_negatives(const Tensors& logits, const uint64_t* words, const Seg
   for (size_t level = 0; level < logits.size(); ++level) {
     const In* data = static_cast<const In*>(logits[level].const_data_ptr());
     const int64_t count = logits[level].numel(), level_words = mask_words(count);
-    Shares shares = share_words(level_words, tasks);
     run_tasks(tasks, [&](int64_t task) {
       BinSums* mine = &sums[task * num_sums];
       if (level == 0) std::memset(mine, 0, static_cast<size_t>(num_sums) * sizeof(BinSums));
@@ -251,17 +250,15 @@ int64_t stream_negatives(const Tensors& logits, const uint64_t* words, const Seg
         nan_count += RSL_ISA_CALL(bin_negatives, data + begin * 64, std::min(end * 64, count) - begin * 64, words + begin, span,
                                   of_part);
       };
-      shares.take(task, [&](int64_t first, int64_t last) {
-        segments.for_spans(
-            level, first, last,
-            [&](int64_t segment, int64_t begin, int64_t end) {
-              bin(begin, end, nullptr, pass_of_part(pass, tables.parted.part(segment)));
-            },
-            [&](int64_t begin, int64_t end) {
-              const MixedSpan span = lookup.span(level, begin * 64);
-              bin(begin, end, &span, pass);
-            });
-      });
+      segments.for_spans(
+          level, task_begin(level_words, tasks, task), task_begin(level_words, tasks, task + 1),
+          [&](int64_t segment, int64_t begin, int64_t end) {
+            bin(begin, end, nullptr, pass_of_part(pass, tables.parted.part(segment)));
+          },
+          [&](int64_t begin, int64_t end) {
+            const MixedSpan span = lookup.span(level, begin * 64);
+            bin(begin, end, &span, pass);
+          });
       if constexpr (std::is_same_v<T, float>)
         if (num_words > 0) RSL_ISA_CALL(empty_packed, pass);
       nan_counts[task] += nan_count;

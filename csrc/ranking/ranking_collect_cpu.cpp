@@ -59,21 +59,18 @@ struct Positive {
   double quality;
 };
 
-// What is found in a tensor, or in a piece of it. A task collects it in a variable of its own, and reads and counts
+// What is found in a tensor, or in a task's share of it. A task collects it in a variable of its own, and reads and counts
 // while all is in its cache: cache lines that go from thread to thread cost more than all the rest.
 struct Found {
   std::vector<Positive> positives;  // ascending by index
   int64_t negatives = 0;
 };
 
-Found join(std::vector<Found>& parts) {
-  Found all = std::move(parts[0]);
-  size_t size = all.positives.size();
-  for (size_t i = 1; i < parts.size(); ++i) size += parts[i].positives.size();
-  all.positives.reserve(size);
-  for (size_t i = 1; i < parts.size(); ++i) {
-    all.positives.insert(all.positives.end(), parts[i].positives.begin(), parts[i].positives.end());
-    all.negatives += parts[i].negatives;
+Found join(std::vector<Found>& shares) {
+  Found all = std::move(shares[0]);
+  for (size_t i = 1; i < shares.size(); ++i) {
+    all.positives.insert(all.positives.end(), shares[i].positives.begin(), shares[i].positives.end());
+    all.negatives += shares[i].negatives;
   }
   return all;
 }
@@ -82,16 +79,16 @@ Found join(std::vector<Found>& parts) {
 Found scan_dense(const Tensor& targets, const Tensor& logits, uint64_t* negatives) {
   const int64_t count = targets.numel(), words = mask_words(count);
   const int64_t tasks = task_count(words, kWordsPerTask);
-  Shares shares = share_words(words, tasks);
-  std::vector<Found> found(std::max<int64_t>(shares.pieces(), 1));
+  std::vector<Found> found(tasks);
   dispatch_floating(targets.scalar_type(), [&](auto tag) {
     using In = decltype(tag);
     const In* data = static_cast<const In*>(targets.const_data_ptr());
     const Elements logit(logits);
-    const auto scan = [&](int64_t begin, int64_t end) {
+    run_tasks(tasks, [&](int64_t task) {
       uint64_t positives[kScanWords];
       Found mine;
-      for (int64_t word = begin; word < end; word += kScanWords) {
+      const int64_t end = task_begin(words, tasks, task + 1);
+      for (int64_t word = task_begin(words, tasks, task); word < end; word += kScanWords) {
         const int64_t block = std::min(kScanWords, end - word);
         RSL_ISA_CALL(scan_targets, data + word * 64, std::min(block * 64, count - word * 64), negatives + word, positives);
         const size_t before = mine.positives.size();
@@ -105,9 +102,8 @@ Found scan_dense(const Tensor& targets, const Tensor& logits, uint64_t* negative
         for (size_t i = before; i < mine.positives.size(); ++i) mine.positives[i].logit = logit[mine.positives[i].index];
         mine.negatives += RSL_ISA_CALL(count_bits, negatives + word, block);
       }
-      found[shares.piece_of(begin)] = std::move(mine);
-    };
-    run_tasks(tasks, [&](int64_t task) { shares.take(task, scan); });
+      found[task] = std::move(mine);
+    });
   });
   return join(found);
 }
