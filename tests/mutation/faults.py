@@ -88,7 +88,7 @@ CPP = [
     ("slope of a positive keeps its sign", "csrc/ghm/ghm_classification_simd.h", "choose(fits, negate_where(masks.one, sigma * factor), FloatVec{})", "choose(fits, sigma * factor, FloatVec{})", GHM),
     ("left-over negatives vanish", "csrc/focal/focal_background_simd.h", "    left_over[begin / 64] = block.negative[begin / 64] & ~taken;", "    left_over[begin / 64] = 0;", FOCAL),
     ("rounding of the modulated entropy is lost", "csrc/focal/focal_functions_simd.h", "return {high, sum * (high + part) + part};", "return {high, sum * high + part};", FOCAL),
-    ("picked elements that fill no vector vanish", "csrc/focal/focal_simd.h", "  if (count != 0) body(at, count);", "", FOCAL),
+    ("picked elements that fill no vector vanish", "csrc/focal/focal_sweeps_simd.h", "  if (count != 0) body(at, count);", "", FOCAL),
     ("slopes leave out a term", "csrc/focal/focal_slopes_simd.h", "for (int k = kSlopeDegree - 1; k >= 0; --k)", "for (int k = kSlopeDegree - 1; k >= 1; --k)", FOCAL),
     ("pieces of a late task vanish", "csrc/common/parallel.h", "        body(piece * piece_, std::min((piece + 1) * piece_, items_));", "        if (i == 0) body(piece * piece_, std::min((piece + 1) * piece_, items_));", "tests/test_work_shares.py"),
     ("class sums of negatives are not added", "csrc/focal/focal_simd.h", "return pull == 0.0 ? sum : sum + absolute(w) * (unscale * pull);", "return sum;", EQUALIZED),
