@@ -76,16 +76,57 @@ static inline FloatVec exp_of(FloatVec u) {
   return (split.power * split.r) * ((0.166670248f * split.r + 0.500016212f) * split.r + 1) + split.power;
 }
 
+// The low bits of a float to which 0x1.8p23 was added are an integer: an index into a table of kSize floats.
+template <int kSize>
+static inline FloatVec look_up_by_bits(const float* table, FloatVec at) {
+  const IntVec bits = reinterpret_cast<IntVec>(at);
+  return look_up<RSL_ISA == 0 ? 0 : kSize / kFloats>(table, RSL_ISA == 0 ? bits & (kSize - 1) : bits);
+}
+
+constexpr float float_of_bits(int32_t bits) {
+  float value = static_cast<float>((bits & 0x7fffff) | 0x800000) / 0x1p23f;
+  for (int exponent = (bits >> 23) - 127; exponent > 0; --exponent) value *= 2;
+  for (int exponent = (bits >> 23) - 127; exponent < 0; ++exponent) value /= 2;
+  return value;
+}
+// 2^(j / parts) for 0 <= j < parts.
+constexpr double part_of_octave(int j, int parts) {
+  const double x = j * (0.69314718055994531 / parts);
+  double sum = 0, term = 1;
+  for (int k = 1; k < 40; ++k) sum += term, term *= x / k;
+  return sum;
+}
+
+// 2^(j / kGradientParts), in the bits less j of the parts of an octave that the exponent adds.
+constexpr int kGradientParts = RSL_ISA == 256 ? 8 : 32;
+constexpr int kGradientPartBits = RSL_ISA == 256 ? 20 : 18;  // of a float, below a part of an octave
+struct OctaveParts {
+  alignas(64) float values[kGradientParts];
+};
+constexpr OctaveParts make_octave_parts() {
+  OctaveParts table{};
+  for (int j = 0; j < kGradientParts; ++j) {
+    const int mantissa = static_cast<int>((part_of_octave(j, kGradientParts) - 1) * 0x1p23 + 0.5);
+    table.values[j] = float_of_bits((127 << 23) + mantissa - (j << kGradientPartBits));
+  }
+  return table;
+}
+constexpr OctaveParts kOctaveParts = make_octave_parts();
+
 // e^-x for x in [0, 86], right to 2e-7: enough for a gradient. Beyond it any number.
 static inline FloatVec exp_minus(FloatVec x) {
-  const FloatVec shifted = x * -1.44269504f + 0x1.8p23f, n = shifted - 0x1.8p23f;
-  // The first product and difference are exact, also without fused operations.
-  const FloatVec r = (-x - n * 0x1.62ep-1f) - n * 3.19461848e-5f;
-  const float coefficients[] = {8.368887645837e-3f, 4.1666205857511e-2f, 0.16666518853765f, 0.5000000095168f, 1, 1};
-  FloatVec sum = all_floats(1.39504874814332e-3f);
-  for (const float coefficient : coefficients) sum = sum * r + coefficient;
+  constexpr float kPart = 0x1.62e43p-1f / kGradientParts, kExactPart = 0x1.62ep-1f / kGradientParts,
+                  kLostPart = 3.19461848e-5f / kGradientParts;
+  const FloatVec shifted = x * (-1 / kPart) + 0x1.8p23f, n = shifted - 0x1.8p23f;
+  // As split_exponent splits.
+  const FloatVec r = RSL_ISA == 0 ? (x + n * kExactPart) + n * kLostPart : minus_product(x, n, all_floats(-kPart));
+  const UnsignedVec part = reinterpret_cast<UnsignedVec>(look_up_by_bits<kGradientParts>(kOctaveParts.values, shifted));
   // Unsigned: beyond the range the sum may overflow.
-  return reinterpret_cast<FloatVec>(reinterpret_cast<UnsignedVec>(sum) + (reinterpret_cast<UnsignedVec>(shifted) << 23));
+  const FloatVec power = reinterpret_cast<FloatVec>(part + (reinterpret_cast<UnsignedVec>(shifted) << kGradientPartBits));
+  // Of e^-r to the first power that |r| below log 2 / 2 parts leaves to see.
+  const FloatVec curve = kGradientParts == 8 ? (0.5000647f - r * 0.16666667f) * r - 1 : r * 0.5f - 1.0000147f;
+  // Not power * r: of a small power that could be below the normal range, which takes a processor a hundred times as long.
+  return power * (r * curve) + power;
 }
 
 // e^-x for x >= 0 or NaN. As the square of e^(-x/2), which cannot leave the normal range before the result does.

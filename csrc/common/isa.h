@@ -15,12 +15,16 @@ namespace rsloss {
 
 enum class Isa { kPlain, kAvx2, kAvx512 };
 
+// RSLOSS_CPU_CAPABILITY=avx512|avx2|plain holds the kernels below what the processor has, to test the other variants; avx512:
+// without its extensions.
+inline bool is_held_to(const char* capability) {
+  const char* wanted = std::getenv("RSLOSS_CPU_CAPABILITY");
+  return wanted != nullptr && std::strcmp(wanted, capability) == 0;
+}
+
 inline Isa detect_isa() {
 #if RSL_HAS_X86_VARIANTS
-  // RSLOSS_CPU_CAPABILITY=avx2|plain holds the kernels below what the processor has, to test the other variants.
-  const char* wanted = std::getenv("RSLOSS_CPU_CAPABILITY");
-  const bool at_most_avx2 = wanted != nullptr && std::strcmp(wanted, "avx2") == 0;
-  if (wanted != nullptr && std::strcmp(wanted, "plain") == 0) return Isa::kPlain;
+  if (is_held_to("plain")) return Isa::kPlain;
   __builtin_cpu_init();
   // All that common/for_each_isa.h compiles for; hypervisors mask single features.
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
@@ -28,7 +32,7 @@ inline Isa detect_isa() {
                         __builtin_cpu_supports("lzcnt");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-  if (has_avx512 && !at_most_avx2) return Isa::kAvx512;
+  if (has_avx512 && !is_held_to("avx2")) return Isa::kAvx512;
   if (has_avx2) return Isa::kAvx2;
 #endif
   return Isa::kPlain;
@@ -37,6 +41,16 @@ inline Isa detect_isa() {
 inline Isa isa() {
   static const Isa value = detect_isa();
   return value;
+}
+
+// Whether kernels for AVX-512 may use its conversion to bfloat16.
+inline bool has_bfloat16_conversion() {
+#if RSL_HAS_X86_VARIANTS
+  static const bool value = isa() == Isa::kAvx512 && !is_held_to("avx512") && __builtin_cpu_supports("avx512bf16");
+  return value;
+#else
+  return false;
+#endif
 }
 
 }  // namespace rsloss

@@ -38,6 +38,26 @@ static inline void for_vectors_of_word(int begin, int end, const Body& body) {
   }
 }
 
+// Calls body(i, z) for the vectors of a block's logits z, where body returns the lanes that it takes: of `negative` they become
+// `taken`. Returns the logits in float.
+template <class In, class Body>
+static inline const float* for_logits(const In* logits, const FocalBlock& block, float* widened, uint64_t* taken,
+                                      const Body& body) {
+  // Narrow ones are widened on the way, but for those that fill no vectors.
+  const bool widens = sizeof(In) < 4 && block.size % kFloats == 0;
+  const float* values = widens ? widened : widen_values(logits, block.size, widened);
+  for (int begin = 0; begin < block.size; begin += 64) {
+    uint64_t within = 0;
+    for_vectors_of_word(begin, block.size, [&](int i, int bit) {
+      const FloatVec z = widens ? load_floats(logits + i) : load_floats(values + i);
+      if (widens) store_floats(widened + i, z);
+      within |= uint64_t{body(i, z)} << bit;
+    });
+    taken[begin / 64] = within & block.negative[begin / 64];
+  }
+  return values;
+}
+
 // Two numbers of each element of a block.
 struct StageValues {
   alignas(64) float high[kBlock];
@@ -60,18 +80,16 @@ struct FocalStages {
   uint64_t taken[kBlockWords];  // elements that floats can take
 };
 
-// e and who is taken.
-static inline void find_exponentials(const float* logits, const FocalBlock& block, FocalStages& stages) {
-  for (int begin = 0; begin < block.size; begin += 64) {
-    uint64_t within = 0;
-    for_vectors_of_word(begin, block.size, [&](int i, int bit) {
-      const FloatVec distance = distance_below(load_floats(logits + i));
-      within |= uint64_t{lanes_within(distance, kFarthestBackground)} << bit;
-      const CoarseFloat e = exp_minus_coarse<0>(distance, FloatVec{});
-      store_values(stages.exponential, i, e.coarse, e.rest);
-    });
-    stages.taken[begin / 64] = within & block.negative[begin / 64];
-  }
+// The first stage: e and who is taken.
+template <class In>
+[[gnu::flatten, gnu::noinline]] static const float* find_exponentials(const In* logits, const FocalBlock& block, float* widened,
+                                                                      FocalStages& stages) {
+  return for_logits(logits, block, widened, stages.taken, [&](int i, FloatVec z) {
+    const FloatVec distance = distance_below(z);
+    const CoarseFloat e = exp_minus_coarse<0>(distance, FloatVec{});
+    store_values(stages.exponential, i, e.coarse, e.rest);
+    return lanes_within(distance, kFarthestBackground);
+  });
 }
 
 // m S from S, with m = q^gamma 2^kScale for any gamma.
@@ -129,15 +147,14 @@ static inline void for_background_slopes(const FocalBlock& block, const FocalSta
   });
 }
 
-// Adds the losses of the targets of 0 of a block, and their slopes to the sums. What floats cannot take becomes `left_over`.
+// Adds the losses of the targets of 0 of a block, and their slopes to the sums; behind the first stage. What floats cannot take
+// becomes `left_over`.
 // kOneWeight: all classes of the block have the first one's weight. Elements have no weights of their own.
 template <int kGamma, ClassSums kSums, bool kOneWeight>
-[[gnu::flatten, gnu::noinline]] static void sum_background(const float* logits, const FocalBlock& block, uint64_t* left_over,
-                                                           DoublePair& result) {
+[[gnu::flatten, gnu::noinline]] static void sum_background(const float* logits, const FocalBlock& block, FocalStages& stages,
+                                                           uint64_t* left_over, DoublePair& result) {
   const ClassColumns& columns = block.columns;
   const FloatVec none = {};
-  FocalStages stages;
-  find_exponentials(logits, block, stages);
   for (int i = 0; i < block.size; i += kFloats) {
     const FloatSum loss = modulated_entropy<(kGamma < 0 ? 0 : kGamma)>(load_coarse(stages.exponential, i));
     store_values(stages.loss, i, loss.high, loss.low);

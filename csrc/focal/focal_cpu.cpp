@@ -13,6 +13,7 @@
 
 #include "common/checks.h"
 #include "common/floating_cpu.h"
+#include "common/flush_subnormals.h"
 #include "common/isa.h"
 #include "common/new_tensor_cpu.h"
 #include "common/parallel.h"
@@ -257,6 +258,8 @@ Tensors write_levels(const Arguments& arguments, const std::vector<FocalLevel>& 
       const FocalLevel& level = levels[chunk.level];
       const In* data = static_cast<const In*>(level.logits);
       In* output = static_cast<In*>(outputs[chunk.level].mutable_data_ptr());
+      // Of a large gamma many slopes are.
+      const FlushSubnormals flush;
       if constexpr (kGradient) RSL_ISA_CALL(write_strips<true>, level, table, data, chunk.begin, chunk.end, output);
       else RSL_ISA_CALL(write_strips<false>, level, table, data, chunk.begin, chunk.end, output);
     });

@@ -5,13 +5,6 @@
 // e)^gamma, a table of polynomials for gamma 0, 1 and 2; for any other gamma it is e^(-gamma softplus(-z)) S. e^z is kept as
 // coarse (1 + rest) and g as leading (1 + ...), coarse and leading of so few bits that their products are exact in float.
 
-// The low bits of a float to which 0x1.8p23 was added are an integer: an index into a table of kSize floats.
-template <int kSize>
-static inline FloatVec look_up_by_bits(const float* table, FloatVec at) {
-  const IntVec bits = reinterpret_cast<IntVec>(at);
-  return look_up<RSL_ISA == 0 ? 0 : kSize / kFloats>(table, RSL_ISA == 0 ? bits & (kSize - 1) : bits);
-}
-
 constexpr double log_one_plus_constant(double x) {
   const double s = x / (2 + x);
   double power = 2 * s, sum = 0;
@@ -27,18 +20,10 @@ struct CoarsePowers {
   alignas(64) float mantissas[kPowers];
   alignas(64) float lost[kPowers];
 };
-constexpr float float_of_bits(int32_t bits) {
-  float value = static_cast<float>((bits & 0x7fffff) | 0x800000) / 0x1p23f;
-  for (int exponent = (bits >> 23) - 127; exponent > 0; --exponent) value *= 2;
-  for (int exponent = (bits >> 23) - 127; exponent < 0; ++exponent) value /= 2;
-  return value;
-}
 constexpr CoarsePowers make_coarse_powers(int scale) {
   CoarsePowers table{};
   for (int j = 0; j < kPowers; ++j) {
-    const double x = j * (0.69314718055994531 / kPowers);
-    double exact = 0, term = 1;
-    for (int k = 1; k < 40; ++k) exact += term, term *= x / k;
+    const double exact = part_of_octave(j, kPowers);
     const int coarse = static_cast<int>(exact * 64 + 0.5);
     table.mantissas[j] = float_of_bits(((127 + scale) << 23) + ((coarse - 64) << 17) - (j << kPowerBits));
     table.lost[j] = static_cast<float>(log_one_plus_constant(exact * 64 / coarse - 1));

@@ -47,29 +47,24 @@ static inline void add_to_class_sums(double* sums, const FocalBlock& block, int 
 }
 
 template <int kGamma, ClassSums kSums>
-static inline void sum_background(const float* logits, const FocalBlock& block, uint64_t* left_over, DoublePair& result) {
-  if (block.has_one_weight) sum_background<kGamma, kSums, true>(logits, block, left_over, result);
-  else sum_background<kGamma, kSums, false>(logits, block, left_over, result);
+static inline void sum_background(const float* logits, const FocalBlock& block, FocalStages& stages, uint64_t* left_over,
+                                  DoublePair& result) {
+  if (block.has_one_weight) sum_background<kGamma, kSums, true>(logits, block, stages, left_over, result);
+  else sum_background<kGamma, kSums, false>(logits, block, stages, left_over, result);
 }
-
-// The targets of 0 that floats can take; what is left over for double.
 template <int kGamma, bool kClassSums>
-static inline void sum_background(const float* logits, const FocalBlock& block, uint64_t* left_over, DoublePair& result) {
-  if (!kClassSums) sum_background<kGamma, ClassSums::kNone>(logits, block, left_over, result);
-  else if (block.wrap == -1) sum_background<kGamma, ClassSums::kOfEntries>(logits, block, left_over, result);
-  else sum_background<kGamma, ClassSums::kOfBlock, true>(logits, block, left_over, result);
+static inline void sum_background(const float* logits, const FocalBlock& block, FocalStages& stages, uint64_t* left_over,
+                                  DoublePair& result) {
+  if (!kClassSums) sum_background<kGamma, ClassSums::kNone>(logits, block, stages, left_over, result);
+  else if (block.wrap == -1) sum_background<kGamma, ClassSums::kOfEntries>(logits, block, stages, left_over, result);
+  else sum_background<kGamma, ClassSums::kOfBlock, true>(logits, block, stages, left_over, result);
 }
 
-// In: float or double.
+// All but the targets of 0 that are not of the mask `zeros`. In: float or double.
 template <int kGamma, bool kClassSums, class In>
-[[gnu::flatten]] static void sum_block(const FocalTable& table, const In* logits, const FocalBlock& block, DoublePair& result) {
+[[gnu::flatten]] static void sum_others(const FocalTable& table, const In* logits, const FocalBlock& block,
+                                        const uint64_t* zeros, DoublePair& result) {
   constexpr bool kExact = sizeof(In) == 8;
-  const uint64_t* zeros = block.negative;
-  uint64_t left_over[kBlockWords] = {};
-  if constexpr (!kExact) {
-    if (block.weight == nullptr && (block.has_one_weight || table.has_float_negative_weight))
-      sum_background<kGamma, kClassSums>(logits, block, left_over, result), zeros = left_over;
-  }
   DoublePair total = result;
   const auto add_to = [&](double* sums) {
     return [&, sums](int i, uint32_t lanes, const ElementDoubles& low, const ElementDoubles& high) {
@@ -84,7 +79,7 @@ template <int kGamma, bool kClassSums, class In>
   };
   bool is_summed = false;
   if constexpr (!kExact) {
-    is_summed = zeros == left_over && are_few(zeros, block.size);
+    is_summed = zeros != block.negative && are_few(zeros, block.size);
     if (is_summed) add_few<kGamma, kClassSums>(logits, block, zeros, total);
   }
   if (!is_summed) sweep_hard<kGamma, kExact, false>(logits, block, zeros, add_to(block.negative_sums));
@@ -102,6 +97,22 @@ template <int kGamma, bool kClassSums, class In>
                if (positive != lanes) add_negative(i, lanes & ~positive, low, high);
              });
   result = total;
+}
+
+// padded: room for a block.
+template <int kGamma, bool kClassSums, class In>
+static inline void sum_block(const FocalTable& table, const In* logits, const FocalBlock& block, Arithmetic<In>* padded,
+                             DoublePair& result) {
+  if constexpr (sizeof(In) <= 4) {
+    if (block.weight == nullptr && (block.has_one_weight || table.has_float_negative_weight)) {
+      FocalStages stages;
+      uint64_t left_over[kBlockWords] = {};
+      const float* data = find_exponentials(logits, block, padded, stages);
+      sum_background<kGamma, kClassSums>(data, block, stages, left_over, result);
+      return sum_others<kGamma, kClassSums>(table, data, block, left_over, result);
+    }
+  }
+  sum_others<kGamma, kClassSums>(table, widen_values(logits, block.size, padded), block, block.negative, result);
 }
 
 template <class Out>
@@ -181,20 +192,25 @@ template <int kGamma, bool kPositive>
   });
 }
 
-// Value: float or double.
-template <int kGamma, class Value>
-static void write_gradient(const FocalTable& table, const Value* logits, const FocalBlock& block, Value* output) {
-  if constexpr (sizeof(Value) == 8) {
+// padded: room for a block.
+template <int kGamma, class In>
+static void write_gradient(const FocalTable& table, const In* logits, const FocalBlock& block, Arithmetic<In>* padded,
+                           Arithmetic<In>* output) {
+  if constexpr (sizeof(In) == 8) {
     clear_output(output, block.size);
-    write_wide<true, kGamma>(table, logits, block, block.negative, block.one, output);
+    const double* data = widen_values(logits, block.size, padded);
+    write_wide<true, kGamma>(table, data, block, block.negative, block.one, output);
   } else {
+    SlopeStages stages;
     uint64_t above[kBlockWords] = {}, zeros[kBlockWords] = {}, ones[kBlockWords] = {};
-    if (write_background<kGamma>(logits, block, above, output)) write_float<kGamma, false>(logits, block, above, zeros, output);
+    const float* data = find_exponentials(logits, block, padded, stages);
+    if (write_background<kGamma>(data, block, stages, above, output))
+      write_float<kGamma, false>(data, block, above, zeros, output);
     if (block.has_ones) {
-      if (modulates_positives(table)) write_float<kGamma, true>(logits, block, block.one, ones, output);
-      else write_float<0, true>(logits, block, block.one, ones, output);
+      if (modulates_positives(table)) write_float<kGamma, true>(data, block, block.one, ones, output);
+      else write_float<0, true>(data, block, block.one, ones, output);
     }
-    if (block.has_soft || any_bit(zeros) || any_bit(ones)) write_wide<true, -1>(table, logits, block, zeros, ones, output);
+    if (block.has_soft || any_bit(zeros) || any_bit(ones)) write_wide<true, -1>(table, data, block, zeros, ones, output);
   }
 }
 
@@ -316,9 +332,8 @@ static double sum_strips(const FocalLevel& level, const FocalTable& table, const
   with_gamma(table, [&](auto gamma) {
     constexpr int kGamma = decltype(gamma)::value;
     const auto add = [&](int64_t element) {
-      const Arithmetic<In>* data = widen_values(logits + element, block.size, padded);
-      if (sums != nullptr) sum_block<kGamma, true>(table, data, block, total);
-      else sum_block<kGamma, false>(table, data, block, total);
+      if (sums != nullptr) sum_block<kGamma, true>(table, logits + element, block, padded, total);
+      else sum_block<kGamma, false>(table, logits + element, block, padded, total);
     };
     if (is_map(level)) for_map_blocks(level, table, begin, end, sums, block, add, [](int64_t, int) {});
     else if (sums == nullptr) for_row_blocks(level, table, begin, end, sums, pulls, block, add);
@@ -343,15 +358,15 @@ static void write_strips(const FocalLevel& level, const FocalTable& table, const
   Value padded[kBlock], padded_output[kBlock];
   with_gamma(table, [&](auto gamma) {
     const auto write = [&](int64_t element) {
-      const Value* data = widen_values(logits + element, block.size, padded);
       Value* result = padded_output;
       if constexpr (sizeof(In) >= 4) {
         if (block.size % kFloats == 0) result = output + element;
       }
       if constexpr (kGradient) {
-        write_gradient<decltype(gamma)::value>(table, data, block, result);
+        write_gradient<decltype(gamma)::value>(table, logits + element, block, padded, result);
       } else {
         clear_output(result, block.size);
+        const Value* data = widen_values(logits + element, block.size, padded);
         write_wide<false, -1>(table, data, block, block.negative, block.one, result);
       }
       if (result == padded_output) narrow_values(result, block.size, output + element);

@@ -15,7 +15,19 @@ struct SlopeStages {
   // Of any gamma.
   alignas(64) float entropy[kBlock];  // S = log1p(e)
   StageValues modulation;             // gamma softplus(-z), then m = q^gamma
+  uint64_t taken[kBlockWords];
 };
+
+// The first stage: e and who is taken.
+template <class In>
+[[gnu::flatten, gnu::noinline]] static const float* find_exponentials(const In* logits, const FocalBlock& block, float* widened,
+                                                                      SlopeStages& stages) {
+  return for_logits(logits, block, widened, stages.taken, [&](int i, FloatVec z) {
+    const FloatVec distance = distance_below(z);
+    store_floats(stages.exponential + i, exp_minus(distance));
+    return lanes_within(distance, kLargestFloatExponent);
+  });
+}
 
 // Of gamma 0, 1 and 2.
 template <int kGamma>
@@ -70,26 +82,17 @@ static inline void modulate_slopes(const float* logits, const FocalBlock& block,
     store_floats(stages.modulation.high + i, exp_minus_sum(load_sum(stages.modulation, i)));
 }
 
-// Writes all of a block, 0 where the target is not. The targets of 0 at other logits are left over; returns whether any are.
+// Writes all of a block, 0 where the target is not; behind the first stage. The targets of 0 at other logits are left over;
+// returns whether any are.
 template <int kGamma>
-[[gnu::flatten, gnu::noinline]] static bool write_background(const float* logits, const FocalBlock& block, uint64_t* left_over,
-                                                             float* output) {
-  SlopeStages stages;
-  uint64_t taken[kBlockWords], any = 0;
-  for (int begin = 0; begin < block.size; begin += 64) {
-    uint64_t within = 0;
-    for_vectors_of_word(begin, block.size, [&](int i, int bit) {
-      const FloatVec distance = distance_below(load_floats(logits + i));
-      within |= uint64_t{lanes_within(distance, kLargestFloatExponent)} << bit;
-      store_floats(stages.exponential + i, exp_minus(distance));
-    });
-    taken[begin / 64] = within & block.negative[begin / 64];
-    any |= left_over[begin / 64] = block.negative[begin / 64] & ~within;
-  }
+[[gnu::flatten, gnu::noinline]] static bool write_background(const float* logits, const FocalBlock& block, SlopeStages& stages,
+                                                             uint64_t* left_over, float* output) {
+  uint64_t any = 0;
+  for (int word = 0; word < (block.size + 63) / 64; ++word) any |= left_over[word] = block.negative[word] & ~stages.taken[word];
   if constexpr (kGamma < 0) modulate_slopes(logits, block, stages);
   for (int begin = 0; begin < block.size; begin += 64) {
     for_vectors_of_word(begin, block.size, [&](int i, int bit) {
-      const uint32_t lanes = static_cast<uint32_t>(taken[begin / 64] >> bit) & kAllFloats;
+      const uint32_t lanes = static_cast<uint32_t>(stages.taken[begin / 64] >> bit) & kAllFloats;
       const FloatVec e = load_floats(stages.exponential + i);
       FloatVec slope;
       if constexpr (kGamma < 0) {
