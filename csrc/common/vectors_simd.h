@@ -336,6 +336,16 @@ static inline void store_doubles(double* p, DoublePair x) {
   store_vec(p + kDoubles, x.high);
 }
 
+static inline double sum_lanes(DoubleVec x) {
+#if RSL_ISA == 512
+  return _mm512_reduce_add_pd(x);
+#else
+  double sum = 0;
+  for (int lane = 0; lane < kDoubles; ++lane) sum += x[lane];
+  return sum;
+#endif
+}
+
 // Calls body(i, the elements from i on) for `count` elements in steps of a vector; behind the last one are zeros.
 template <class In, class Body>
 static inline void for_vectors(const In* data, int64_t count, const Body& body) {

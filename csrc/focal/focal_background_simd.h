@@ -148,10 +148,10 @@ static inline void for_background_slopes(const FocalBlock& block, const FocalSta
 }
 
 // Adds the losses of the targets of 0 of a block, and their slopes to the sums; behind the first stage. What floats cannot take
-// becomes `left_over`.
+// becomes `left_over`; returns whether anything does.
 // kOneWeight: all classes of the block have the first one's weight. Elements have no weights of their own.
 template <int kGamma, ClassSums kSums, bool kOneWeight>
-[[gnu::flatten, gnu::noinline]] static void sum_background(const float* logits, const FocalBlock& block, FocalStages& stages,
+[[gnu::flatten, gnu::noinline]] static bool sum_background(const float* logits, const FocalBlock& block, FocalStages& stages,
                                                            uint64_t* left_over, DoublePair& result) {
   const ClassColumns& columns = block.columns;
   const FloatVec none = {};
@@ -162,6 +162,7 @@ template <int kGamma, ClassSums kSums, bool kOneWeight>
   if constexpr (kGamma < 0) modulate_losses<kBackgroundScale<kGamma>>(logits, block, stages);
 
   DoublePair losses = {}, small_losses = {}, slopes = {};
+  uint64_t any = 0;
   for (int begin = 0; begin < block.size; begin += 64) {
     const uint64_t taken = stages.taken[begin / 64];
     // Few of the small parts, and of the slopes, are added in float.
@@ -195,7 +196,7 @@ template <int kGamma, ClassSums kSums, bool kOneWeight>
       });
       add_doubles(slopes, widen_floats(pulls));
     }
-    left_over[begin / 64] = block.negative[begin / 64] & ~taken;
+    any |= left_over[begin / 64] = block.negative[begin / 64] & ~taken;
   }
   add_doubles(losses, small_losses);
   const double factor = kBackgroundUnscale<kGamma> * (kOneWeight ? columns.negative[0] : 1);
@@ -209,4 +210,5 @@ template <int kGamma, ClassSums kSums, bool kOneWeight>
     add_doubles(sums, multiplied(slopes, factor < 0 ? -factor : factor));
     store_doubles(block.negative_sums, sums);
   }
+  return any != 0;
 }

@@ -75,11 +75,13 @@ struct FocalTable {
 // `size` elements. Bits beyond it are 0.
 struct FocalBlock {
   int size;
+  int words() const { return (size + 63) / 64; }
   int wrap;  // element i has entry i & wrap of the columns and sums
   bool has_labels;
   bool has_one_weight;  // of all targets of 0, but for weights of their own
   bool has_ones;
   bool has_soft;
+  // As many words as `size` fills.
   uint64_t negative[kBlockWords];
   uint64_t one[kBlockWords];
   uint64_t soft[kBlockWords];  // targets to be read from `target`

@@ -71,9 +71,9 @@ static inline void set_bit(uint64_t* words, int i) { words[i / 64] |= uint64_t{1
 static inline bool has_bit(const uint64_t* words, int i) { return words[i / 64] >> i % 64 & 1; }
 static inline void set_lanes(uint64_t* words, int i, uint32_t mask) { words[i / 64] |= static_cast<uint64_t>(mask) << i % 64; }
 
-static inline bool any_bit(const uint64_t* words) {
+static inline bool any_bit(const FocalBlock& block, const uint64_t* words) {
   uint64_t bits = 0;
-  for (int word = 0; word < kBlockWords; ++word) bits |= words[word];
+  for (int word = 0; word < block.words(); ++word) bits |= words[word];
   return bits != 0;
 }
 
@@ -215,18 +215,19 @@ static void find_dense_and_weights(const FocalLevel& level, int64_t element, Fou
 // live: bits of the entries from the first that the block has.
 static void finish_masks(const FocalLevel& level, int64_t element, const uint64_t* live_negative, const uint64_t* live_positive,
                          const uint64_t* live, const FoundMasks& found, FocalBlock& block) {
-  uint64_t ones = 0, softs = 0;
-  for (int word = 0; word < kBlockWords; ++word) {
-    const int rest = block.size - word * 64;
-    const uint64_t inside = rest >= 64 ? ~uint64_t{0} : rest <= 0 ? 0 : ~uint64_t{0} >> (64 - rest);
-    const uint64_t valid = inside & ~found.dropped[word];
+  for (int word = 0; word < block.words(); ++word) {
+    const uint64_t valid = ~found.dropped[word];
     block.negative[word] = valid & ~found.one[word] & ~found.soft[word] & live_negative[word];
-    ones |= block.one[word] = valid & found.one[word] & live_positive[word];
-    softs |= block.soft[word] = valid & found.soft[word] & live[word];
+    block.one[word] = valid & found.one[word] & live_positive[word];
+    block.soft[word] = valid & found.soft[word] & live[word];
+  }
+  if (block.size % 64 != 0) {
+    const uint64_t inside = ~uint64_t{0} >> (64 - block.size % 64);
+    for (uint64_t* words : {block.negative, block.one, block.soft}) words[block.size / 64] &= inside;
   }
   block.has_labels = level.has_labels;
-  block.has_ones = ones != 0;
-  block.has_soft = softs != 0;
+  block.has_ones = any_bit(block, block.one);
+  block.has_soft = any_bit(block, block.soft);
   if (level.grads != nullptr)
     dispatch_floating(level.grad_type,
                       [&](auto tag) { multiply_grads(static_cast<const decltype(tag)*>(level.grads) + element, block); });
@@ -251,16 +252,17 @@ static void read_map_rows(const FocalLevel& level, const FocalTable& table, int6
   if (level.has_labels) {
     const LabelRule rule = table.rule;
     with_labels(level, [&, rule](auto labels) {
-      for (int word = 0; word < kPresenceWords; ++word) block.present[word] = 0;
-      for (int word = 0; word < kBlockWords; ++word) block.row_ignored[word] = 0;
-      for (int i = 0; i < size; ++i) {
-        const int64_t column = labelled_column(rule, labels[first_row + i]);
-        block.row_columns[i] = static_cast<int32_t>(column);
-        if (column >= 0) set_bit(block.present, static_cast<int>(column % (64 * kPresenceWords)));
-        else if (column == kIgnoredRow) set_bit(block.row_ignored, i);
-      }
+      for (int i = 0; i < size; ++i) block.row_columns[i] = static_cast<int32_t>(labelled_column(rule, labels[first_row + i]));
     });
     for (int i = size; i % kFloats != 0; ++i) block.row_columns[i] = kIgnoredRow;
+    for (uint64_t& word : block.present) word = 0;
+    for (uint64_t& word : block.row_ignored) word = 0;
+    for (int i = 0; i < size; i += kFloats) {
+      const IntVec columns = load_vec<IntVec>(block.row_columns + i);
+      set_lanes(block.row_ignored, i, mask_of(columns == static_cast<int32_t>(kIgnoredRow)));
+      for (uint32_t bits = mask_of(columns >= 0); bits != 0; bits &= bits - 1)
+        set_bit(block.present, block.row_columns[i + __builtin_ctz(bits)] % (64 * kPresenceWords));
+    }
   }
   if (level.weights != nullptr && level.row_weights) {
     FoundMasks unused = {};
@@ -293,7 +295,7 @@ static void fill_from_map(const FocalLevel& level, const FocalTable& table, int6
     for (int i = 0; i < size; i += kFloats)
       for (int lane = 0; lane < kFloats; ++lane) set_lanes(found.dropped, i + lane, block.row_weights[i + lane] == 0);
   }
-  for (int word = 0; level.has_labels && word < kBlockWords; ++word) found.dropped[word] |= block.row_ignored[word];
+  for (int word = 0; level.has_labels && word < block.words(); ++word) found.dropped[word] |= block.row_ignored[word];
   const bool may_be_labelled = level.has_labels && has_bit(block.present, static_cast<int>(column % (64 * kPresenceWords)));
   for (int i = 0; may_be_labelled && i < size; i += kFloats) {
     const IntVec columns = load_vec<IntVec>(block.row_columns + i);

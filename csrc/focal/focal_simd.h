@@ -19,7 +19,7 @@
 // Adds the targets of 0 of the mask, few of the block and without weights of their own.
 template <int kGamma, bool kClassSums>
 static inline void add_few(const float* logits, const FocalBlock& block, const uint64_t* wanted, DoublePair& total) {
-  for_picked(wanted, [&](const int* at, int count) {
+  for_picked(block, wanted, [&](const int* at, int count) {
     alignas(64) float z[kFloats] = {};
     alignas(64) double w[kFloats] = {}, gamma[kFloats] = {}, slopes[kFloats];
     for (int lane = 0; lane < count; ++lane) {
@@ -47,17 +47,17 @@ static inline void add_to_class_sums(double* sums, const FocalBlock& block, int 
 }
 
 template <int kGamma, ClassSums kSums>
-static inline void sum_background(const float* logits, const FocalBlock& block, FocalStages& stages, uint64_t* left_over,
+static inline bool sum_background(const float* logits, const FocalBlock& block, FocalStages& stages, uint64_t* left_over,
                                   DoublePair& result) {
-  if (block.has_one_weight) sum_background<kGamma, kSums, true>(logits, block, stages, left_over, result);
-  else sum_background<kGamma, kSums, false>(logits, block, stages, left_over, result);
+  if (block.has_one_weight) return sum_background<kGamma, kSums, true>(logits, block, stages, left_over, result);
+  return sum_background<kGamma, kSums, false>(logits, block, stages, left_over, result);
 }
 template <int kGamma, bool kClassSums>
-static inline void sum_background(const float* logits, const FocalBlock& block, FocalStages& stages, uint64_t* left_over,
+static inline bool sum_background(const float* logits, const FocalBlock& block, FocalStages& stages, uint64_t* left_over,
                                   DoublePair& result) {
-  if (!kClassSums) sum_background<kGamma, ClassSums::kNone>(logits, block, stages, left_over, result);
-  else if (block.wrap == -1) sum_background<kGamma, ClassSums::kOfEntries>(logits, block, stages, left_over, result);
-  else sum_background<kGamma, ClassSums::kOfBlock, true>(logits, block, stages, left_over, result);
+  if (!kClassSums) return sum_background<kGamma, ClassSums::kNone>(logits, block, stages, left_over, result);
+  if (block.wrap == -1) return sum_background<kGamma, ClassSums::kOfEntries>(logits, block, stages, left_over, result);
+  return sum_background<kGamma, ClassSums::kOfBlock, true>(logits, block, stages, left_over, result);
 }
 
 // All but the targets of 0 that are not of the mask `zeros`. In: float or double.
@@ -79,7 +79,7 @@ template <int kGamma, bool kClassSums, class In>
   };
   bool is_summed = false;
   if constexpr (!kExact) {
-    is_summed = zeros != block.negative && are_few(zeros, block.size);
+    is_summed = zeros != block.negative && are_few(block, zeros);
     if (is_summed) add_few<kGamma, kClassSums>(logits, block, zeros, total);
   }
   if (!is_summed) sweep_hard<kGamma, kExact, false>(logits, block, zeros, add_to(block.negative_sums));
@@ -106,10 +106,11 @@ static inline void sum_block(const FocalTable& table, const In* logits, const Fo
   if constexpr (sizeof(In) <= 4) {
     if (block.weight == nullptr && (block.has_one_weight || table.has_float_negative_weight)) {
       FocalStages stages;
-      uint64_t left_over[kBlockWords] = {};
+      uint64_t left_over[kBlockWords];
       const float* data = find_exponentials(logits, block, padded, stages);
-      sum_background<kGamma, kClassSums>(data, block, stages, left_over, result);
-      return sum_others<kGamma, kClassSums>(table, data, block, left_over, result);
+      const bool is_left = sum_background<kGamma, kClassSums>(data, block, stages, left_over, result);
+      if (is_left || block.has_ones || block.has_soft) sum_others<kGamma, kClassSums>(table, data, block, left_over, result);
+      return;
     }
   }
   sum_others<kGamma, kClassSums>(table, widen_values(logits, block.size, padded), block, block.negative, result);
@@ -140,7 +141,7 @@ template <bool kGradient, int kGamma, class In>
     else store_where(output, i, lanes, low.loss, high.loss);
   };
   sweep_hard<kGamma, kExact, false>(logits, block, zeros, write);
-  if (any_bit(ones)) sweep_ones<kGamma, kExact>(table, logits, block, ones, write);
+  if (any_bit(block, ones)) sweep_ones<kGamma, kExact>(table, logits, block, ones, write);
   if (block.has_soft) sweep_soft(table, logits, block, block.soft, write);
 }
 
@@ -163,8 +164,8 @@ template <int kGamma, bool kPositive>
                                          uint64_t* left_over, float* output) {
   const ClassColumns& columns = block.columns;
   const float* weights = kPositive ? columns.positive_rounded : columns.negative_rounded;
-  if (are_few(wanted, block.size)) {
-    for_picked(wanted, [&](const int* at, int count) {
+  if (are_few(block, wanted)) {
+    for_picked(block, wanted, [&](const int* at, int count) {
       alignas(64) float z[kFloats] = {}, w[kFloats] = {}, gamma_high[kFloats] = {}, gamma_low[kFloats] = {}, slopes[kFloats];
       for (int lane = 0; lane < count; ++lane) {
         const int i = at[lane], entry = i & block.wrap;
@@ -210,7 +211,8 @@ static void write_gradient(const FocalTable& table, const In* logits, const Foca
       if (modulates_positives(table)) write_float<kGamma, true>(data, block, block.one, ones, output);
       else write_float<0, true>(data, block, block.one, ones, output);
     }
-    if (block.has_soft || any_bit(zeros) || any_bit(ones)) write_wide<true, -1>(table, data, block, zeros, ones, output);
+    if (block.has_soft || any_bit(block, zeros) || any_bit(block, ones))
+      write_wide<true, -1>(table, data, block, zeros, ones, output);
   }
 }
 
@@ -262,6 +264,13 @@ static inline void for_row_blocks(const FocalLevel& level, const FocalTable& tab
   }
 }
 
+// Of a class of a map, the sum in the lanes.
+static inline double sum_own(const double* lanes) {
+  DoubleVec sum = load_vec<DoubleVec>(lanes);
+  for (int i = kDoubles; i < kLanes; i += kDoubles) sum += load_vec<DoubleVec>(lanes + i);
+  return sum_lanes(sum);
+}
+
 // The same for a map; skip(first element, size) for what is of a dead class. sums: null or [2, C].
 template <class Body, class Skip>
 static inline void for_map_blocks(const FocalLevel& level, const FocalTable& table, int64_t begin, int64_t end, double* sums,
@@ -287,8 +296,9 @@ static inline void for_map_blocks(const FocalLevel& level, const FocalTable& tab
       for (int lane = 0; lane < kLanes; ++lane) block.own[3][lane] = block.own[4][lane] = 0;
       fill_from_map(level, table, row, c, element, size, block);
       body(element);
-      for (int lane = 0; sums != nullptr && lane < kLanes; ++lane)
-        sums[c] += block.own[3][lane], sums[classes + c] += block.own[4][lane];
+      if (sums == nullptr) continue;
+      sums[classes + c] += sum_own(block.negative_sums);
+      if (block.has_ones || block.has_soft) sums[c] += sum_own(block.positive_sums);
     }
   }
 }
@@ -343,10 +353,7 @@ static double sum_strips(const FocalLevel& level, const FocalTable& table, const
       add_pulls<kGamma>(table, pulls, sums + table.columns_size);
     }
   });
-  const DoubleVec sum = total.low + total.high;
-  double result = 0;
-  for (int lane = 0; lane < kDoubles; ++lane) result += sum[lane];
-  return result;
+  return sum_lanes(total.low + total.high);
 }
 
 // Gradients, or losses, of all elements of the strips.

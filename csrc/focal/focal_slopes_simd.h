@@ -88,7 +88,7 @@ template <int kGamma>
 [[gnu::flatten, gnu::noinline]] static bool write_background(const float* logits, const FocalBlock& block, SlopeStages& stages,
                                                              uint64_t* left_over, float* output) {
   uint64_t any = 0;
-  for (int word = 0; word < (block.size + 63) / 64; ++word) any |= left_over[word] = block.negative[word] & ~stages.taken[word];
+  for (int word = 0; word < block.words(); ++word) any |= left_over[word] = block.negative[word] & ~stages.taken[word];
   if constexpr (kGamma < 0) modulate_slopes(logits, block, stages);
   for (int begin = 0; begin < block.size; begin += 64) {
     for_vectors_of_word(begin, block.size, [&](int i, int bit) {

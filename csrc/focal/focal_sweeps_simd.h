@@ -23,16 +23,16 @@ static inline void for_wanted(const FocalBlock& block, const uint64_t* wanted, c
 }
 
 // So few that picking them costs less than the vectors that hold any.
-static inline bool are_few(const uint64_t* wanted, int size) {
+static inline bool are_few(const FocalBlock& block, const uint64_t* wanted) {
   int count = 0;
-  for (int word = 0; word < kBlockWords; ++word) count += __builtin_popcountll(wanted[word]);
-  return count <= size / 8;
+  for (int word = 0; word < block.words(); ++word) count += __builtin_popcountll(wanted[word]);
+  return count <= block.size / 8;
 }
 // Calls body(where they are, their number) for as many elements as fill a vector, and for the rest.
 template <class Body>
-static inline void for_picked(const uint64_t* wanted, const Body& body) {
+static inline void for_picked(const FocalBlock& block, const uint64_t* wanted, const Body& body) {
   int at[kFloats], count = 0;
-  for (int word = 0; word < kBlockWords; ++word) {
+  for (int word = 0; word < block.words(); ++word) {
     for (uint64_t bits = wanted[word]; bits != 0; bits &= bits - 1) {
       at[count++] = word * 64 + __builtin_ctzll(bits);
       if (count < kFloats) continue;

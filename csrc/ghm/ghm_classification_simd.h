@@ -33,12 +33,6 @@ static inline FloatVec scale_of_lowest(const GhmEdges& edges) {
   return all_floats(static_cast<float>(edges.bins) * (1 - 0x1p-10f));
 }
 
-static inline double sum_lanes(DoubleVec x) {
-  double sum = 0;
-  for (int lane = 0; lane < kDoubles; ++lane) sum += x[lane];
-  return sum;
-}
-
 // Below it, which is u < -log 9, or where the first bin ends before: log(1 + e) = e + e^2 p(e) of degree 3, right to 6e-9.
 static inline float largest_easy_logit(const GhmEdges& edges) {
   constexpr float kLimit = -2.1972246f;

@@ -60,16 +60,6 @@ static inline DoubleVec load_some_doubles(const In* p, int count) {
   return x;
 }
 
-static inline double sum_lanes(DoubleVec x) {
-#if RSL_ISA == 512
-  return _mm512_reduce_add_pd(x);
-#else
-  double sum = 0;
-  for (int lane = 0; lane < kDoubles; ++lane) sum += x[lane];
-  return sum;
-#endif
-}
-
 static inline double largest_lane(DoubleVec x) {
   double largest = x[0];
   for (int lane = 1; lane < kDoubles; ++lane) largest = x[lane] > largest ? x[lane] : largest;

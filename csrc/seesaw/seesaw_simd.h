@@ -24,12 +24,6 @@ static inline void store_slopes(Out* p, DoublePair x) {
   store_floats(p, to_floats(x.low, x.high));
 }
 
-static inline double sum_lanes(DoubleVec x) {
-  double sum = 0;
-  for (int lane = 0; lane < kDoubles; ++lane) sum += x[lane];
-  return sum;
-}
-
 static inline double largest_lane(DoubleVec x) {
   double largest = x[0];
   for (int lane = 1; lane < kDoubles; ++lane) largest = x[lane] > largest ? x[lane] : largest;
