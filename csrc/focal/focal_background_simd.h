@@ -9,7 +9,6 @@ template <int kGamma>
 constexpr int kBackgroundScale = kGamma < 0 ? 96 : 0;
 template <int kGamma>
 constexpr double kBackgroundUnscale = kGamma < 0 ? 0x1p-96 : 1;
-constexpr float kFarthestBackground = 28;
 constexpr float kLargestBackgroundExponent = 110;
 
 // How far a logit is below 0, and the lanes in which it is that, but not farther than: as integers, where the bits of what is

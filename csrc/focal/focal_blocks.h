@@ -11,7 +11,8 @@ namespace rsloss {
 
 constexpr int kBlock = 1024;
 constexpr int kBlockWords = kBlock / 64;
-constexpr int kLanes = 16;  // of the longest vector
+constexpr float kFarthestBackground = 28;  // of targets of 0, below 0, whose losses are computed in float
+constexpr int kLanes = 16;                 // of the longest vector
 constexpr int kPresenceWords = 32;
 
 // Without qualities, weights or gradients those are null. A level of one class is a map: labels and logits are side by side.
@@ -42,6 +43,13 @@ inline MapStrips map_strips(const FocalLayout& layout) {
   return {(layout.inner + kBlock - 1) / kBlock, step, (layout.classes + step - 1) / step};
 }
 
+// Numbers of a 16-bit dtype below 0 in the order of their bits, and the losses of targets of 0 there.
+struct NarrowLosses {
+  uint16_t first;  // bits
+  uint16_t count;
+  const double* losses;  // without the weight, and a 0 behind the last; null: not used
+};
+
 // How a pass multiplies and modulates, by class. The weights are those of the table times the factor of the pass.
 struct ClassColumns {
   double* gamma;
@@ -63,6 +71,7 @@ struct FocalTable {
   int common_gamma;                // 0, 1 or 2 where every class has it, else -1
   bool has_one_negative_weight;    // all classes have it
   bool has_float_negative_weight;  // floats, their products and what those lose are in the normal range
+  NarrowLosses narrow;
   double factor;
   int64_t rows_per_block;  // 0: rows are longer than a block
   int64_t columns_size;

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <numeric>
 #include <optional>
 #include <tuple>
@@ -128,10 +129,29 @@ class TableColumns {
     view.live = live_[2].data();
   }
 
+  // The table of losses for 16-bit logits, where it serves and there are so many elements that it pays.
+  template <class In>
+  void add_narrow_losses(int64_t elements) {
+    if constexpr (sizeof(In) == 2) {
+      const auto bits_of = [](float x) {
+        const In narrow(x);
+        uint16_t bits;
+        std::memcpy(&bits, &narrow, sizeof bits);
+        return bits;
+      };
+      const int first = bits_of(-0x1p-8f), count = bits_of(-kFarthestBackground) - first + 1;
+      if (view.common_gamma < 0 || !view.has_one_negative_weight || elements < 16 * count) return;
+      narrow_losses_.resize(count + kLanes + 1);
+      view.narrow = {static_cast<uint16_t>(first), static_cast<uint16_t>(count), narrow_losses_.data()};
+      RSL_ISA_CALL(fill_narrow_losses<In>, view, narrow_losses_.data());
+    }
+  }
+
  private:
   std::vector<double> doubles_[3];
   std::vector<float> floats_[5];
   std::vector<uint64_t> live_[3];
+  std::vector<double> narrow_losses_;
 
   int common_gamma(int64_t classes) const {
     const double* gamma = view.table;
@@ -209,7 +229,7 @@ std::tuple<Tensor, Tensor> focal_forward(Tensors logits, Tensors targets, Tensor
                             modulator, maps,    background_first, ignore_index, scale};
   check_focal_levels("focal_forward", logits, targets, qualities, weights, class_table, normalizer, modulator, maps);
   const std::vector<FocalLevel> levels = view_levels(arguments, {});
-  const TableColumns columns(arguments, 1, logits[0].scalar_type() != ScalarType::Double);
+  TableColumns columns(arguments, 1, logits[0].scalar_type() != ScalarType::Double);
   const FocalTable& table = columns.view;
   const std::vector<Chunk> chunks = cut_into_chunks(arguments, levels, table);
   const int64_t classes = table.rule.classes, width = class_sums ? kClassSumRows * classes : 0;
@@ -217,6 +237,7 @@ std::tuple<Tensor, Tensor> focal_forward(Tensors logits, Tensors targets, Tensor
   std::vector<double> parts(chunks.size() * (1 + width));
   dispatch_floating(logits[0].scalar_type(), [&](auto tag) {
     using In = decltype(tag);
+    if (!class_sums) columns.add_narrow_losses<In>(count_elements(logits));
     for_chunks(chunks, [&](int64_t i) {
       const Chunk& chunk = chunks[i];
       const FocalLevel& level = levels[chunk.level];

@@ -16,6 +16,20 @@
 #include "focal/focal_background_simd.h"
 #include "focal/focal_slopes_simd.h"
 
+template <int kGamma>
+struct CommonGamma {
+  static constexpr int value = kGamma;
+};
+template <class Body>
+static inline void with_gamma(const FocalTable& table, const Body& body) {
+  if (table.common_gamma == 0) body(CommonGamma<0>{});
+  else if (table.common_gamma == 1) body(CommonGamma<1>{});
+  else if (table.common_gamma == 2) body(CommonGamma<2>{});
+  else body(CommonGamma<-1>{});
+}
+
+#include "focal/focal_narrow_simd.h"
+
 // Adds the targets of 0 of the mask, few of the block and without weights of their own.
 template <int kGamma, bool kClassSums>
 static inline void add_few(const float* logits, const FocalBlock& block, const uint64_t* wanted, DoublePair& total) {
@@ -103,6 +117,19 @@ template <int kGamma, bool kClassSums, class In>
 template <int kGamma, bool kClassSums, class In>
 static inline void sum_block(const FocalTable& table, const In* logits, const FocalBlock& block, Arithmetic<In>* padded,
                              DoublePair& result) {
+  if constexpr (sizeof(In) == 2 && kGamma >= 0 && !kClassSums) {
+    uint16_t places[kBlock];
+    uint64_t left_over[kBlockWords];
+    if (table.narrow.losses != nullptr && block.weight == nullptr &&
+        find_places(logits, block, table.narrow, places, left_over)) {
+      const double sum = sum_by_places(table.narrow.losses, places, block.words());
+      // An infinite weight multiplies nothing where there is nothing.
+      if (sum != 0) result.low[0] += block.columns.negative[0] * sum;
+      if (widen_others(logits, block, left_over, padded))
+        sum_others<kGamma, kClassSums>(table, padded, block, left_over, result);
+      return;
+    }
+  }
   if constexpr (sizeof(In) <= 4) {
     if (block.weight == nullptr && (block.has_one_weight || table.has_float_negative_weight)) {
       FocalStages stages;
@@ -203,7 +230,7 @@ static void write_gradient(const FocalTable& table, const In* logits, const Foca
     write_wide<true, kGamma>(table, data, block, block.negative, block.one, output);
   } else {
     SlopeStages stages;
-    uint64_t above[kBlockWords] = {}, zeros[kBlockWords] = {}, ones[kBlockWords] = {};
+    uint64_t above[kBlockWords], zeros[kBlockWords] = {}, ones[kBlockWords] = {};
     const float* data = find_exponentials(logits, block, padded, stages);
     if (write_background<kGamma>(data, block, stages, above, output))
       write_float<kGamma, false>(data, block, above, zeros, output);
@@ -301,18 +328,6 @@ static inline void for_map_blocks(const FocalLevel& level, const FocalTable& tab
       if (block.has_ones || block.has_soft) sums[c] += sum_own(block.positive_sums);
     }
   }
-}
-
-template <int kGamma>
-struct CommonGamma {
-  static constexpr int value = kGamma;
-};
-template <class Body>
-static inline void with_gamma(const FocalTable& table, const Body& body) {
-  if (table.common_gamma == 0) body(CommonGamma<0>{});
-  else if (table.common_gamma == 1) body(CommonGamma<1>{});
-  else if (table.common_gamma == 2) body(CommonGamma<2>{});
-  else body(CommonGamma<-1>{});
 }
 
 // Moves what strips of rows added to `pulls` into the sums of the entries.

@@ -21,6 +21,7 @@ AP = "tests/test_ap.py tests/test_ranking_values.py"
 ALRP = "tests/test_alrp.py tests/test_ranking_values.py"
 GHM = "tests/test_ghm_values.py tests/test_ghm_edge_cases.py tests/test_ghm_state.py"
 FOCAL = "tests/test_focal_values.py tests/test_focal_edge_cases.py"
+NARROW = "tests/test_focal_narrow.py"
 EQUALIZED = "tests/test_equalized_focal_values.py tests/test_equalized_focal_state.py"
 GROUPS = "tests/test_group_softmax_values.py tests/test_group_softmax_edge_cases.py"
 SEESAW = "tests/test_seesaw.py tests/test_seesaw_state.py"
@@ -89,6 +90,10 @@ CPP = [
     ("left-over negatives vanish", "csrc/focal/focal_background_simd.h", "    any |= left_over[begin / 64] = block.negative[begin / 64] & ~taken;", "    left_over[begin / 64] = 0;", FOCAL),
     ("rounding of the modulated entropy is lost", "csrc/focal/focal_functions_simd.h", "return {high, sum * (high + part) + part};", "return {high, sum * high + part};", FOCAL),
     ("picked elements that fill no vector vanish", "csrc/focal/focal_sweeps_simd.h", "  if (count != 0) body(at, count);", "", FOCAL),
+    ("elements that have no place keep the loss of one", "csrc/focal/focal_narrow_simd.h", "places[begin + __builtin_ctzll(bits)] = narrow.count;", "(void)bits;", NARROW),
+    ("losses left over by the table vanish", "csrc/focal/focal_narrow_simd.h", "left_over[word] = block.negative[word] & ~within;", "left_over[word] = 0;", NARROW),
+    ("table of losses without what floats lose", "csrc/focal/focal_narrow_simd.h", "      add_doubles(sum, widen_floats(loss.low));\n", "", NARROW),
+    ("16-bit logits are not kept for later stages", "csrc/focal/focal_background_simd.h", "      if (widens) store_floats(widened + i, z);\n", "", NARROW),
     ("slopes leave out a term", "csrc/focal/focal_slopes_simd.h", "for (int k = kSlopeDegree - 1; k >= 0; --k)", "for (int k = kSlopeDegree - 1; k >= 1; --k)", FOCAL),
     ("pieces of a late task vanish", "csrc/common/parallel.h", "        body(piece * piece_, std::min((piece + 1) * piece_, items_));", "        if (i == 0) body(piece * piece_, std::min((piece + 1) * piece_, items_));", "tests/test_work_shares.py"),
     ("class sums of negatives are not added", "csrc/focal/focal_simd.h", "return pull == 0.0 ? sum : sum + absolute(w) * (unscale * pull);", "return sum;", EQUALIZED),
