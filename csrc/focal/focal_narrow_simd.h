@@ -41,6 +41,23 @@ static inline uint64_t find_places(const void* logits, const NarrowLosses& narro
     _mm512_storeu_si512(places + 32 * half, _mm512_min_epu16(place, count));
   }
   return within;
+#elif RSL_ISA == 256
+  uint64_t within = 0;
+  const __m256i first = _mm256_set1_epi16(static_cast<int16_t>(narrow.first));
+  const __m256i count = _mm256_set1_epi16(static_cast<int16_t>(narrow.count)),
+                last = _mm256_sub_epi16(count, _mm256_set1_epi16(1));
+  for (int i = 0; i < 64; i += 32) {
+    __m256i is_within[2];
+    for (int half = 0; half < 2; ++half) {
+      const __m256i* bits = reinterpret_cast<const __m256i*>(static_cast<const uint16_t*>(logits) + i + 16 * half);
+      const __m256i place = _mm256_sub_epi16(_mm256_loadu_si256(bits), first);
+      is_within[half] = _mm256_cmpeq_epi16(_mm256_min_epu16(place, last), place);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(places + i + 16 * half), _mm256_min_epu16(place, count));
+    }
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packs_epi16(is_within[0], is_within[1]), 0xd8);
+    within |= uint64_t{static_cast<uint32_t>(_mm256_movemask_epi8(packed))} << i;
+  }
+  return within;
 #else
   uint16_t bits[64];
   uint64_t within = 0;
