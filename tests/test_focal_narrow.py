@@ -1,6 +1,8 @@
-"""The element-wise sigmoid losses of so many 16-bit logits that the CPU's kernels take the losses of targets of 0 from a table."""
+"""The element-wise sigmoid losses of narrow numbers: so many 16-bit logits that the CPU's kernels take the losses of targets of 0 from
+a table, and gradients at the end of the range of float."""
 
 import dataclasses
+import platform
 
 import pytest
 import torch
@@ -100,7 +102,39 @@ def test_not_a_number_is_not_lost(backend, generator, dtype):
 
 
 @NARROW
+def test_an_element_has_the_gradient_that_it_has_alone(backend, generator, dtype):
+    """In vectors and behind the last whole one, where the processor rounds and where the kernel does."""
+    logits, labels = draw(backend, generator, dtype, 1)
+    for gamma in (0.0, 2.0, 1.5):
+        whole = FOCAL.evaluate(backend, logits, labels, gamma=gamma).gradient
+        for first, size in ((0, 1), (3, 15), (13, 64), (5, 401)):
+            part = slice(first, first + size)
+            got = FOCAL.evaluate(backend, logits[part], labels[part], gamma=gamma).gradient
+            assert torch.equal(got.view(torch.int16), whole[part].view(torch.int16)), (gamma, first, size)
+
+
+SMALL = [(0.0, 85.9, 1.0), (1.0, 43.0, 1.0), (2.0, 28.7, 1.0), (6.0, 12.0, 1.0)]
+WITH_WEIGHT = [(0.0, 85.9, 1e20), (1.0, 44.2, 1e20), (2.0, 29.4, 1e20), (6.0, 12.5, 1e20)]
+
+
+@pytest.mark.parametrize("gamma, deepest, upstream", SMALL + WITH_WEIGHT)
+def test_small_gradients_are_right(backend, gamma, deepest, upstream):
+    """Beside others as small: factors of a gradient may leave the range of float before it does."""
+    logits = -torch.linspace(deepest - 0.5, deepest, 64)[:, None]
+    FOCAL.assert_agrees(backend, logits, torch.full((64,), 1), gamma=gamma, alpha=-1.0, upstream=upstream)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_gradients_below_the_normal_range_are_of_no_account(backend, dtype):
-    """Whether they are rounded or taken for 0: beside a gradient of an ordinary size."""
+    """Whether they are rounded or taken for 0: beside a gradient of an ordinary size. The C++ backend takes them for 0."""
     logits = torch.linspace(-110, -2, 64).to(dtype)[:, None].expand(-1, 3).contiguous()
-    FOCAL.assert_agrees(backend, logits, torch.full((64,), 3), gamma=0.0, alpha=-1.0)
+    got = FOCAL.assert_agrees(backend, logits, torch.full((64,), 3), gamma=0.0, alpha=-1.0)
+    if backend.name == "cpp" and platform.machine() == "x86_64":
+        assert not got.gradient[logits < -88].any()
+
+
+def test_numbers_below_the_normal_range_remain_for_others(backend, generator):
+    """The mode of the processor is that of one pass: for the threads of torch it is as it was."""
+    logits, labels = draw(backend, generator, torch.bfloat16, 4)
+    FOCAL.evaluate(backend, logits, labels)
+    assert (torch.full((100_000,), 2e-40) * 0.5 > 0).all()

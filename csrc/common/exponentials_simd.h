@@ -113,7 +113,7 @@ constexpr OctaveParts make_octave_parts() {
 }
 constexpr OctaveParts kOctaveParts = make_octave_parts();
 
-// e^-x for x in [0, 86], right to 2e-7: enough for a gradient. Beyond it any number.
+// e^-x for x in [0, 86], right to 2e-7 near 0 and 4e-7 at the end: enough for a gradient. Beyond it any number.
 static inline FloatVec exp_minus(FloatVec x) {
   constexpr float kPart = 0x1.62e43p-1f / kGradientParts, kExactPart = 0x1.62ep-1f / kGradientParts,
                   kLostPart = 3.19461848e-5f / kGradientParts;
@@ -125,8 +125,8 @@ static inline FloatVec exp_minus(FloatVec x) {
   const FloatVec power = reinterpret_cast<FloatVec>(part + (reinterpret_cast<UnsignedVec>(shifted) << kGradientPartBits));
   // Of e^-r to the first power that |r| below log 2 / 2 parts leaves to see.
   const FloatVec curve = kGradientParts == 8 ? (0.5000647f - r * 0.16666667f) * r - 1 : r * 0.5f - 1.0000147f;
-  // Not power * r: of a small power that could be below the normal range, which takes a processor a hundred times as long.
-  return power * (r * curve) + power;
+  // No product here is below the normal range, that with the power only where it is rounded once with the sum.
+  return RSL_ISA == 0 ? power * (r * curve + 1) : power * (r * curve) + power;
 }
 
 // e^-x for x >= 0 or NaN. As the square of e^(-x/2), which cannot leave the normal range before the result does.

@@ -16,7 +16,7 @@ namespace rsloss {
 enum class Isa { kPlain, kAvx2, kAvx512 };
 
 // RSLOSS_CPU_CAPABILITY=avx512|avx2|plain holds the kernels below what the processor has, to test the other variants; avx512:
-// without its extensions.
+// without its extensions. Whatever else it is: all that the processor has.
 inline bool is_held_to(const char* capability) {
   const char* wanted = std::getenv("RSLOSS_CPU_CAPABILITY");
   return wanted != nullptr && std::strcmp(wanted, capability) == 0;

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "common/floating_cpu.h"
+#include "common/flush_subnormals.h"
 #include "focal/focal.h"
 
 namespace rsloss {

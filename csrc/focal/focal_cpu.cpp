@@ -14,7 +14,6 @@
 
 #include "common/checks.h"
 #include "common/floating_cpu.h"
-#include "common/flush_subnormals.h"
 #include "common/isa.h"
 #include "common/new_tensor_cpu.h"
 #include "common/parallel.h"
@@ -141,7 +140,7 @@ class TableColumns {
       };
       const int first = bits_of(-0x1p-8f), count = bits_of(-kFarthestBackground) - first + 1;
       if (view.common_gamma < 0 || !view.has_one_negative_weight || elements < 16 * count) return;
-      narrow_losses_.resize(count + kLanes + 1);
+      narrow_losses_.resize(count + kLanes + 1);  // whole vectors are written, then the 0 behind the last
       view.narrow = {static_cast<uint16_t>(first), static_cast<uint16_t>(count), narrow_losses_.data()};
       RSL_ISA_CALL(fill_narrow_losses<In>, view, narrow_losses_.data());
     }
@@ -279,8 +278,6 @@ Tensors write_levels(const Arguments& arguments, const std::vector<FocalLevel>& 
       const FocalLevel& level = levels[chunk.level];
       const In* data = static_cast<const In*>(level.logits);
       In* output = static_cast<In*>(outputs[chunk.level].mutable_data_ptr());
-      // Of a large gamma many slopes are.
-      const FlushSubnormals flush;
       if constexpr (kGradient) RSL_ISA_CALL(write_strips<true>, level, table, data, chunk.begin, chunk.end, output);
       else RSL_ISA_CALL(write_strips<false>, level, table, data, chunk.begin, chunk.end, output);
     });

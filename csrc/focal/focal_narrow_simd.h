@@ -18,12 +18,15 @@ static void fill_narrow_losses(const FocalTable& table, double* losses) {
   const int count = table.narrow.count;
   with_gamma(table, [&](auto gamma) {
     constexpr int kGamma = decltype(gamma)::value;
-    for (int i = 0; kGamma >= 0 && i < count; i += kFloats) {
-      const CoarseFloat e = exp_minus_coarse<0>(distance_below(narrow_logits<In>(table.narrow.first + i)), FloatVec{});
-      const FloatSum loss = modulated_entropy<(kGamma < 0 ? 0 : kGamma)>(e);
-      DoublePair sum = widen_floats(loss.high);
-      add_doubles(sum, widen_floats(loss.low));
-      store_doubles(losses + i, sum);
+    // There is no table for any other gamma.
+    if constexpr (kGamma >= 0) {
+      for (int i = 0; i < count; i += kFloats) {
+        const CoarseFloat e = exp_minus_coarse<0>(distance_below(narrow_logits<In>(table.narrow.first + i)), FloatVec{});
+        const FloatSum loss = modulated_entropy<kGamma>(e);
+        DoublePair sum = widen_floats(loss.high);
+        add_doubles(sum, widen_floats(loss.low));
+        store_doubles(losses + i, sum);
+      }
     }
   });
   losses[count] = 0;
@@ -79,7 +82,7 @@ static inline bool find_places(const In* logits, const FocalBlock& block, const 
   int left = 0;
   for (int word = 0; word < block.words(); ++word) {
     const int begin = 64 * word, size = block.size - begin < 64 ? block.size - begin : 64;
-    In padded[64];
+    In padded[64] = {};
     const In* own = logits + begin;
     if (size < 64) __builtin_memcpy(padded, own, static_cast<size_t>(size) * sizeof(In)), own = padded;
     const uint64_t within = find_places(own, narrow, places + begin);

@@ -2,7 +2,8 @@
 // set (common/for_each_isa.h). A block of elements at a time: targets and weights become bit masks (focal_masks_simd.h); then a
 // sweep takes the targets of 0, one those of 1 and one all others, each the vectors that hold any; where there are few they are
 // picked (focal_sweeps_simd.h). Elements are computed in double (focal_elements_simd.h), but for float32 and narrower logits
-// gradients (focal_slopes_simd.h), and losses of targets of 0 at logits of 0 and below (focal_background_simd.h), in float.
+// gradients (focal_slopes_simd.h), and losses of targets of 0 at logits of 0 and below (focal_background_simd.h), in float;
+// many such losses of 16-bit logits come from a table (focal_narrow_simd.h).
 #include "common/vectors_simd.h"
 
 #include "common/exponentials_simd.h"
@@ -181,7 +182,7 @@ template <int kGamma, bool kPositive>
 static inline FloatSlopes float_slopes(FloatVec z, FloatVec w, FloatVec gamma_high, FloatVec gamma_low) {
   const FloatVec distance = absolute(z), none = FloatVec{};
   const uint32_t above = kPositive ? greater_mask(none, z) : greater_mask(z, none);
-  const FloatVec slope = w * hard_slope<kGamma>(distance, above, gamma_high, gamma_low);
+  const FloatVec slope = hard_slope<kGamma>(w, distance, above, gamma_high, gamma_low);
   return {kPositive ? -slope : slope, at_most_mask(distance, all_floats(kLargestFloatExponent))};
 }
 
@@ -380,6 +381,8 @@ static void write_strips(const FocalLevel& level, const FocalTable& table, const
   Value padded[kBlock], padded_output[kBlock];
   with_gamma(table, [&](auto gamma) {
     const auto write = [&](int64_t element) {
+      // Slopes of a large gamma often are below the normal range.
+      const FlushSubnormals flush;
       Value* result = padded_output;
       if constexpr (sizeof(In) >= 4) {
         if (block.size % kFloats == 0) result = output + element;

@@ -29,15 +29,18 @@ template <class In>
   });
 }
 
+// Slopes times a weight w, which is multiplied in first, so that nothing is below the normal range unless the product is.
+
 // Of gamma 0, 1 and 2.
 template <int kGamma>
-static inline FloatVec slope_by_table(FloatVec e) {
-  if constexpr (kGamma == 0) return e * reciprocal(1 + e);
+static inline FloatVec slope_by_table(FloatVec w, FloatVec e) {
+  if constexpr (kGamma == 0) return w * e * reciprocal(1 + e);
   constexpr const SlopeTable& table = kSlopeTable<kGamma>;
   const FloatVec shifted = e * float{kEntries - 1} + 0x1.8p23f, d = e * float{kEntries - 1} - (shifted - 0x1.8p23f);
   FloatVec sum = look_up_by_bits<kEntries>(table.terms[kSlopeDegree], shifted);
   for (int k = kSlopeDegree - 1; k >= 0; --k) sum = sum * d + look_up_by_bits<kEntries>(table.terms[k], shifted);
-  return (kGamma == 1 ? e * e : e * e * e) * sum;
+  const FloatVec slope = w * e * sum * e;
+  return kGamma == 1 ? slope : slope * e;
 }
 
 // gamma softplus(-z) for z = -distance as the sum of two floats: what is lost by rounding it would show.
@@ -52,21 +55,26 @@ static inline FloatVec exp_minus_sum(FloatSum exponent) {
   return choose(at_most_mask(exponent.high, limit), power - power * exponent.low, FloatVec{});
 }
 
+// Of any gamma: w m larger (rate softplus + other).
+static inline FloatVec slope_of(FloatVec w, FloatVec m, FloatVec larger, FloatVec rate, FloatVec softplus, FloatVec other) {
+  return w * (rate * softplus + other) * larger * m;
+}
+
 // dL/dx of a target of 0 or 1 in floats for |x| = distance within [0, 86]. positive: the lanes with x > 0. At
 // others the bits are those of write_background.
 template <int kGamma>
-static inline FloatVec hard_slope(FloatVec distance, uint32_t positive, FloatVec gamma_high, FloatVec gamma_low) {
+static inline FloatVec hard_slope(FloatVec w, FloatVec distance, uint32_t positive, FloatVec gamma_high, FloatVec gamma_low) {
   const FloatVec e = exp_minus(distance), larger = reciprocal(1 + e), one = all_floats(1), none = FloatVec{};
-  if constexpr (kGamma == 0) return choose(positive, larger, e * larger);
+  if constexpr (kGamma == 0) return choose(positive, w, w * e) * larger;
   const FloatVec log_part = log_one_plus(e), softplus = choose(positive, log_part + distance, log_part);
   if constexpr (kGamma > 0) {
     const FloatVec square = kGamma == 1 ? larger : larger * larger;
-    const FloatVec above = square * larger * (float{kGamma} * e * softplus + 1);
-    return choose(positive, above, slope_by_table<kGamma>(e));
+    const FloatVec above = w * (float{kGamma} * e * softplus + 1) * (square * larger);
+    return choose(positive, above, slope_by_table<kGamma>(w, e));
   }
   const FloatSum exponent = modulating_exponent(choose(positive, none, distance), log_part, gamma_high, gamma_low);
   const FloatVec m = exp_minus_sum(exponent), rate = choose(positive, gamma_high * e, gamma_high);
-  return m * larger * (rate * softplus + choose(positive, one, e));
+  return slope_of(w, m, larger, rate, softplus, choose(positive, one, e));
 }
 
 // q^gamma, of any gamma.
@@ -93,15 +101,14 @@ template <int kGamma>
   for (int begin = 0; begin < block.size; begin += 64) {
     for_vectors_of_word(begin, block.size, [&](int i, int bit) {
       const uint32_t lanes = static_cast<uint32_t>(stages.taken[begin / 64] >> bit) & kAllFloats;
-      const FloatVec e = load_floats(stages.exponential + i);
+      const FloatVec e = load_floats(stages.exponential + i), w = float_weight(block.columns.negative_rounded, block, i);
       FloatVec slope;
       if constexpr (kGamma < 0) {
         const FloatVec m = load_floats(stages.modulation.high + i), gamma = column_of(block.columns.gamma_high, block, i);
-        slope = m * reciprocal(1 + e) * (gamma * load_floats(stages.entropy + i) + e);
+        slope = slope_of(w, m, reciprocal(1 + e), gamma, load_floats(stages.entropy + i), e);
       } else {
-        slope = slope_by_table<kGamma>(e);
+        slope = slope_by_table<kGamma>(w, e);
       }
-      slope *= float_weight(block.columns.negative_rounded, block, i);
       store_floats(output + i, choose(lanes, slope, FloatVec{}));
     });
   }
