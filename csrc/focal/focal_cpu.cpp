@@ -139,7 +139,7 @@ class TableColumns {
         return bits;
       };
       const int first = bits_of(-0x1p-8f), count = bits_of(-kFarthestBackground) - first + 1;
-      if (view.common_gamma < 0 || !view.has_one_negative_weight || elements < 16 * count) return;
+      if (view.common_gamma < 0 || !view.has_one_negative_weight || elements < 64 * count) return;
       narrow_losses_.resize(count + kLanes + 1);  // whole vectors are written, then the 0 behind the last
       view.narrow = {static_cast<uint16_t>(first), static_cast<uint16_t>(count), narrow_losses_.data()};
       RSL_ISA_CALL(fill_narrow_losses<In>, view, narrow_losses_.data());
