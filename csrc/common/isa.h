@@ -10,6 +10,8 @@
 #else
 #define RSL_HAS_X86_VARIANTS 0
 #endif
+// Older compilers do not know the conversion to bfloat16, or cannot ask for it.
+#define RSL_KNOWS_BFLOAT16_CONVERSION (RSL_HAS_X86_VARIANTS && __GNUC__ >= 11)
 
 namespace rsloss {
 
@@ -45,7 +47,7 @@ inline Isa isa() {
 
 // Whether kernels for AVX-512 may use its conversion to bfloat16.
 inline bool has_bfloat16_conversion() {
-#if RSL_HAS_X86_VARIANTS
+#if RSL_KNOWS_BFLOAT16_CONVERSION
   static const bool value = isa() == Isa::kAvx512 && !is_held_to("avx512") && __builtin_cpu_supports("avx512bf16");
   return value;
 #else

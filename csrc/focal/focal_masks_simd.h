@@ -29,7 +29,7 @@ template <class Value, class Out>
 static inline int narrow_by_instruction(const Value*, int, Out*) {
   return 0;
 }
-#if RSL_ISA == 512
+#if RSL_ISA == 512 && RSL_KNOWS_BFLOAT16_CONVERSION
 [[gnu::target("avx512bf16"), gnu::noinline]] static int narrow_by_instruction(const float* values, int size, BFloat16* output) {
   int i = 0;
   for (; has_bfloat16_conversion() && i + kFloats <= size; i += kFloats) {
