@@ -2,7 +2,6 @@
 a table, and gradients at the end of the range of float."""
 
 import dataclasses
-import platform
 
 import pytest
 import torch
@@ -123,13 +122,23 @@ def test_small_gradients_are_right(backend, gamma, deepest, upstream):
     FOCAL.assert_agrees(backend, logits, torch.full((64,), 1), gamma=gamma, alpha=-1.0, upstream=upstream)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_gradients_below_the_normal_range_are_of_no_account(backend, dtype):
-    """Whether they are rounded or taken for 0: beside a gradient of an ordinary size. The C++ backend takes them for 0."""
-    logits = torch.linspace(-110, -2, 64).to(dtype)[:, None].expand(-1, 3).contiguous()
-    got = FOCAL.assert_agrees(backend, logits, torch.full((64,), 3), gamma=0.0, alpha=-1.0)
-    if backend.name == "cpp" and platform.machine() == "x86_64":
-        assert not got.gradient[logits < -88].any()
+@pytest.mark.parametrize("gamma, deepest", [(0.0, 86.0), (1.0, 50.0), (2.0, 34.0), (6.0, 14.0), (10.0, 8.5)])
+@pytest.mark.parametrize("upstream", [1.0, 1e-3, 1e-36])
+def test_gradients_below_the_normal_range(backend, gamma, deepest, upstream):
+    """As multiples of the smallest float, beside whatever stands with them."""
+    logits = -torch.linspace(deepest - 8 / (gamma + 1), deepest, 200)[:, None]
+    labels = torch.full((200,), 1)
+    truth = upstream * FOCAL.truth(logits, labels, gamma=gamma, alpha=-1.0).gradient()
+    got = FOCAL.evaluate(backend, logits, labels, gamma=gamma, alpha=-1.0, upstream=[upstream]).gradient
+    assert_within(got, truth, 5e-6 * truth.abs() + 2 * 2.0**-149, "gradient")
+
+
+def test_infinite_weights_of_small_gradients(backend):
+    logits = -torch.linspace(20, 40, 64)[:, None]
+    got = FOCAL.evaluate(backend, logits, torch.full((64,), 1), weight=torch.full((64,), torch.inf), alpha=-1.0, gamma=2.0)
+    assert (got.gradient[logits > -29] == torch.inf).all()
+    if backend.name == "cpp":
+        assert (got.gradient == torch.inf).all()
 
 
 def test_numbers_below_the_normal_range_remain_for_others(backend, generator):

@@ -5,8 +5,7 @@
 
 namespace rsloss {
 
-// While one lives, results of this thread that would be below the normal range are 0, but for those of conversions to float16.
-// Operands are taken as they are.
+// While one lives, results of this thread that would be below the normal range are 0. Operands are taken as they are.
 class FlushSubnormals {
  public:
   FlushSubnormals(const FlushSubnormals&) = delete;

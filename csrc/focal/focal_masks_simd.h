@@ -24,19 +24,24 @@ static inline const float* widen_values(const In* values, int size, float* widen
 }
 
 // By the instruction that processors may have, which takes a quarter of the operations; the number of elements narrowed. It
-// makes 0 of what is below the normal range, as the pass has done already (FlushSubnormals).
+// would make 0 of numbers below the normal range: where there are any, none are.
 template <class Value, class Out>
 static inline int narrow_by_instruction(const Value*, int, Out*) {
   return 0;
 }
 #if RSL_ISA == 512 && RSL_KNOWS_BFLOAT16_CONVERSION
 [[gnu::target("avx512bf16"), gnu::noinline]] static int narrow_by_instruction(const float* values, int size, BFloat16* output) {
+  const __m512i one = _mm512_set1_epi32(1);
+  __m512i least = _mm512_set1_epi32(-1);
   int i = 0;
   for (; has_bfloat16_conversion() && i + kFloats <= size; i += kFloats) {
-    const __m256bh narrow = _mm512_cvtneps_pbh(_mm512_loadu_ps(values + i));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(output + i), reinterpret_cast<__m256i>(narrow));
+    const __m512 x = _mm512_loadu_ps(values + i);
+    const __m512i bits = _mm512_castps_si512(x);
+    // Without the sign, and 0 the largest.
+    least = _mm512_min_epu32(least, _mm512_sub_epi32(_mm512_add_epi32(bits, bits), one));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(output + i), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
   }
-  return i;
+  return _mm512_reduce_min_epu32(least) < 0xffffff ? 0 : i;
 }
 #endif
 

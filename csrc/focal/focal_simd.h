@@ -182,7 +182,7 @@ template <int kGamma, bool kPositive>
 static inline FloatSlopes float_slopes(FloatVec z, FloatVec w, FloatVec gamma_high, FloatVec gamma_low) {
   const FloatVec distance = absolute(z), none = FloatVec{};
   const uint32_t above = kPositive ? greater_mask(none, z) : greater_mask(z, none);
-  const FloatVec slope = hard_slope<kGamma>(w, distance, above, gamma_high, gamma_low);
+  const FloatVec slope = w * hard_slope<kGamma>(distance, above, gamma_high, gamma_low);
   return {kPositive ? -slope : slope, at_most_mask(distance, all_floats(kLargestFloatExponent))};
 }
 
@@ -381,8 +381,6 @@ static void write_strips(const FocalLevel& level, const FocalTable& table, const
   Value padded[kBlock], padded_output[kBlock];
   with_gamma(table, [&](auto gamma) {
     const auto write = [&](int64_t element) {
-      // Slopes of a large gamma often are below the normal range.
-      const FlushSubnormals flush;
       Value* result = padded_output;
       if constexpr (sizeof(In) >= 4) {
         if (block.size % kFloats == 0) result = output + element;

@@ -91,7 +91,7 @@ CPP = [
     ("rounding of the modulated entropy is lost", "csrc/focal/focal_functions_simd.h", "return {high, sum * (high + part) + part};", "return {high, sum * high + part};", FOCAL),
     ("picked elements that fill no vector vanish", "csrc/focal/focal_sweeps_simd.h", "  if (count != 0) body(at, count);", "", FOCAL),
     ("elements that have no place keep the loss of one", "csrc/focal/focal_narrow_simd.h", "places[begin + __builtin_ctzll(bits)] = narrow.count;", "(void)bits;", NARROW),
-    ("results below the normal range are kept", "csrc/common/flush_subnormals.h", "_mm_setcsr(before_ | _MM_FLUSH_ZERO_ON);", "", NARROW),
+    ("gradients that were flushed stay 0", "csrc/focal/focal_slopes_simd.h", "slope = choose(flushed, apart, slope);", "", NARROW),
     ("results below the normal range are flushed ever after", "csrc/common/flush_subnormals.h", "{ _mm_setcsr(before_); }", "{}", NARROW),
     ("losses left over by the table vanish", "csrc/focal/focal_narrow_simd.h", "left_over[word] = block.negative[word] & ~within;", "left_over[word] = 0;", NARROW),
     ("table of losses without what floats lose", "csrc/focal/focal_narrow_simd.h", "        add_doubles(sum, widen_floats(loss.low));\n", "", NARROW),
