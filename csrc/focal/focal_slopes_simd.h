@@ -105,7 +105,8 @@ template <int kGamma>
   uint64_t any = 0;
   for (int word = 0; word < block.words(); ++word) any |= left_over[word] = block.negative[word] & ~stages.taken[word];
   // Of a large gamma many slopes are below the normal range: those are computed apart.
-  const FlushSubnormals flush;
+  constexpr bool kFlushes = kGamma < 0;
+  const FlushSubnormals flush(kFlushes);
   if constexpr (kGamma < 0) modulate_slopes(logits, block, stages);
   for (int begin = 0; begin < block.size; begin += 64) {
     for_vectors_of_word(begin, block.size, [&](int i, int bit) {
@@ -118,7 +119,7 @@ template <int kGamma>
       };
       FloatVec slope = multiple(all_floats(1)) * float_weight(block.columns.negative_rounded, block, i);
       // Or NaN, as an infinite weight makes of what was flushed.
-      const uint32_t flushed = lanes & ~greater_mask(absolute(slope), FloatVec{});
+      const uint32_t flushed = kFlushes ? lanes & ~greater_mask(absolute(slope), FloatVec{}) : 0;
       if (__builtin_expect(flushed != 0, 0)) {
         const FloatVec apart = weigh_scaled(multiple(all_floats(0x1p64f)), block.columns.negative_rounded, block, i);
         slope = choose(flushed, apart, slope);
