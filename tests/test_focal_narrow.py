@@ -122,6 +122,17 @@ def test_small_gradients_are_right(backend, gamma, deepest, upstream):
     FOCAL.assert_agrees(backend, logits, torch.full((64,), 1), gamma=gamma, alpha=-1.0, upstream=upstream)
 
 
+@pytest.mark.parametrize("gamma, deepest", [(3.0, 20.9), (6.0, 12.1), (10.0, 7.8)])
+def test_gradients_of_any_gamma_are_right_one_by_one(backend, gamma, deepest):
+    """Down to the end of the normal range, where products may leave it that should add to a digit that counts."""
+    size = 200 if backend.is_slow or backend.is_interpreted else 20_000
+    logits = -torch.linspace(deepest / 2, deepest, size)[:, None]
+    labels = torch.full((size,), 1)
+    truth = FOCAL.truth(logits, labels, gamma=gamma, alpha=-1.0).gradient()
+    got = FOCAL.evaluate(backend, logits, labels, gamma=gamma, alpha=-1.0).gradient
+    assert_within(got, truth, 2e-6 * truth.abs(), "gradient")
+
+
 @pytest.mark.parametrize("gamma, deepest", [(0.0, 86.0), (1.0, 50.0), (2.0, 34.0), (6.0, 14.0), (10.0, 8.5)])
 @pytest.mark.parametrize("upstream", [1.0, 1e-3, 1e-36])
 def test_gradients_below_the_normal_range(backend, gamma, deepest, upstream):

@@ -49,7 +49,9 @@ static inline FloatSum modulating_exponent(FloatVec distance, FloatVec entropy, 
 }
 static inline FloatVec exp_minus_sum(FloatSum exponent) {
   const FloatVec power = exp_minus(exponent.high), limit = all_floats(kLargestFloatExponent);
-  return choose(at_most_mask(exponent.high, limit), power - power * exponent.low, FloatVec{});
+  // The product with `low` is below the normal range long before the power is.
+  const FloatVec m = RSL_ISA == 0 ? power * (1 - exponent.low) : minus_product(power, power, exponent.low);
+  return choose(at_most_mask(exponent.high, limit), m, FloatVec{});
 }
 
 // dL/dx of a target of 0 or 1 in floats for |x| = distance within [0, 86]. positive: the lanes with x > 0. At
