@@ -54,14 +54,23 @@ class RankingLoss(OfOperator):
 
     def outputs(self, logits: Tensor, inputs: Inputs, backend: str | None = None, **options) -> tuple[Tensor, ...]:
         """All outputs of the public function, on `backend` or on the automatic one, with the capacity of the case."""
-        options = {"max_positives": inputs.case.max_positives} | options
-        if backend is None or self.is_automatic(backend, logits.device.type):
-            return self.call(logits, inputs, **options)
-        with rsloss_kernels.use_backend(backend):
-            return self.call(logits, inputs, **options)
+        return self._bind(inputs, backend, **options)(logits)
 
     def forward(self, inputs: Inputs, backend: str | None = None, **options) -> Forward:
-        return lambda logits: self.outputs(logits, inputs, backend, **options)[: self.num_losses]
+        call = self._bind(inputs, backend, **options)
+        return lambda logits: call(logits)[: self.num_losses]
+
+    def _bind(self, inputs: Inputs, backend: str | None, **options) -> Forward:
+        """What is the same in every call is settled here: a small loss would feel it."""
+        options = {"max_positives": inputs.case.max_positives} | options
+        if backend is None or self.is_automatic(backend, inputs.case.device):
+            return lambda logits: self.call(logits, inputs, **options)
+
+        def forced(logits: Tensor) -> tuple[Tensor, ...]:
+            with rsloss_kernels.use_backend(backend):
+                return self.call(logits, inputs, **options)
+
+        return forced
 
     def providers(self, case: Case) -> list[Provider]:
         """Every usable backend of ours, then the peers. With segments: ours in both forms, and what it costs without them."""

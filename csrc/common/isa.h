@@ -10,8 +10,8 @@
 #else
 #define RSL_HAS_X86_VARIANTS 0
 #endif
-// Older compilers do not know the conversion to bfloat16, or cannot ask for it.
-#define RSL_KNOWS_BFLOAT16_CONVERSION (RSL_HAS_X86_VARIANTS && __GNUC__ >= 11)
+// Older compilers do not know extensions of AVX-512, or cannot ask for them.
+#define RSL_KNOWS_EXTENSIONS (RSL_HAS_X86_VARIANTS && __GNUC__ >= 11)
 
 namespace rsloss {
 
@@ -47,8 +47,19 @@ inline Isa isa() {
 
 // Whether kernels for AVX-512 may use its conversion to bfloat16.
 inline bool has_bfloat16_conversion() {
-#if RSL_KNOWS_BFLOAT16_CONVERSION
+#if RSL_KNOWS_EXTENSIONS
   static const bool value = isa() == Isa::kAvx512 && !is_held_to("avx512") && __builtin_cpu_supports("avx512bf16");
+  return value;
+#else
+  return false;
+#endif
+}
+
+// Whether a gather of AVX-512 is faster than loads one by one: of Intel's processors since those with tiles, which need no
+// microcode against what gathers gave away; of AMD's none is.
+inline bool has_fast_gathers() {
+#if RSL_KNOWS_EXTENSIONS
+  static const bool value = isa() == Isa::kAvx512 && !is_held_to("avx512") && __builtin_cpu_supports("amx-tile");
   return value;
 #else
   return false;

@@ -29,7 +29,7 @@ template <class Value, class Out>
 static inline int narrow_by_instruction(const Value*, int, Out*) {
   return 0;
 }
-#if RSL_ISA == 512 && RSL_KNOWS_BFLOAT16_CONVERSION
+#if RSL_ISA == 512 && RSL_KNOWS_EXTENSIONS
 [[gnu::target("avx512bf16"), gnu::noinline]] static int narrow_by_instruction(const float* values, int size, BFloat16* output) {
   const __m512i one = _mm512_set1_epi32(1);
   __m512i least = _mm512_set1_epi32(-1);

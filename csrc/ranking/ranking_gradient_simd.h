@@ -79,48 +79,85 @@ struct LineTable {
   const CellLine* cells;
 };
 
-// cells: inside the grid; addresses: with the part, in the table.
-RSL_INLINE Floats gradient_lanes(const GradientPass<float>& pass, const LineTable& table, Floats x, const int32_t* cells,
-                                 const int32_t* addresses, uint32_t relevant) {
-  const Entries entries = gather_pairs(table.cells, addresses);
+// starts: of the cells of x; addresses: of these cells with the part, in the table, in memory only where they are searched.
+template <class Addresses>
+RSL_INLINE Floats gradient_lanes(const GradientPass<float>& pass, const LineTable& table, Floats x, const Entries& entries,
+                                 Floats starts, uint32_t relevant, const Addresses& addresses) {
   const Floats value = as_floats(entries.first), slope = as_floats(entries.second);
-  const Floats t =
-      multiply_subtract(at_most(broadcast(table.grid.top), x), broadcast(table.grid.scale), starts_of(table.grid, cells));
+  const Floats t = multiply_subtract(at_most(broadcast(table.grid.top), x), broadcast(table.grid.scale), starts);
   const Floats result = multiply_add(slope, t, value);
   const uint32_t searched = relevant & is_nan(value);
-  return __builtin_expect(searched != 0, 0) ? gradient_searched(pass, x, addresses, searched, result) : result;
+  return __builtin_expect(searched != 0, 0) ? gradient_searched(pass, x, addresses(), searched, result) : result;
 }
 
-// A block of words: the lines of one and the cells of the next at a time. Returns how many elements got a line.
+// cells: inside the grid.
+RSL_INLINE Floats gradient_lanes(const GradientPass<float>& pass, const LineTable& table, Floats x, const int32_t* cells,
+                                 const int32_t* addresses, uint32_t relevant) {
+  return gradient_lanes(pass, table, x, gather_pairs(table.cells, addresses), starts_of(table.grid, cells), relevant,
+                        [=] { return addresses; });
+}
+
+// A block of words. line(i, next, x, relevant): the gradient at the vector from i on; at `next` is the one a word further,
+// behind the last word that of the first. Returns how many elements got a line.
+template <bool kMixed, class In, class Line>
+RSL_INLINE int write_lines(const In* logits, const uint64_t* negatives, int count, const Lanes& lanes,
+                           const GradientPass<float>& pass, In* gradient, const Line& line) {
+  Floats lowest = broadcast(pass.lowest);
+  int written = 0;
+  for (int word = 0; word * 64 < count; ++word) {
+    const int next = word * 64 + 64 < count ? word * 64 + 64 : 0;
+#pragma GCC unroll 8
+    for (int lane = 0; lane < 64; lane += kLanes) {
+      const int i = word * 64 + lane;
+      const Floats x = load(logits + i);
+      if constexpr (kMixed) lowest = load(lanes.lowest + i);
+      const uint32_t relevant = static_cast<uint32_t>(negatives[word] >> lane) & kAllLanes & not_below(x, lowest);
+      store(gradient + i, select(relevant, line(i, next + lane, x, relevant)));
+      written += __builtin_popcount(relevant);
+    }
+  }
+  return written;
+}
+
+// The lines of one word and the cells of the next at a time.
 template <bool kMixed, class In>
 static int gradient_of_many(const In* logits, const uint64_t* negatives, int count, const Lanes& lanes,
                             const GradientPass<float>& pass, In* gradient) {
   alignas(64) int32_t cells[kBlock], mixed_addresses[kMixed ? kBlock : 1];
   const int32_t* addresses = kMixed ? mixed_addresses : cells;
   const LineTable table{pass.grid, pass.cells};
-  Floats lowest = broadcast(pass.lowest);
   const auto find_cells = [&](int i) __attribute__((always_inline)) {
     store_cells(table.grid, load(logits + i), cells + i);
     if constexpr (kMixed) add_cells(cells + i, lanes.first_cell + i, mixed_addresses + i);
   };
   for (int i = 0; i < 64; i += kLanes) find_cells(i);
-  int written = 0;
-  for (int word = 0; word * 64 < count; ++word) {
-    // Behind the last word the first one again.
-    const int next = word * 64 + 64 < count ? word * 64 + 64 : 0;
-#pragma GCC unroll 8
-    for (int lane = 0; lane < 64; lane += kLanes) {
-      find_cells(next + lane);
-      const int i = word * 64 + lane;
-      const Floats x = load(logits + i);
-      if constexpr (kMixed) lowest = load(lanes.lowest + i);
-      const uint32_t relevant = static_cast<uint32_t>(negatives[word] >> lane) & kAllLanes & not_below(x, lowest);
-      store(gradient + i, select(relevant, gradient_lanes(pass, table, x, cells + i, addresses + i, relevant)));
-      written += __builtin_popcount(relevant);
-    }
-  }
-  return written;
+  const auto line = [&](int i, int next, Floats x, uint32_t relevant) __attribute__((always_inline)) {
+    find_cells(next);
+    return gradient_lanes(pass, table, x, cells + i, addresses + i, relevant);
+  };
+  return write_lines<kMixed>(logits, negatives, count, lanes, pass, gradient, line);
 }
+
+#if RSL_ISA == 512
+
+// The same with gathers, which need no cells in memory.
+template <bool kMixed, class In>
+static int gradient_of_many_gathered(const In* logits, const uint64_t* negatives, int count, const Lanes& lanes,
+                                     const GradientPass<float>& pass, In* gradient) {
+  const LineTable table{pass.grid, pass.cells};
+  alignas(64) int32_t searched[kLanes];
+  const auto line = [&](int i, int, Floats x, uint32_t relevant) __attribute__((always_inline)) {
+    const __m512i cells = _mm512_cvttps_epi32(positions(table.grid, x));
+    const __m512i addresses = kMixed ? _mm512_add_epi32(cells, _mm512_loadu_si512(lanes.first_cell + i)) : cells;
+    return gradient_lanes(pass, table, x, gather_pairs(table.cells, addresses), starts_of(table.grid, cells), relevant, [&] {
+      _mm512_store_si512(searched, addresses);
+      return searched;
+    });
+  };
+  return write_lines<kMixed>(logits, negatives, count, lanes, pass, gradient, line);
+}
+
+#endif
 
 // The same for a block in which few elements get one: these are gathered before, and spread out afterwards.
 template <bool kMixed, class In>
@@ -170,13 +207,16 @@ static void gradient_full_words(const In* logits, const uint64_t* negatives, int
   LaneRoom room;
   Lanes lanes{};
   bool are_few = true;
+  auto* of_many = gradient_of_many<kMixed, In>;
+#if RSL_ISA == 512
+  if (has_fast_gathers()) of_many = gradient_of_many_gathered<kMixed, In>;
+#endif
   for (int64_t word = 0; word < words; word += kBlock / 64) {
     const int64_t first = word * 64, left = words * 64 - first;
     const int count = left < kBlock ? static_cast<int>(left) : kBlock;
     if constexpr (kMixed) lanes = lanes_of(*span, first, count, room);
-    const int written = are_few
-                            ? gradient_of_few<kMixed>(logits + first, negatives + word, count, lanes, pass, gradient + first)
-                            : gradient_of_many<kMixed>(logits + first, negatives + word, count, lanes, pass, gradient + first);
+    auto* of_block = are_few ? gradient_of_few<kMixed, In> : of_many;
+    const int written = of_block(logits + first, negatives + word, count, lanes, pass, gradient + first);
     // Neighbouring blocks are alike, and both ways compute the same.
     are_few = written < count * kFew;
   }
