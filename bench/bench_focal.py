@@ -127,6 +127,8 @@ TARGETS = element_targets.Targets(
     cuda_speed=[((FOCAL_LOSS, 2 * 10**7, 80, "dense"), 1.3), ((FOCAL_LOSS, 2 * 10**7), 1.3)],
     memory=[FOCAL_CASE, EFL_CASE, EQLV2_CASE],
     accuracy=[DENSE_FOCAL, FOCAL_CASE, (FOCAL_LOSS, 10**6, 80, "index", "init"), EFL_CASE, EQLV2_CASE],
+    # Of EFL the smallest map.
+    least={FOCAL_CASE: (FOCAL_LOSS, 80), EFL_CASE: (EFL, MANY_CLASSES, MANY_CLASSES), EQLV2_CASE: (EQLV2, MANY_CLASSES, MANY_CLASSES)},
     further=_narrow_speed,
 )
 

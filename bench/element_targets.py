@@ -1,13 +1,15 @@
 """The rows of a benchmark that must hold, of the losses that rank nothing: each a figure with its limit for speed, memory, accuracy."""
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
-from bench import targets
+from bench import harness, measures, targets
+from bench.providers import workload
 
 # Of the losses, of the gradient.
 LIMITS = 1e-7, 2e-6
 Speed = Sequence[tuple[tuple, Mapping[str, float | None]]]
+LEAST = "next to no elements"
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,7 @@ class Targets:
     cuda_speed: captured; (entry, largest ratio to the copy). Their memory is measured on CUDA.
     memory: on a CPU; at most the gradient and a MiB.
     accuracy: to LIMITS.
+    least: by entry of warm_speed the same loss with next to no elements; see `tell_least`.
     further: of (arguments, report), more rows on a CPU.
     """
 
@@ -27,6 +30,7 @@ class Targets:
     memory: Sequence[tuple]
     accuracy: Sequence[tuple]
     cold_speed: Speed | None = None
+    least: Mapping[tuple, tuple] = field(default_factory=dict)
     further: Callable[[argparse.Namespace, targets.Rows], None] = lambda arguments, report: None
 
 
@@ -41,6 +45,7 @@ def check(loss, promised: Targets, arguments: argparse.Namespace) -> list[dict]:
     else:
         compiled, sizes = ["cpp"], promised.memory
         compare_warm_and_cold(loss, promised.warm_speed, promised.cold_speed, arguments, report)
+        tell_least(loss, promised, arguments, report)
         promised.further(arguments, report)
     memory_and_accuracy(loss, compiled, sizes, promised.accuracy, arguments, report)
     return report.close()
@@ -62,6 +67,32 @@ def compare(loss, backend: str, case, limits: Mapping[str, float | None], argume
     for other, limit in limits.items():
         got = timings[ours].ratio_to(timings[other]) if ours in timings else None
         report(f"{ours}, {case.title}, {arguments.cache}", limit, f"x {other}", got, missing or targets.medians(timings, ours, other))
+
+
+def tell_least(loss, promised: Targets, arguments: argparse.Namespace, report: targets.Rows) -> None:
+    """Of a limit, what arithmetic cannot save: a step with next to no elements, and the copy of what a whole one must move."""
+    arguments, ours = targets.changed(arguments, cache="warm"), loss.name("cpp")
+    if loss.why_not("cpp", arguments.device):
+        return
+    for entry, limits in promised.warm_speed:
+        if entry not in promised.least:
+            continue
+        case, least = (loss.problems.make_case(arguments, *size) for size in (entry, promised.least[entry]))
+        providers = {provider.name: provider for provider in loss.providers(case)}
+        peers = {name: limit for name, limit in limits.items() if limit is not None and name in providers}
+
+        def build(seed: int, case=case, least=least, providers=providers, peers=peers) -> list[harness.Workload]:
+            inputs, few = (loss.problems.make_inputs(replace(each, seed=seed)) for each in (case, least))
+            of_few = workload(replace(providers[ours], name=LEAST), few, "full")
+            copy = harness.copy_floor(inputs.minimal_bytes(), case.device, inputs.working_set())
+            return [copy, of_few, *(workload(providers[peer], inputs, "full") for peer in peers)]
+
+        timings = measures.time_draws(arguments, build)
+        for peer, limit in peers.items():
+            shares = [timings[name].ratio_to(timings[peer]) for name in (LEAST, harness.COPY)]
+            got = None if None in shares else sum(shares) / limit
+            title = f"{ours}, {case.title}, {LEAST} and the copy, warm"
+            report(title, None, f"of the limit beside {peer}", got, targets.medians(timings, LEAST, harness.COPY, peer))
 
 
 def memory_and_accuracy(

@@ -34,7 +34,11 @@ def narrow_type(loss, arguments, report) -> None:
         _report_ratios(loss, arguments, report, build, title, "narrow", {"wide": 0.5, "rounded": None}, units, cache)
     for distribution in ("trained", "init"):
         case = replace(PROBLEMS.make_case(arguments, distribution, 1000, 10**6), dtype="bfloat16")
-        _report_time(loss, arguments, report, case, "warm", 1e9 / (case.positives + case.negatives), 0.35, "ns per element")
+        elements = case.positives + case.negatives
+        _report_time(loss, arguments, report, case, "warm", 1e9 / elements, 0.35, "ns per element")
+        # What of it is the positives' alone.
+        few = replace(case, negatives=1000)
+        _report_time(loss, arguments, report, few, "warm", 1e9 / elements, None, f"ns per element of {case.title}")
 
 
 def tiny_call(loss, arguments, report) -> None:
@@ -113,7 +117,7 @@ def two_processes(loss, arguments, report) -> None:
     report(f"{loss.name(BACKEND)}, {case.title}, 2 processes (gloo)", None, "x one process", got, note)
 
 
-def _report_time(loss, arguments, report, case, cache: str, scale: float, limit: float, unit: str) -> None:
+def _report_time(loss, arguments, report, case, cache: str, scale: float, limit: float | None, unit: str) -> None:
     """Seconds times `scale`."""
     relevant, got, note = [], None, loss.why_not(BACKEND, case.device)
 

@@ -238,6 +238,27 @@ def test_rows_name_the_state_of_the_caches():
     assert rows.records[0]["target"].endswith("index float32, warm") and rows.records[0]["passed"]
 
 
+def test_what_of_a_limit_arithmetic_cannot_save(monkeypatch):
+    seconds = {element_targets.LEAST: 1.0, harness.COPY: 0.5, "published EQL v2": 24.0}
+
+    def measure(workloads, *_, **__):
+        assert {work.name for work in workloads} == set(seconds)
+        return {name: harness.Timing([sample]) for name, sample in seconds.items()}
+
+    monkeypatch.setattr(harness, "measure", measure)
+    monkeypatch.setattr(type(bench_focal.LOSS), "why_not", lambda *_: None)
+    monkeypatch.setattr(bench_focal.LOSS, "backends", lambda device: ["cpp"], raising=False)
+    entry, least = ("EQLv2", 90, 5), ("EQLv2", 6, 5)
+    promised = dataclasses.replace(
+        bench_focal.TARGETS, warm_speed=[(entry, {"published EQL v2": 1 / 8}), (least, {"published EQL v2": 1 / 8})], least={entry: least}
+    )
+    rows = targets.Rows()
+    arguments = argparse.Namespace(dtype="float32", device="cpu", seeds=[0, 1], budget=0.1, cache="cold")
+    element_targets.tell_least(bench_focal.LOSS, promised, arguments, rows)
+    (row,) = rows.records
+    assert row["got"] == 0.5 and row["limit"] is None and row["unit"] == "of the limit beside published EQL v2"
+
+
 def test_page_faults_and_the_answer_of_a_process_of_its_own(capsys):
     with mmap.mmap(-1, 512 * mmap.PAGESIZE) as pages:
         assert memory.page_faults(lambda: pages.write(bytes(512 * mmap.PAGESIZE)), calls=1) >= 512
