@@ -4,118 +4,11 @@
 //   combine    adds the blocks up in order
 //   elements, backward   stream the same and write the losses or gradients
 // No atomics. Temporary memory: 8 bytes per block, and with class sums 16 for each of its classes.
-#include <type_traits>
-
-#include "focal/focal_elements.cuh"
-#include "focal/focal_stream.cuh"
+#include "focal/focal_shape.cuh"
+#include "focal/focal_tile.cuh"
 
 namespace rsloss {
 namespace {
-
-// Blocks that are to be resident, which bounds the registers. Class sums keep 16 more.
-template <class T, bool kSums>
-constexpr int kBlocks = sizeof(T) == sizeof(double) || kSums ? 2 : 3;
-constexpr float kLargestFloat = 3.4028234e38f;
-
-// What a block has at hand: the classes of its tile, the table of exponentials.
-template <bool kAcross>
-class FocalBlock {
- public:
-  static constexpr int kClasses = FocalWalk<kAcross>::kClasses;
-
-  // shared: focal_shared_bytes(...). By all threads; ends with a barrier.
-  __device__ __forceinline__ FocalBlock(const FocalStream& stream, const FocalWalk<kAcross>& walk, unsigned char* shared)
-      : stream_(stream),
-        first_class_(walk.first_class()),
-        classes_(reinterpret_cast<HardClass*>(shared + sizeof(TwoFloat) * ExponentialTable::kEntries)),
-        exponentials_(reinterpret_cast<TwoFloat*>(shared)) {
-    __shared__ int scratch[kWarpsPerBlock];
-    const bool modulates_positives = stream.modulator == kFocal || stream.modulator == kQuality;
-    const double first_gamma = class_entry(stream.class_table, stream.classes, first_class_).gamma;
-    int differing = 0;
-    for (int c = static_cast<int>(threadIdx.x); c < walk.classes(); c += static_cast<int>(blockDim.x)) {
-      const ClassEntry entry = class_entry(stream.class_table, stream.classes, first_class_ + c);
-      differing += entry.gamma != first_gamma;
-      classes_[slot(false, c / kClasses, c % kClasses)] = hard_class(entry.gamma, entry.negative);
-      classes_[slot(true, c / kClasses, c % kClasses)] = hard_class(modulates_positives ? entry.gamma : 0, entry.positive);
-    }
-    // Also the barrier behind the tables.
-    differing = block_sum(differing, scratch);
-    const bool is_cheap = differing == 0 && (first_gamma == 0 || first_gamma == 1 || first_gamma == 2);
-    power_ = is_cheap ? static_cast<int>(first_gamma) : kAnyPower;
-    // A positive of another power than its class is for focal.h.
-    hard_positives_ = modulates_positives || power_ == 0 || power_ == kAnyPower;
-  }
-
-  __device__ __forceinline__ FocalElements elements() const { return {exponentials_, power_}; }
-
-  // Whether an element is one for float32 arithmetic, as far as its target tells.
-  __device__ __forceinline__ bool is_hard(float target) const { return target == 0 || (target == 1 && hard_positives_); }
-  __device__ __forceinline__ HardClass of(const FocalPlace& place, int v, bool is_positive) const {
-    return classes_[slot(is_positive, place.unit, kAcross ? v : 0)];
-  }
-
-  // Element v in float64, times its own weight. False: it does not count.
-  __device__ __forceinline__ bool exact(const FocalStreamLevel& level, const FocalPlace& place, int v, FocalElement* weighted,
-                                        bool* is_positive) const {
-    const int c = first_class_ + place.unit * kClasses + (kAcross ? v : 0);
-    const FocalNumbers numbers = load_element(stream_, level, place, v, c);
-    const ClassEntry entry = class_entry(stream_.class_table, stream_.classes, c);
-    if (!numbers.is_valid || !element_counts(entry, numbers.target, numbers.weight)) return false;
-    const FocalElement element = focal_element(stream_.modulator, numbers.logit, numbers.target, entry);
-    *weighted = {numbers.weight * element.loss, numbers.weight * element.slope};
-    *is_positive = numbers.is_positive;
-    return true;
-  }
-
- private:
-  __device__ __forceinline__ int slot(bool is_positive, int unit, int v) const {
-    return ((is_positive ? kClasses : 0) + v) * stream_.units + unit;
-  }
-
-  const FocalStream& stream_;
-  int first_class_;
-  HardClass* classes_;
-  ExponentialTable exponentials_;
-  int power_;
-  bool hard_positives_;
-};
-
-// Loss of element v with its weights in two floats. False: it is one for float64. Nothing is to be added where it is 0.
-template <bool kAcross>
-__device__ __forceinline__ bool weighted_loss(const FocalBlock<kAcross>& block, const FocalPlace& place, const FocalQuad& quad,
-                                              int v, bool has_weights, TwoFloat* loss) {
-  *loss = {0, 0};
-  if (!block.is_hard(quad.targets[v])) return false;
-  const bool is_positive = quad.targets[v] != 0;
-  const HardClass entry = block.of(place, v, is_positive);
-  if (entry.weight.high == 0) return true;
-  const float x = static_cast<float>(is_positive ? -quad.logits[v] : quad.logits[v]);
-  const TwoFloat of_logit = block.elements().loss(x, entry.gamma);
-  *loss = product_of(of_logit, entry.weight);
-  if (has_weights) *loss = product_of(*loss, TwoFloat{static_cast<float>(quad.weights[v]), 0});
-  const float size = fabsf(loss->high);
-  if (of_logit.high > kSmallestLoss && size > kSmallestLoss && size < kLargestLoss) return true;
-  // A logit that is masked out.
-  const bool is_nothing = x == -INFINITY && size < kLargestLoss;
-  if (is_nothing) *loss = {0, 0};
-  return is_nothing;
-}
-
-// Derivative of element v with its weights. False: it is one for float64.
-template <bool kAcross>
-__device__ __forceinline__ bool weighted_slope(const FocalBlock<kAcross>& block, const FocalPlace& place, const FocalQuad& quad,
-                                               int v, float factor, float* slope) {
-  *slope = 0;
-  if (!block.is_hard(quad.targets[v])) return false;
-  const bool is_positive = quad.targets[v] != 0;
-  const HardClass entry = block.of(place, v, is_positive);
-  if (entry.weight.high == 0) return true;
-  const float x = static_cast<float>(is_positive ? -quad.logits[v] : quad.logits[v]);
-  *slope = block.elements().slope(x, entry.gamma) * entry.weight.high * (static_cast<float>(quad.weights[v]) * factor);
-  if (is_positive) *slope = -*slope;
-  return fabsf(x) <= kLargestFloat && fabsf(*slope) <= kLargestFloat;
-}
 
 // Sums of one class over the lanes of a block, by halves; cells: shared, [kSums][threads], each lane's own in place.
 template <int kSums>
@@ -176,13 +69,13 @@ struct FocalPartials {
 };
 
 template <class T, bool kAcross, bool kSums>
-__global__ void __launch_bounds__(kThreads, kBlocks<T, kSums>)
+__global__ void __launch_bounds__(kThreads, kFocalBlocks<T, kSums>)
     focal_forward_kernel(FocalStream stream, FocalPartials partials) {
   constexpr int kClasses = FocalWalk<kAcross>::kClasses;
   RSL_DYNAMIC_SHARED(shared);
   __shared__ double scratch[kWarpsPerBlock];
   const FocalWalk<kAcross> walk(stream);
-  const FocalBlock<kAcross> block(stream, walk, shared);
+  const TileClasses<kAcross> block(stream, walk, shared);
   CompensatedSum loss_sum;
   double exact_sum = 0;
   ClassSums<CompensatedSum, kClasses> class_sums;
@@ -271,10 +164,10 @@ __global__ void __launch_bounds__(kThreads, 4)
 
 // kGradients: dL/dz times the factor and what arrives for each element, else the loss times the factor.
 template <class T, bool kAcross, bool kGradients>
-__global__ void __launch_bounds__(kThreads, kBlocks<T, false>) focal_elements_kernel(FocalStream stream) {
+__global__ void __launch_bounds__(kThreads, kFocalBlocks<T, false>) focal_elements_kernel(FocalStream stream) {
   RSL_DYNAMIC_SHARED(shared);
   const FocalWalk<kAcross> walk(stream);
-  const FocalBlock<kAcross> block(stream, walk, shared);
+  const TileClasses<kAcross> block(stream, walk, shared);
   const double factor = stream.factor();
   walk.for_places(
       [&](const FocalStreamLevel& level, const FocalPlace& place) {
@@ -324,151 +217,6 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, false>) focal_elements_ke
         }
         store_as(level.outputs, at, result);
       });
-}
-
-// How a problem is cut into classes, tiles and blocks; the same for all of its launches.
-struct FocalShape {
-  bool is_double;
-  bool is_across;
-  bool is_maps;
-  int units;
-  int lanes;
-  int block;
-  int class_tiles;
-  int64_t most_blocks;  // of one tile of classes
-  int64_t shared;       // bytes
-};
-
-// Rows of one class lie in memory as places do.
-bool is_maps(const FocalProblem& problem) {
-  bool has_inner = problem.classes == 1;
-  for (int i = 0; i < problem.num_levels; ++i) has_inner = has_inner || problem.levels[i].inner > 1;
-  return has_inner;
-}
-
-// In float32 where nothing that is streamed is wider.
-bool is_double(const FocalProblem& problem) {
-  bool is_wide = problem.logits_type == Type::kDouble;
-  for (int i = 0; i < problem.num_levels; ++i) {
-    const FocalDeviceLevel& level = problem.levels[i];
-    is_wide = is_wide || level.targets_type == Type::kDouble ||
-              (level.weights != nullptr && level.weights_type == Type::kDouble) ||
-              (level.qualities != nullptr && level.qualities_type == Type::kDouble) ||
-              (level.grads != nullptr && level.grads_type == Type::kDouble);
-  }
-  return is_wide;
-}
-
-FocalShape focal_shape(const FocalProblem& problem, bool class_sums, const DeviceLimits& limits) {
-  FocalShape shape = {};
-  shape.is_double = is_double(problem);
-  shape.is_maps = is_maps(problem);
-  shape.is_across = !shape.is_double && !shape.is_maps && problem.classes % kQuad == 0;
-  const int64_t all_units = shape.is_across ? problem.classes / kQuad : problem.classes;
-  // Sums in registers take one class per thread.
-  const int64_t most_units = !shape.is_maps ? kThreads : class_sums ? 1 : kMapClasses;
-  shape.class_tiles = static_cast<int>(ceil_div(all_units, most_units));
-  shape.units = static_cast<int>(ceil_div(all_units, shape.class_tiles));
-  shape.block = kThreads;
-  shape.lanes = kThreads;
-  if (!shape.is_maps) {
-    // As few threads as possible without classes.
-    for (int block = kThreads; block >= kThreads / 2; block -= kWarp) {
-      const int used = block / shape.units * shape.units, best = shape.block / shape.units * shape.units;
-      if (used * shape.block > best * block) shape.block = block;
-    }
-    shape.lanes = shape.block / shape.units;
-  }
-  const int classes = shape.is_across ? kQuad : 1;
-  const int64_t tables = static_cast<int64_t>(sizeof(TwoFloat)) * ExponentialTable::kEntries +
-                         2 * classes * shape.units * static_cast<int64_t>(sizeof(HardClass));
-  const int64_t cells = class_sums ? kClassSumRows * classes * shape.block * static_cast<int64_t>(sizeof(double)) : 0;
-  shape.shared = std::max(tables, cells);
-  const int64_t resident =
-      limits.processors * static_cast<int64_t>(shape.is_double || class_sums ? kBlocks<double, true> : kBlocks<float, false>);
-  shape.most_blocks = std::max<int64_t>(1, resident / shape.class_tiles);
-  return shape;
-}
-
-// Levels [first, ...) as one launch sees them; *next: the first one of the launch behind it. Those of nothing are left out.
-FocalStream focal_stream(const FocalProblem& problem, const FocalShape& shape, int first, int* next) {
-  FocalStream stream = {};
-  stream.is_maps = shape.is_maps;
-  stream.class_tiles = shape.class_tiles;
-  stream.classes = static_cast<int>(problem.classes);
-  stream.units = shape.units;
-  stream.lanes = shape.lanes;
-  stream.labels = problem.labels;
-  stream.class_table = problem.class_table;
-  stream.modulator = problem.modulator;
-  stream.normalizer = problem.normalizer;
-  stream.normalizer_type = problem.normalizer_type;
-  stream.grad = problem.grad;
-  stream.grad_type = problem.grad_type;
-  stream.scale = problem.scale;
-  int i = first;
-  for (; i < problem.num_levels && stream.num_levels < kMostFocalLevels; ++i) {
-    const FocalDeviceLevel& level = problem.levels[i];
-    if (level.outer * level.inner == 0) continue;
-    FocalStreamLevel& at = stream.levels[stream.num_levels++];
-    at.logits = column_of(level.logits, problem.logits_type);
-    at.targets = column_of(level.targets, level.targets_type);
-    at.qualities = column_of(level.qualities, level.qualities_type);
-    at.weights = column_of(level.weights, level.weights_type);
-    at.grads = column_of(level.grads, level.grads_type);
-    at.outputs = column_of(level.outputs, problem.logits_type);
-    at.weights_by_row = level.weights_by_row;
-    // With one class everything is one row of places.
-    const int64_t outer = problem.classes == 1 ? 1 : level.outer;
-    at.inner = problem.classes == 1 ? level.outer * level.inner : level.inner;
-    if (at.inner % kQuad != 0 && outer * problem.classes > 1) {
-      // Quads of places do not start at multiples of four.
-      for (Column* column : {&at.logits, &at.targets, &at.weights, &at.grads, &at.outputs}) {
-        column->is_aligned = column->is_aligned && shape.is_across;
-      }
-    }
-    at.rows = shape.is_maps ? outer * ceil_div(at.inner, kQuad) : outer;
-    at.first_tile = stream.tiles;
-    const int64_t rows_of_tile =
-        shape.is_maps ? shape.lanes : static_cast<int64_t>(shape.lanes) * kRowSteps * (shape.is_across ? 1 : kQuad);
-    stream.tiles += ceil_div(at.rows, rows_of_tile);
-  }
-  while (i < problem.num_levels && problem.levels[i].outer * problem.levels[i].inner == 0) ++i;
-  *next = i;
-  return stream;
-}
-
-// Calls body(stream, blocks per tile of classes) for every launch.
-template <class Body>
-cudaError_t for_launches(const FocalProblem& problem, const FocalShape& shape, Body body) {
-  for (int first = 0; first < problem.num_levels;) {
-    int next;
-    const FocalStream stream = focal_stream(problem, shape, first, &next);
-    first = next;
-    if (stream.tiles > 0) RSL_RETURN_IF_ERROR(body(stream, std::min(stream.tiles, shape.most_blocks)));
-  }
-  return cudaSuccess;
-}
-
-struct FocalSlots {
-  int64_t blocks = 0;
-  int64_t of_tile = 0;
-};
-FocalSlots count_slots(const FocalProblem& problem, const FocalShape& shape) {
-  FocalSlots slots;
-  for_launches(problem, shape, [&](const FocalStream&, int64_t blocks) {
-    slots.blocks += blocks * shape.class_tiles;
-    slots.of_tile += blocks;
-    return cudaSuccess;
-  });
-  return slots;
-}
-
-// Calls body(T, whether classes lie across).
-template <class Body>
-cudaError_t dispatch(const FocalShape& shape, Body body) {
-  if (shape.is_double) return body(double{}, std::false_type{});
-  return shape.is_across ? body(float{}, std::true_type{}) : body(float{}, std::false_type{});
 }
 
 cudaError_t launch_forward(const FocalShape& shape, const FocalStream& stream, int64_t grid, const FocalPartials& partials,
