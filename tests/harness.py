@@ -311,3 +311,10 @@ class Pipeline:
         gradients = torch.autograd.grad(losses, leaves, factors)
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         return Evaluation(tuple(value.detach().cpu() for value in losses), flat.cpu())
+
+
+def moved(value: object, device: str) -> object:
+    """A tensor on the device, in lists and tuples too; anything else as it is."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(moved(entry, device) for entry in value)
+    return value.to(device) if isinstance(value, Tensor) else value

@@ -1,7 +1,7 @@
 """GHM-C of a head's maps as they come: what the levels give when they are permuted and put together as rows."""
 import pytest
 import torch
-from harness import assert_within
+from harness import assert_within, moved
 from head_samples import Head
 from torch import Tensor
 
@@ -14,10 +14,6 @@ GEOMETRIES = {
     "one_class": (2, 3, 1, ((65,), (64,), (1,))),
     "no_spatial": (4, 2, 3, ((), (31,))),
 }
-
-
-def moved(value: object, device: str) -> object:
-    return [moved(entry, device) for entry in value] if isinstance(value, (list, tuple)) else value.to(device)
 
 
 def run(backend, logits: list[Tensor] | Tensor, *arguments, loss=ghm_classification_loss, **options) -> tuple[list[Tensor], list[Tensor]]:

@@ -5,7 +5,7 @@ The values of that call are tested against float64 truth where the losses are; o
 import harness
 import pytest
 import torch
-from harness import assert_gates
+from harness import assert_gates, moved
 from head_samples import Head
 from samples import LOSSES
 from torch import Tensor
@@ -15,12 +15,6 @@ from rsloss_kernels import _library, alrp_loss, alrp_regression_loss, average_pr
 
 LAYOUTS = ("anchor_major", "class_major")
 FORMS = ("labels", "labels_per_level", "dense", "dense_maps")
-
-
-def moved(value: object, device: str) -> object:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    return [moved(entry, device) for entry in value] if isinstance(value, (list, tuple)) else value
 
 
 def run(backend, loss, logits, *arguments, **options) -> tuple[list[Tensor], list[Tensor]]:
