@@ -16,10 +16,14 @@ namespace rsloss {
 
 constexpr int64_t kMostTasks = 2;
 
+// Two rows whose counts of one pattern lie half a page apart: at the same place of two pages a load of the one would wait for a
+// store to the other.
+constexpr int64_t kRow = kPatterns + 2048 / sizeof(uint32_t);
+
 // How often patterns occurred: two rows of counts for each of the tasks that count side by side, and which stretches of its own
 // a task left something in. One is kept from call to call: clearing all of it costs more than clearing what was counted.
 struct CountTable {
-  uint32_t rows[kMostTasks][2][kPatterns];
+  uint32_t rows[kMostTasks][2][kRow];
   uint64_t occupied[kMostTasks][kStretches / 64];
 };
 
@@ -53,7 +57,7 @@ class Histogram {
   // Counts the patterns of some negatives.
   void add(int64_t task, const uint16_t* logits, int64_t count, const uint64_t* negatives) {
     PatternRange ranges[2];
-    const uint32_t (&rows)[2][kPatterns] = table_->rows[task];
+    const uint32_t (&rows)[2][kRow] = table_->rows[task];
     RSL_ISA_CALL(count_patterns, logits, count, negatives, table_->rows[task][0], table_->rows[task][1], ranges);
     for (const PatternRange& range : ranges) {
       for (int64_t stretch = range.begin / kStretch; stretch * kStretch < range.end; ++stretch) {
@@ -83,17 +87,24 @@ class Histogram {
   CountTable* table_;
 };
 
-// Counts the patterns among the negatives of all tensors.
-inline void count_negatives(const Tensors& logits, const uint64_t* words, int64_t tasks, Histogram& counted) {
+constexpr int64_t kWordsPerPiece = 512;
+
+// Counts the patterns among the negatives of all tensors. beside: what one of the threads does before it helps.
+template <class Beside>
+void count_negatives(const Tensors& logits, const uint64_t* words, int64_t tasks, Histogram& counted, const Beside& beside) {
+  std::vector<Shares> shares;
+  for (const Tensor& level : logits) shares.emplace_back(mask_words(level.numel()), tasks, kWordsPerPiece);
   run_tasks(tasks, [&](int64_t task) {
+    if (task == 0) beside();
     counted.clear(task);
     const uint64_t* level_mask = words;
-    for (const Tensor& level : logits) {
-      const uint16_t* data = static_cast<const uint16_t*>(level.const_data_ptr());
-      const int64_t count = level.numel(), level_words = mask_words(count);
-      const int64_t begin = task_begin(level_words, tasks, task), end = task_begin(level_words, tasks, task + 1);
-      counted.add(task, data + begin * 64, std::min(end * 64, count) - begin * 64, level_mask + begin);
-      level_mask += level_words;
+    for (size_t level = 0; level < logits.size(); ++level) {
+      const uint16_t* data = static_cast<const uint16_t*>(logits[level].const_data_ptr());
+      const int64_t count = logits[level].numel();
+      shares[level].take(task, [&](int64_t begin, int64_t end) {
+        counted.add(task, data + begin * 64, std::min(end * 64, count) - begin * 64, level_mask + begin);
+      });
+      level_mask += mask_words(count);
     }
   });
 }

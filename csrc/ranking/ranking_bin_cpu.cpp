@@ -203,13 +203,10 @@ void write_bins(const Breakpoints& points, const std::vector<SegmentRange>& rang
 
 // The same negatives by their bit patterns; returns the number of NaN among them.
 template <class In>
-int64_t bin_patterns(const Tensors& logits, const uint64_t* words, const std::vector<SegmentRange>& ranges,
-                     const Breakpoints& points, OffsetScale scale, int64_t* counts, int64_t* offsets) {
+int64_t bin_patterns(const Histogram& counted, const std::vector<SegmentRange>& ranges, const Breakpoints& points,
+                     OffsetScale scale, int64_t* counts, int64_t* offsets) {
   const PartedEdges<float> parted(points.edges.data(), ranges, 1, false);
   std::vector<BinSums> sums(parted.edges.size() + 1);
-  const int64_t tasks = std::min(kMostTasks, task_count(mask_words(count_elements(logits)), kWordsPerTask));
-  Histogram counted(tasks);
-  count_negatives(logits, words, tasks, counted);
   const int64_t nan_count = bin_histogram<In>(counted, parted.edges, scale, sums.data());
   write_bins(
       points, ranges, [&](int64_t bin) { return sums[bin].count; }, [&](int64_t bin) { return sums[bin].sum; }, counts,
@@ -290,29 +287,41 @@ std::tuple<Tensor, Tensor> rank_and_bin(const Tensors& logits, const Tensor& neg
   const int64_t columns = 2 * capacity + 1;
   Tensor ranked = new_cpu_tensor({kRecordRows, capacity}, ScalarType::Double);
   Tensor bins = new_cpu_tensor({2, columns}, ScalarType::Long);
-  double* sorted = static_cast<double*>(ranked.mutable_data_ptr());
-  sort_records(static_cast<const double*>(positives.const_data_ptr()), sorted, capacity, num_segments);
   const bool is_double = logits[0].scalar_type() == ScalarType::Double;
-  windows = windows_of(sorted, capacity, num_segments, delta, is_double);
+  const auto rank = [&] {
+    double* sorted = static_cast<double*>(ranked.mutable_data_ptr());
+    sort_records(static_cast<const double*>(positives.const_data_ptr()), sorted, capacity, num_segments);
+    windows = windows_of(sorted, capacity, num_segments, delta, is_double);
+  };
+  const uint64_t* words = static_cast<const uint64_t*>(negatives.const_data_ptr());
+  const int64_t elements = static_cast<const int64_t*>(counts.const_data_ptr())[kElements];
+  const SegmentMap map(logits, segments, num_segments);
+  std::optional<Histogram> counted;
+  if (logits[0].element_size() == 2 && takes_patterns(map, elements)) {
+    const int64_t tasks = std::min(kMostTasks, task_count(mask_words(count_elements(logits)), kWordsPerTask));
+    counted.emplace(tasks);
+    // Counting needs no positives: they are ranked beside it.
+    count_negatives(logits, words, tasks, *counted, rank);
+  } else {
+    rank();
+  }
   const Breakpoints& points = windows->breakpoints;
   const std::vector<SegmentRange>& ranges = windows->ranges;
   int64_t* bin_counts = static_cast<int64_t*>(bins.mutable_data_ptr());
   std::memset(bin_counts, 0, static_cast<size_t>(2 * columns) * sizeof(int64_t));
-  const int64_t elements = static_cast<const int64_t*>(counts.const_data_ptr())[kElements];
   const int bits = fixed_point_bits(elements, is_double);
   const double unit = fixed_point_unit(delta, bits), most = static_cast<double>((int64_t{1} << bits) - 1);
-  const SegmentMap map(logits, segments, num_segments);
   dispatch_floating(logits[0].scalar_type(), [&](auto tag) {
     using In = decltype(tag);
     if constexpr (sizeof(In) == 2) {
-      if (takes_patterns(map, elements)) {
-        bin_counts[0] = bin_patterns<In>(logits, static_cast<const uint64_t*>(negatives.const_data_ptr()), ranges, points,
-                                         {unit > 0 ? 1 / unit : 0, most}, bin_counts, bin_counts + columns);
+      if (counted) {
+        bin_counts[0] =
+            bin_patterns<In>(*counted, ranges, points, {unit > 0 ? 1 / unit : 0, most}, bin_counts, bin_counts + columns);
         return;
       }
     }
-    bin_counts[0] = stream_negatives<In>(logits, static_cast<const uint64_t*>(negatives.const_data_ptr()), map, ranges, points,
-                                         unit, most, elements, bin_counts, bin_counts + columns);
+    bin_counts[0] =
+        stream_negatives<In>(logits, words, map, ranges, points, unit, most, elements, bin_counts, bin_counts + columns);
   });
   return {ranked, bins};
 }
