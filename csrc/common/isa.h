@@ -10,7 +10,7 @@
 #else
 #define RSL_HAS_X86_VARIANTS 0
 #endif
-// Older compilers do not know extensions of AVX-512, or cannot ask for them.
+// Older compilers do not know what came after AVX-512, or cannot ask for it.
 #define RSL_KNOWS_EXTENSIONS (RSL_HAS_X86_VARIANTS && __GNUC__ >= 11)
 
 namespace rsloss {
@@ -18,7 +18,7 @@ namespace rsloss {
 enum class Isa { kPlain, kAvx2, kAvx512 };
 
 // RSLOSS_CPU_CAPABILITY=avx512|avx2|plain holds the kernels below what the processor has, to test the other variants; avx512:
-// without its extensions. Whatever else it is: all that the processor has.
+// without what came after it. Whatever else it is: all that the processor has.
 inline bool is_held_to(const char* capability) {
   const char* wanted = std::getenv("RSLOSS_CPU_CAPABILITY");
   return wanted != nullptr && std::strcmp(wanted, capability) == 0;

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <exception>
 #include <vector>
 
 #include "common/floating_cpu.h"
@@ -54,12 +55,16 @@ class Histogram {
     std::fill_n(table_->occupied[task], kStretches / 64, 0);
   }
 
-  // Counts the patterns of some negatives.
-  void add(int64_t task, const uint16_t* logits, int64_t count, const uint64_t* negatives) {
-    PatternRange ranges[2];
-    const uint32_t (&rows)[2][kRow] = table_->rows[task];
+  // Counts the patterns of some negatives. ranges: [2], to which their patterns are added.
+  void add(int64_t task, const uint16_t* logits, int64_t count, const uint64_t* negatives, PatternRange* ranges) {
     RSL_ISA_CALL(count_patterns, logits, count, negatives, table_->rows[task][0], table_->rows[task][1], ranges);
-    for (const PatternRange& range : ranges) {
+  }
+
+  // Notes what a task counted, once it has counted all of it: `ranges` may be wide, and all of them is looked through.
+  void mark(int64_t task, const PatternRange* ranges) {
+    const uint32_t (&rows)[2][kRow] = table_->rows[task];
+    for (int sign = 0; sign < 2; ++sign) {
+      const PatternRange& range = ranges[sign];
       for (int64_t stretch = range.begin / kStretch; stretch * kStretch < range.end; ++stretch) {
         // A row may hold something although the sum of the rows is 0.
         uint32_t any = 0;
@@ -92,21 +97,32 @@ constexpr int64_t kWordsPerPiece = 512;
 // Counts the patterns among the negatives of all tensors. beside: what one of the threads does before it helps.
 template <class Beside>
 void count_negatives(const Tensors& logits, const uint64_t* words, int64_t tasks, Histogram& counted, const Beside& beside) {
+  // Thrown from here, as if nothing ran side by side: threads lose what an exception is.
+  std::exception_ptr failure;
   std::vector<Shares> shares;
   for (const Tensor& level : logits) shares.emplace_back(mask_words(level.numel()), tasks, kWordsPerPiece);
   run_tasks(tasks, [&](int64_t task) {
-    if (task == 0) beside();
+    if (task == 0) {
+      try {
+        beside();
+      } catch (...) {
+        failure = std::current_exception();
+      }
+    }
     counted.clear(task);
+    PatternRange ranges[2];
     const uint64_t* level_mask = words;
     for (size_t level = 0; level < logits.size(); ++level) {
       const uint16_t* data = static_cast<const uint16_t*>(logits[level].const_data_ptr());
       const int64_t count = logits[level].numel();
       shares[level].take(task, [&](int64_t begin, int64_t end) {
-        counted.add(task, data + begin * 64, std::min(end * 64, count) - begin * 64, level_mask + begin);
+        counted.add(task, data + begin * 64, std::min(end * 64, count) - begin * 64, level_mask + begin, ranges);
       });
       level_mask += mask_words(count);
     }
+    counted.mark(task, ranges);
   });
+  if (failure) std::rethrow_exception(failure);
 }
 
 // Adds all counted values to the bins of `edges`, [edges + 1]; returns the number of NaN.

@@ -58,7 +58,7 @@ static void gradient_word(const In* logits, int64_t count, uint64_t negatives, c
 #if RSL_ISA != 0
 
 constexpr int kBlock = kMixedElements;
-constexpr float kFew = 0.25f;  // share of the elements up to which gathering them pays
+constexpr float kFew = 0.25f;  // share of the elements up to which packing them pays
 
 // The lanes that are `searched` in place of their results.
 __attribute__((noinline)) static Floats gradient_searched(const GradientPass<float>& pass, Floats x, const int32_t* addresses,
@@ -159,7 +159,7 @@ static int gradient_of_many_gathered(const In* logits, const uint64_t* negatives
 
 #endif
 
-// The same for a block in which few elements get one: these are gathered before, and spread out afterwards.
+// The same for a block in which few elements get one: these are packed before, and spread out afterwards.
 template <bool kMixed, class In>
 static int gradient_of_few(const In* logits, const uint64_t* negatives, int count, const Lanes& lanes,
                            const GradientPass<float>& pass, In* gradient) {

@@ -121,7 +121,7 @@ RSL_INLINE void store_lanes(int32_t first, uint32_t mask, int32_t* lanes) {
       lanes, _mm512_maskz_compress_epi32(static_cast<__mmask16>(mask), _mm512_add_epi32(numbers, _mm512_set1_epi32(first))));
 }
 
-// The same by instruction, which pays where has_fast_gathers() and the table stays in the first-level cache.
+// The same by instruction. The gradient gains by it where has_fast_gathers(); binning, which does less with an entry, did not.
 RSL_INLINE Entries gather_pairs(const void* base, __m512i at) {
   const __m512i low = _mm512_castpd_si512(_mm512_i32gather_pd(_mm512_castsi512_si256(at), base, 8));
   const __m512i high = _mm512_castpd_si512(_mm512_i32gather_pd(_mm512_extracti32x8_epi32(at, 1), base, 8));
