@@ -33,7 +33,7 @@ TARGETS = element_targets.Targets(
     cuda_speed=[((8192,), 1.5)],
     memory=SIZES,
     accuracy=[(2048,), (512, "instances")],
-    least={(512,): (8,), (2048,): (8,)},
+    least={(512,): (8,), (2048,): (8,), (512, "instances"): (8, "instances"), (2048, "instances"): (8, "instances")},
 )
 
 

@@ -21,7 +21,7 @@ class Targets:
     cuda_speed: captured; (entry, largest ratio to the copy). Their memory is measured on CUDA.
     memory: on a CPU; at most the gradient and a MiB.
     accuracy: to LIMITS.
-    least: by entry of warm_speed the same loss with next to no elements; see `tell_least`.
+    least: by entry of warm_speed, which must hold it, the same loss with next to no elements; see `tell_least`.
     further: of (arguments, report), more rows on a CPU.
     """
 
@@ -32,6 +32,11 @@ class Targets:
     cold_speed: Speed | None = None
     least: Mapping[tuple, tuple] = field(default_factory=dict)
     further: Callable[[argparse.Namespace, targets.Rows], None] = lambda arguments, report: None
+
+    def __post_init__(self):
+        unknown = set(self.least) - {entry for entry, _ in self.warm_speed}
+        if unknown:
+            raise ValueError(f"least must be of entries of warm_speed, got {sorted(map(str, unknown))}")
 
 
 def check(loss, promised: Targets, arguments: argparse.Namespace) -> list[dict]:
@@ -70,16 +75,20 @@ def compare(loss, backend: str, case, limits: Mapping[str, float | None], argume
 
 
 def tell_least(loss, promised: Targets, arguments: argparse.Namespace, report: targets.Rows) -> None:
-    """Of a limit, what arithmetic cannot save: a step with next to no elements, and the copy of what a whole one must move."""
+    """Of a limit, what faster arithmetic leaves: a step with next to no elements, and the copy of what two passes must move."""
     arguments, ours = targets.changed(arguments, cache="warm"), loss.name("cpp")
-    if loss.why_not("cpp", arguments.device):
-        return
+    missing = loss.why_not("cpp", arguments.device)
     for entry, limits in promised.warm_speed:
         if entry not in promised.least:
             continue
         case, least = (loss.problems.make_case(arguments, *size) for size in (entry, promised.least[entry]))
         providers = {provider.name: provider for provider in loss.providers(case)}
         peers = {name: limit for name, limit in limits.items() if limit is not None and name in providers}
+        title = f"{ours}, {case.title}, {LEAST} and the copy, warm"
+        if missing:
+            for peer in peers:
+                report(title, None, f"of the limit beside {peer}", None, missing)
+            continue
 
         def build(seed: int, case=case, least=least, providers=providers, peers=peers) -> list[harness.Workload]:
             inputs, few = (loss.problems.make_inputs(replace(each, seed=seed)) for each in (case, least))
@@ -89,9 +98,8 @@ def tell_least(loss, promised: Targets, arguments: argparse.Namespace, report: t
 
         timings = measures.time_draws(arguments, build)
         for peer, limit in peers.items():
-            shares = [timings[name].ratio_to(timings[peer]) for name in (LEAST, harness.COPY)]
-            got = None if None in shares else sum(shares) / limit
-            title = f"{ours}, {case.title}, {LEAST} and the copy, warm"
+            share = timings[LEAST].plus(timings[harness.COPY]).ratio_to(timings[peer])
+            got = None if share is None else share / limit
             report(title, None, f"of the limit beside {peer}", got, targets.medians(timings, LEAST, harness.COPY, peer))
 
 

@@ -81,6 +81,15 @@ class Draws:
     def median(self) -> float:
         return statistics.median(timing.median for timing in self.timings)
 
+    def plus(self, other: "Draws") -> "Draws":
+        """Both one after the other: round by round."""
+        return Draws(
+            [
+                Timing([a + b for a, b in zip(mine.samples, theirs.samples, strict=False)], mine.failure or theirs.failure)
+                for mine, theirs in zip(self.timings, other.timings, strict=True)
+            ]
+        )
+
     def ratio_to(self, other: "Draws") -> float | None:
         if self.failure or other.failure:
             return None
@@ -248,7 +257,10 @@ QUIET = 0.06
 
 
 class ForeignLoad:
-    """The share of the processor that other processes use from now on; children of this process count as its own."""
+    """The share of the processor that others take from now on: other processes, and what the host of a virtual machine runs in its
+    place. Children of this process count as its own."""
+
+    STAT = "/proc/stat"
 
     def __init__(self):
         self.begin = self._seconds()
@@ -259,14 +271,14 @@ class ForeignLoad:
         all_busy, ours, wall = (now - then for now, then in zip(self._seconds(), self.begin, strict=True))
         return max(all_busy - ours, 0.0) / max(wall * (os.cpu_count() or 1), 1e-9)
 
-    @staticmethod
-    def _seconds() -> tuple[float, float, float] | None:
+    @classmethod
+    def _seconds(cls) -> tuple[float, float, float] | None:
         try:
-            with open("/proc/stat") as file:
-                user, nice, system, _, _, irq, soft_irq, *_ = (int(word) for word in file.readline().split()[1:])
+            with open(cls.STAT) as file:
+                user, nice, system, _, _, irq, soft_irq, steal, *_ = (int(word) for word in file.readline().split()[1:])
         except (OSError, ValueError):
             return None
-        return (user + nice + system + irq + soft_irq) / os.sysconf("SC_CLK_TCK"), sum(os.times()[:4]), time.perf_counter()
+        return (user + nice + system + irq + soft_irq + steal) / os.sysconf("SC_CLK_TCK"), sum(os.times()[:4]), time.perf_counter()
 
 
 def machine(device: str) -> dict:

@@ -205,7 +205,7 @@ def main(loss, check: Callable[[argparse.Namespace], list[dict]], program: str, 
         broken = any(has_failed(loss, record) for records in sections.values() for record in records)
     busy = load.fraction()
     if busy is not None and busy > harness.QUIET:
-        print(f"\nother processes used {busy:.0%} of the processor: repeat the times when it is quiet")
+        print(f"\nothers took {busy:.0%} of the processor: repeat the times when it is quiet")
     if arguments.out and not arguments.profile:
         print(f"\nwrote {results.path_of(arguments.out, loss.stem)}")
     return int(broken)

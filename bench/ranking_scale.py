@@ -36,7 +36,7 @@ def narrow_type(loss, arguments, report) -> None:
         case = replace(PROBLEMS.make_case(arguments, distribution, 1000, 10**6), dtype="bfloat16")
         elements = case.positives + case.negatives
         _report_time(loss, arguments, report, case, "warm", 1e9 / elements, 0.35, "ns per element")
-        # What of it is the positives' alone.
+        # As many positives beside next to no negatives. These are too few to be counted by pattern, so it is no part of the row above.
         few = replace(case, negatives=1000)
         _report_time(loss, arguments, report, few, "warm", 1e9 / elements, None, f"ns per element of {case.title}")
 

@@ -278,6 +278,19 @@ def record(provider, positives, negatives, median):
     return fields | {"ns_per_element": 1.0, "moved_bytes": 8, "gb_per_s": 1.0, "ratio_to_floor": 1.5, "ratio_to_focal": None}
 
 
+def test_time_that_the_host_takes_is_foreign(monkeypatch, tmp_path):
+    stat = tmp_path / "stat"
+    stat.write_text("cpu 100 0 0 1000 0 0 0 7 0 0\n")
+    monkeypatch.setattr(harness.ForeignLoad, "STAT", str(stat))
+    load = harness.ForeignLoad()
+    # More than the processors of this machine can do in the time until the next line.
+    ticks = 10_000 * os.sysconf("SC_CLK_TCK")
+    stat.write_text(f"cpu 100 0 0 1000 0 0 0 {7 + ticks} 0 0\n")
+    assert load.fraction() > 1
+    stat.write_text("cpu 100 0 0 1000\n")
+    assert harness.ForeignLoad().fraction() is None
+
+
 SETTINGS = {"date": "2000-01-01", "threads": 2, "seeds": [0], "budget_s": 0.5, "foreign_load": 0.0, "cache": "cold"}
 
 
