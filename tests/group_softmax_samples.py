@@ -236,8 +236,7 @@ def assert_agrees(
     backend: harness.Backend, inputs: Inputs, label: str = "", upstream: list[float] | None = None, **options
 ) -> harness.Evaluation:
     got, wanted = evaluate(backend, inputs, upstream, **options), truth(inputs)
-    # Below the smallest float32 nothing is relative.
-    noise = 0.0 if inputs.logits.dtype == torch.float64 else 2.0**-149
+    noise = harness.smallest_of(inputs.logits.dtype)
     harness.assert_gates(backend, got, wanted.losses.tolist(), wanted.gradient(upstream), label, noise, GRADIENT_GATE)
     return got
 

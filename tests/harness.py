@@ -193,6 +193,11 @@ def on_device(options: dict, backend: Backend) -> dict:
     return {name: value.to(backend.device) if isinstance(value, Tensor) else value for name, value in options.items()}
 
 
+def smallest_of(dtype: torch.dtype) -> float:
+    """Below it nothing is relative: the smallest float32, and for float64 logits where the normal range ends."""
+    return 2.0**-1021 if dtype == torch.float64 else 2.0**-149
+
+
 def assert_gates(
     backend: Backend,
     got: Evaluation,

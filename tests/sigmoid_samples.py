@@ -211,8 +211,7 @@ class SigmoidLoss:
         self, backend: harness.Backend, got: harness.Evaluation, truth: sigmoid_oracle.SigmoidTruth, label: str = "", upstream: float = 1.0
     ) -> None:
         dtype = got.gradient.dtype
-        # Below the smallest float32 nothing is relative.
-        noise = 0.0 if dtype == torch.float64 else 2.0**-149
+        noise = harness.smallest_of(dtype)
         harness.assert_gates(backend, got, truth.losses, truth.gradient(upstream), label, noise, self.narrow)
         if self.is_equalized:
             gate = backend.loss_gate(dtype) if dtype == torch.float64 else SUMS_GATE

@@ -122,7 +122,7 @@ def test_small_gradients_are_right(backend, gamma, deepest, upstream):
     FOCAL.assert_agrees(backend, logits, torch.full((64,), 1), gamma=gamma, alpha=-1.0, upstream=upstream)
 
 
-@pytest.mark.parametrize("gamma, deepest", [(3.0, 20.9), (6.0, 12.1), (10.0, 7.8)])
+@pytest.mark.parametrize("gamma, deepest", [(3.0, 20.9), (6.0, 12.1), (8.0, 9.4), (10.0, 7.8), (12.0, 6.5)])
 def test_gradients_of_any_gamma_are_right_one_by_one(backend, gamma, deepest):
     """Down to the end of the normal range, where products may leave it that should add to a digit that counts."""
     size = 200 if backend.is_slow or backend.is_interpreted else 20_000

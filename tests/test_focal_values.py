@@ -71,6 +71,14 @@ def test_random_inputs(backend, loss, generator, distribution, dtype):
             loss.assert_agrees(backend, *inputs.arguments, label=f"{form} {rows} {variant}", **inputs.options)
 
 
+@PLAIN
+def test_float64_to_the_end_of_its_range(backend, loss):
+    logits = torch.tensor([[350.0], [-690.0], [700.0], [709.0], [711.0], [-720.0], [746.0], [1000.0]], dtype=torch.float64)
+    for row in logits:
+        for label in (0, 1):
+            loss.assert_agrees(backend, row[None], torch.tensor([label]), label=f"{row.item()} {label}")
+
+
 @LOSSES
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_16_bit_logits_lose_only_the_rounding_of_the_gradient(backend, loss, generator, dtype):

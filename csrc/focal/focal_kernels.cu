@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kThreads, kFocalBlocks<T, kSums>)
   RSL_DYNAMIC_SHARED(shared);
   __shared__ double scratch[kWarpsPerBlock];
   const FocalWalk<kAcross> walk(stream);
-  const TileClasses<kAcross> block(stream, walk, shared);
+  const TileClasses<kAcross> tile(stream, walk, shared);
   CompensatedSum loss_sum;
   double exact_sum = 0;
   ClassSums<CompensatedSum, kClasses> class_sums;
@@ -92,8 +92,8 @@ __global__ void __launch_bounds__(kThreads, kFocalBlocks<T, kSums>)
             if ((quad.valid >> v & 1) == 0) continue;
             TwoFloat loss;
             float slope = 0;
-            bool is_done = weighted_loss(block, place, quad, v, has_weights, &loss);
-            if constexpr (kSums) is_done = is_done && weighted_slope(block, place, quad, v, 1, &slope);
+            bool is_done = weighted_loss(tile, place, quad, v, has_weights, &loss);
+            if constexpr (kSums) is_done = is_done && weighted_slope(tile, place, quad, v, 1, &slope);
             if (is_done) {
               loss_sum.add(loss);
               if constexpr (kSums) class_sums.add(v, (quad.positive >> v & 1) != 0, TwoFloat{fabsf(slope), 0});
@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kThreads, kFocalBlocks<T, kSums>)
       [&](const FocalStreamLevel& level, const FocalPlace& place, int v) {
         FocalElement element;
         bool is_positive;
-        if (!block.exact(level, place, v, &element, &is_positive)) return;
+        if (!tile.exact(level, place, v, &element, &is_positive)) return;
         exact_sum += element.loss;
         if constexpr (kSums) exact_class_sums.add(v, is_positive, fabs(element.slope));
       });
@@ -167,7 +167,7 @@ template <class T, bool kAcross, bool kGradients>
 __global__ void __launch_bounds__(kThreads, kFocalBlocks<T, false>) focal_elements_kernel(FocalStream stream) {
   RSL_DYNAMIC_SHARED(shared);
   const FocalWalk<kAcross> walk(stream);
-  const TileClasses<kAcross> block(stream, walk, shared);
+  const TileClasses<kAcross> tile(stream, walk, shared);
   const double factor = stream.factor();
   walk.for_places(
       [&](const FocalStreamLevel& level, const FocalPlace& place) {
@@ -188,10 +188,10 @@ __global__ void __launch_bounds__(kThreads, kFocalBlocks<T, false>) focal_elemen
             if ((quad.valid >> v & 1) == 0) continue;
             bool is_done;
             if constexpr (kGradients) {
-              is_done = weighted_slope(block, place, quad, v, factor_parts.high * upstream[v], &results[v]);
+              is_done = weighted_slope(tile, place, quad, v, factor_parts.high * upstream[v], &results[v]);
             } else {
               TwoFloat loss;
-              is_done = weighted_loss(block, place, quad, v, has_weights, &loss);
+              is_done = weighted_loss(tile, place, quad, v, has_weights, &loss);
               const bool is_zero = loss.high == 0;
               loss = product_of(loss, factor_parts);
               results[v] = loss.high + loss.low;
@@ -212,7 +212,7 @@ __global__ void __launch_bounds__(kThreads, kFocalBlocks<T, false>) focal_elemen
         FocalElement element;
         bool is_positive;
         double result = 0;
-        if (block.exact(level, place, v, &element, &is_positive)) {
+        if (tile.exact(level, place, v, &element, &is_positive)) {
           result = upstream * (kGradients ? element.slope : element.loss);
         }
         store_as(level.outputs, at, result);

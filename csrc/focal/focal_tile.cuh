@@ -75,15 +75,15 @@ class TileClasses {
 
 // Loss of element v with its weights in two floats. False: it is one for float64. Nothing is to be added where it is 0.
 template <bool kAcross>
-__device__ __forceinline__ bool weighted_loss(const TileClasses<kAcross>& block, const FocalPlace& place, const FocalQuad& quad,
+__device__ __forceinline__ bool weighted_loss(const TileClasses<kAcross>& tile, const FocalPlace& place, const FocalQuad& quad,
                                               int v, bool has_weights, TwoFloat* loss) {
   *loss = {0, 0};
-  if (!block.is_hard(quad.targets[v])) return false;
+  if (!tile.is_hard(quad.targets[v])) return false;
   const bool is_positive = quad.targets[v] != 0;
-  const HardClass entry = block.of(place, v, is_positive);
+  const HardClass entry = tile.of(place, v, is_positive);
   if (entry.weight.high == 0) return true;
   const float x = static_cast<float>(is_positive ? -quad.logits[v] : quad.logits[v]);
-  const TwoFloat of_logit = block.elements().loss(x, entry.gamma);
+  const TwoFloat of_logit = tile.elements().loss(x, entry.gamma);
   *loss = product_of(of_logit, entry.weight);
   if (has_weights) *loss = product_of(*loss, TwoFloat{static_cast<float>(quad.weights[v]), 0});
   const float size = fabsf(loss->high);
@@ -96,15 +96,15 @@ __device__ __forceinline__ bool weighted_loss(const TileClasses<kAcross>& block,
 
 // Derivative of element v with its weights. False: it is one for float64.
 template <bool kAcross>
-__device__ __forceinline__ bool weighted_slope(const TileClasses<kAcross>& block, const FocalPlace& place,
-                                               const FocalQuad& quad, int v, float factor, float* slope) {
+__device__ __forceinline__ bool weighted_slope(const TileClasses<kAcross>& tile, const FocalPlace& place, const FocalQuad& quad,
+                                               int v, float factor, float* slope) {
   *slope = 0;
-  if (!block.is_hard(quad.targets[v])) return false;
+  if (!tile.is_hard(quad.targets[v])) return false;
   const bool is_positive = quad.targets[v] != 0;
-  const HardClass entry = block.of(place, v, is_positive);
+  const HardClass entry = tile.of(place, v, is_positive);
   if (entry.weight.high == 0) return true;
   const float x = static_cast<float>(is_positive ? -quad.logits[v] : quad.logits[v]);
-  *slope = block.elements().slope(x, entry.gamma) * entry.weight.high * (static_cast<float>(quad.weights[v]) * factor);
+  *slope = tile.elements().slope(x, entry.gamma) * entry.weight.high * (static_cast<float>(quad.weights[v]) * factor);
   if (is_positive) *slope = -*slope;
   return fabsf(x) <= kLargestFloat && fabsf(*slope) <= kLargestFloat;
 }
