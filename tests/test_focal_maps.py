@@ -3,8 +3,8 @@ import harness
 import pytest
 import torch
 from harness import moved
-from rsloss_kernels import quality_focal_loss, sigmoid_focal_loss, use_backend
-from sigmoid_samples import FOCAL, QUALITY
+from rsloss_kernels import equalized_focal_loss, quality_focal_loss, sigmoid_focal_loss, use_backend
+from sigmoid_samples import EFL, FOCAL, QUALITY
 
 GRADIENT_GATE = 2e-6
 
@@ -116,6 +116,31 @@ def test_maps_in_channels_last_memory_are_not_copied(backend, generator, layout,
             sigmoid_focal_loss(levels, labels, layout=layout, num_classes=4, reduction="sum")
     # Rows are counted in the order of the labels then, too.
     assert {levels[0].data_ptr(), labels.data_ptr()} <= addresses
+
+
+# Of pieces with some of the classes, with rows of several images, and of rows alone: 200,000 elements and more.
+MANY = {"images": (3, 40, [(50, 40)]), "levels": (1, 90, [(4, 8), (30, 40), (40, 30)]), "classes": (1, 1203, [(13, 20)])}
+
+
+@pytest.mark.slow_interpreter
+@pytest.mark.parametrize("layout", ["rows", "anchor_major"])
+@pytest.mark.parametrize("form", MANY)
+def test_class_sums_of_many_elements(backend, generator, form, layout):
+    batch, classes, sizes = MANY[form]
+    if backend.is_slow:
+        sizes = [(3, 5) for _ in sizes]
+    levels = [torch.randn((batch, classes, *size), generator=generator) for size in sizes]
+    labels = torch.randint(-1, classes + 1, (batch, sum(height * width for height, width in sizes)), generator=generator)
+    pos_neg = torch.rand(classes, generator=generator, dtype=torch.float64)
+    flat = natural_order(levels, "anchor_major", 1, classes)
+    truth = EFL.truth(flat.flatten(0, 1), labels.flatten(), pos_neg)
+    if layout == "rows":
+        levels = flat
+    with use_backend(backend.name):
+        got = equalized_focal_loss(moved(levels, backend.device), labels.to(backend.device), pos_neg.to(backend.device), layout=layout)
+    harness.assert_within(got.loss.cpu(), truth.losses[0], 1e-7 * truth.losses[0], "loss")
+    for name, sums, wanted in zip(("positives", "negatives"), got[1:], truth.class_sums, strict=True):
+        harness.assert_within(sums.cpu(), wanted, 1e-6 * wanted, name)
 
 
 @pytest.mark.parametrize("shape", [(3,), (7, 3), (2, 5, 3), (2, 3, 4, 3), (0, 3), (2, 0, 3)])

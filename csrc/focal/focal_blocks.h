@@ -64,7 +64,7 @@ struct ClassColumns {
 };
 
 // The class table, and the columns in the order in which the elements of a block meet them: rows again and again, or, where
-// rows are longer than a block, once. Behind the last one are zeros.
+// rows are longer than a block, once.
 struct FocalTable {
   const double* table;  // [3, C]
   LabelRule rule;
@@ -75,7 +75,8 @@ struct FocalTable {
   NarrowLosses narrow;
   double factor;
   int64_t rows_per_block;  // 0: rows are longer than a block
-  int64_t columns_size;
+  int64_t entries;         // of a column
+  int64_t columns_size;    // with zeros behind the last
   ClassColumns columns;
   const uint64_t* live_negative;  // bits: the weight is not 0
   const uint64_t* live_positive;

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <memory>
 #include <numeric>
 #include <optional>
 #include <tuple>
@@ -29,6 +30,7 @@ namespace {
 
 constexpr int64_t kMostChunks = 64;
 constexpr int64_t kSmallestChunk = 16 * kBlock;  // elements
+constexpr int64_t kSumsPerTask = 16384;
 
 // The arguments that all three operators begin with.
 struct Arguments {
@@ -116,11 +118,9 @@ class TableColumns {
     const int64_t most = kBlock / classes, whole = kLanes / std::gcd(classes, int64_t{kLanes});
     view.rows_per_block = most >= whole ? most / whole * whole : most;
     const int64_t entries = classes * std::max<int64_t>(view.rows_per_block, 1);
+    view.entries = entries;
     view.columns_size = (entries + kBlock) / kLanes * kLanes;
-    for (std::vector<double>& column : doubles_) column.assign(view.columns_size, 0.0);
-    for (std::vector<uint64_t>& words : live_) words.assign(entries / 64 + kBlockWords, 0);
-    for (std::vector<float>& column : floats_) column.assign(has_floats ? view.columns_size : 0, 0.0f);
-    for (int64_t i = 0; i < entries; ++i) set_entry(i, class_entry(view.table, classes, i % classes), has_floats);
+    fill_columns(classes, has_floats);
     view.columns = {doubles_[0].data(), doubles_[1].data(), doubles_[2].data(), floats_[0].data(),
                     floats_[1].data(),  floats_[2].data(),  floats_[3].data(),  floats_[4].data()};
     view.live_negative = live_[0].data();
@@ -158,20 +158,45 @@ class TableColumns {
     return is_common && (gamma[0] == 0 || gamma[0] == 1 || gamma[0] == 2) ? static_cast<int>(gamma[0]) : -1;
   }
 
-  void set_entry(int64_t i, const ClassEntry& entry, bool has_floats) {
-    const uint64_t bit = uint64_t{1} << i % 64;
-    doubles_[0][i] = entry.gamma;
-    doubles_[1][i] = entry.positive * view.factor;
-    doubles_[2][i] = entry.negative * view.factor;
-    live_[0][i / 64] |= entry.negative != 0 ? bit : 0;
-    live_[1][i / 64] |= entry.positive != 0 ? bit : 0;
-    live_[2][i / 64] |= is_dead(entry) ? 0 : bit;
+  void fill_columns(int64_t classes, bool has_floats) {
+    const ClassTableRow rows[] = {kClassGamma, kPositiveWeight, kNegativeWeight};
+    for (int column = 0; column < 3; ++column) {
+      const double* of_classes = view.table + rows[column] * classes;
+      const double factor = column == 0 ? 1 : view.factor;
+      doubles_[column].assign(view.columns_size, 0.0);
+      double* entries = doubles_[column].data();
+      std::transform(of_classes, of_classes + classes, entries, [factor](double value) { return value * factor; });
+      for (int64_t first = classes; first < view.entries; first += classes) std::copy_n(entries, classes, entries + first);
+    }
+    fill_live(live_[0], view.table + kNegativeWeight * classes, classes);
+    fill_live(live_[1], view.table + kPositiveWeight * classes, classes);
+    live_[2] = live_[0];
+    for (size_t word = 0; word < live_[2].size(); ++word) live_[2][word] |= live_[1][word];
     if (!has_floats) return;
-    floats_[0][i] = static_cast<float>(entry.gamma);
-    floats_[1][i] = static_cast<float>(entry.gamma - static_cast<double>(floats_[0][i]));
-    floats_[2][i] = static_cast<float>(doubles_[1][i]);
-    floats_[3][i] = static_cast<float>(doubles_[2][i]);
-    floats_[4][i] = static_cast<float>(doubles_[2][i] - static_cast<double>(floats_[3][i]));
+    round_column(doubles_[0], floats_[0], &floats_[1]);
+    round_column(doubles_[1], floats_[2], nullptr);
+    round_column(doubles_[2], floats_[3], &floats_[4]);
+  }
+
+  // Bits of the entries whose weight is not 0.
+  void fill_live(std::vector<uint64_t>& words, const double* weights, int64_t classes) {
+    words.assign(view.entries / 64 + kBlockWords, 0);
+    const bool all = std::none_of(weights, weights + classes, [](double weight) { return weight == 0; });
+    for (int64_t word = 0; all && word * 64 < view.entries; ++word)
+      words[word] = view.entries - word * 64 < 64 ? (uint64_t{1} << view.entries % 64) - 1 : ~uint64_t{0};
+    for (int64_t first = 0; !all && first < view.entries; first += classes)
+      for (int64_t c = 0; c < classes; ++c)
+        words[(first + c) / 64] |= static_cast<uint64_t>(weights[c] != 0) << (first + c) % 64;
+  }
+
+  // lost: what rounding leaves, if that is wanted.
+  static void round_column(const std::vector<double>& exact, std::vector<float>& rounded, std::vector<float>* lost) {
+    rounded.resize(exact.size());
+    std::transform(exact.begin(), exact.end(), rounded.begin(), [](double x) { return static_cast<float>(x); });
+    if (lost == nullptr) return;
+    lost->resize(exact.size());
+    std::transform(exact.begin(), exact.end(), rounded.begin(), lost->begin(),
+                   [](double x, float near) { return static_cast<float>(x - static_cast<double>(near)); });
   }
 };
 
@@ -179,6 +204,11 @@ struct Chunk {
   size_t level;
   int64_t begin;  // strips
   int64_t end;
+  int64_t first_class;
+  int64_t last_class;
+  int64_t sums_at;  // how many numbers stand before its sums, [2, classes of the chunk]
+
+  int64_t classes() const { return last_class - first_class; }
 };
 
 bool level_is_map(const FocalLevel& level) { return level.layout.inner > 1 || level.layout.classes == 1; }
@@ -190,6 +220,7 @@ std::vector<Chunk> cut_into_chunks(const Arguments& arguments, const std::vector
   const int64_t most = limit_by_memory(kMostChunks, table.rule.classes * static_cast<int64_t>(2 * sizeof(double)));
   const int64_t wanted = std::max(kSmallestChunk, elements / most + 1);
   std::vector<Chunk> chunks;
+  int64_t sums_at = 0;
   for (size_t i = 0; i < levels.size(); ++i) {
     const FocalLayout& layout = levels[i].layout;
     const int64_t rows = std::max<int64_t>(table.rows_per_block, 1);
@@ -199,7 +230,16 @@ std::vector<Chunk> cut_into_chunks(const Arguments& arguments, const std::vector
     if (strips == 0) continue;
     const int64_t of_strip = std::max<int64_t>(1, arguments.logits[i].numel() / strips),
                   step = (wanted + of_strip - 1) / of_strip;
-    for (int64_t begin = 0; begin < strips; begin += step) chunks.push_back({i, begin, std::min(begin + step, strips)});
+    for (int64_t begin = 0; begin < strips; begin += step) {
+      const int64_t end = std::min(begin + step, strips), part = begin / parts.class_parts;
+      Chunk chunk = {i, begin, end, 0, layout.classes, sums_at};
+      if (level_is_map(levels[i]) && part == (end - 1) / parts.class_parts) {
+        chunk.first_class = (begin - part * parts.class_parts) * parts.class_step;
+        chunk.last_class = std::min((end - part * parts.class_parts) * parts.class_step, layout.classes);
+      }
+      sums_at += kClassSumRows * chunk.classes();
+      chunks.push_back(chunk);
+    }
   }
   return chunks;
 }
@@ -211,13 +251,30 @@ void for_chunks(const std::vector<Chunk>& chunks, const Body& body) {
   share_items(count, task_count(count, 1), body);
 }
 
-// The sums of a chunk as its blocks add to them, by entry of the columns or by class, to P and N of each class.
-void add_by_class(const std::vector<double>& sums, int64_t classes, double* result) {
-  const int64_t entries = static_cast<int64_t>(sums.size()) / 2;
-  for (int64_t row = 0; row < kClassSumRows; ++row)
-    for (int64_t first = 0; first < entries; first += classes)
-      for (int64_t i = first; i < std::min(first + classes, entries); ++i)
-        result[row * classes + i - first] += sums[row * entries + i];
+// The sums of a chunk as its blocks add to them, by entry of the columns or by class, to P and N of each of its classes.
+void add_by_class(const std::vector<double>& sums, int64_t classes, const Chunk& chunk, double* result) {
+  const int64_t entries = static_cast<int64_t>(sums.size()) / kClassSumRows;
+  for (int64_t row = 0; row < kClassSumRows; ++row, result += chunk.classes()) {
+    const double* of_row = sums.data() + row * entries;
+    std::copy(of_row + chunk.first_class, of_row + chunk.last_class, result);
+    for (int64_t first = classes; first < entries; first += classes)
+      for (int64_t i = first; i < std::min(first + classes, entries); ++i) result[i - first] += of_row[i];
+  }
+}
+
+// P and N of all chunks, in their order; by_class: [2, classes], zeros.
+void add_chunks(const std::vector<Chunk>& chunks, const double* sums, int64_t classes, double* by_class) {
+  const int64_t tasks = task_count(chunks.empty() ? 0 : chunks.back().sums_at, kSumsPerTask);
+  run_tasks(tasks, [&](int64_t task) {
+    const int64_t begin = task_begin(classes, tasks, task), end = task_begin(classes, tasks, task + 1);
+    for (const Chunk& chunk : chunks) {
+      const int64_t first = std::max(begin, chunk.first_class), last = std::min(end, chunk.last_class);
+      for (int64_t row = 0; row < kClassSumRows; ++row) {
+        const double* of_row = sums + chunk.sums_at + row * chunk.classes();
+        for (int64_t c = first; c < last; ++c) by_class[row * classes + c] += of_row[c - chunk.first_class];
+      }
+    }
+  });
 }
 
 std::tuple<Tensor, Tensor> focal_forward(Tensors logits, Tensors targets, Tensors qualities, Tensors weights,
@@ -231,9 +288,11 @@ std::tuple<Tensor, Tensor> focal_forward(Tensors logits, Tensors targets, Tensor
   TableColumns columns(arguments, 1, logits[0].scalar_type() != ScalarType::Double);
   const FocalTable& table = columns.view;
   const std::vector<Chunk> chunks = cut_into_chunks(arguments, levels, table);
-  const int64_t classes = table.rule.classes, width = class_sums ? kClassSumRows * classes : 0;
-  // Of each chunk the loss, P and N.
-  std::vector<double> parts(chunks.size() * (1 + width));
+  const int64_t classes = table.rule.classes;
+  std::vector<double> losses(chunks.size());
+  const bool has_sums = class_sums && !chunks.empty();
+  const std::unique_ptr<double[]> chunk_sums(
+      new double[has_sums ? chunks.back().sums_at + kClassSumRows * chunks.back().classes() : 0]);
   dispatch_floating(logits[0].scalar_type(), [&](auto tag) {
     using In = decltype(tag);
     if (!class_sums) columns.add_narrow_losses<In>(count_elements(logits));
@@ -241,26 +300,23 @@ std::tuple<Tensor, Tensor> focal_forward(Tensors logits, Tensors targets, Tensor
       const Chunk& chunk = chunks[i];
       const FocalLevel& level = levels[chunk.level];
       const In* data = static_cast<const In*>(level.logits);
-      double* part = parts.data() + i * (1 + width);
       std::vector<double> sums(class_sums ? kClassSumRows * (level_is_map(level) ? classes : table.columns_size) : 0);
       std::vector<float> pulls(class_sums && !level_is_map(level) ? table.columns_size : 0);
-      part[0] = RSL_ISA_CALL(sum_strips<In>, level, table, data, chunk.begin, chunk.end, class_sums ? sums.data() : nullptr,
-                             pulls.data());
-      if (class_sums) add_by_class(sums, classes, part + 1);
+      losses[i] = RSL_ISA_CALL(sum_strips<In>, level, table, data, chunk.begin, chunk.end, class_sums ? sums.data() : nullptr,
+                               pulls.data());
+      if (class_sums) add_by_class(sums, classes, chunk, chunk_sums.get() + chunk.sums_at);
     });
   });
   const bool is_wide = logits[0].scalar_type() == ScalarType::Double;
   Tensor loss = new_cpu_tensor({}, is_wide ? ScalarType::Double : ScalarType::Float);
   Tensor total_sums =
       class_sums ? new_cpu_tensor({kClassSumRows, classes}, ScalarType::Double) : new_cpu_tensor({0}, ScalarType::Double);
-  double total = 0, *by_class = static_cast<double*>(total_sums.mutable_data_ptr());
-  std::fill(by_class, by_class + width, 0.0);
-  for (size_t i = 0; i < chunks.size(); ++i) {
-    const double* part = parts.data() + i * (1 + width);
-    total += part[0];
-    for (int64_t j = 0; j < width; ++j) by_class[j] += part[1 + j];
+  if (class_sums) {
+    double* by_class = static_cast<double*>(total_sums.mutable_data_ptr());
+    std::fill_n(by_class, kClassSumRows * classes, 0.0);
+    add_chunks(chunks, chunk_sums.get(), classes, by_class);
   }
-  const double value = factor_of(arguments) * total;
+  const double value = factor_of(arguments) * std::accumulate(losses.begin(), losses.end(), 0.0);
   if (is_wide) *static_cast<double*>(loss.mutable_data_ptr()) = value;
   else *static_cast<float*>(loss.mutable_data_ptr()) = static_cast<float>(value);
   return {loss, total_sums};

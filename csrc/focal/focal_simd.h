@@ -335,7 +335,7 @@ static inline void for_map_blocks(const FocalLevel& level, const FocalTable& tab
 template <int kGamma>
 static void add_pulls(const FocalTable& table, float* pulls, double* negative_sums) {
   constexpr double unscale = kBackgroundUnscale<kGamma>;
-  for (int64_t i = 0; i < table.columns_size; i += kFloats) {
+  for (int64_t i = 0; i < table.entries; i += kFloats) {
     const DoublePair pull = load_doubles(pulls + i), w = load_doubles(table.columns.negative + i),
                      sum = load_doubles(negative_sums + i);
     // Where there is nothing the weight may be anything.
