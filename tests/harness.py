@@ -194,7 +194,7 @@ def on_device(options: dict, backend: Backend) -> dict:
 
 
 def smallest_of(dtype: torch.dtype) -> float:
-    """Below it nothing is relative: the smallest float32, and for float64 logits where the normal range ends."""
+    """Below it nothing is relative: the smallest float32, and for float64 logits e^-708, rounded up to a power of two."""
     return 2.0**-1021 if dtype == torch.float64 else 2.0**-149
 
 

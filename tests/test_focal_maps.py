@@ -118,7 +118,7 @@ def test_maps_in_channels_last_memory_are_not_copied(backend, generator, layout,
     assert {levels[0].data_ptr(), labels.data_ptr()} <= addresses
 
 
-# Of pieces with some of the classes, with rows of several images, and of rows alone: 200,000 elements and more.
+# In pieces of some of the classes, of several parts of an image's rows, and of rows alone: 200,000 elements and more.
 MANY = {"images": (3, 40, [(50, 40)]), "levels": (1, 90, [(4, 8), (30, 40), (40, 30)]), "classes": (1, 1203, [(13, 20)])}
 
 

@@ -74,9 +74,9 @@ def test_random_inputs(backend, loss, generator, distribution, dtype):
 @PLAIN
 def test_float64_to_the_end_of_its_range(backend, loss):
     logits = torch.tensor([[350.0], [-690.0], [700.0], [709.0], [711.0], [-720.0], [746.0], [1000.0]], dtype=torch.float64)
-    for row in logits:
-        for label in (0, 1):
-            loss.assert_agrees(backend, row[None], torch.tensor([label]), label=f"{row.item()} {label}")
+    plain = {"beta": 0.0} if loss.modulator == "quality" else {"gamma": 0.0}
+    for row, label, options in itertools.product(logits, (0, 1), ({}, plain)):
+        loss.assert_agrees(backend, row[None], torch.tensor([label]), label=f"{row.item()} {label} {options}", **options)
 
 
 @LOSSES

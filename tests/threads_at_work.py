@@ -59,6 +59,9 @@ def calls(seed: int) -> dict[str, tuple[torch.Tensor, Callable[[torch.Tensor], t
     chance = torch.rand(300_000, generator=generator)
     many, many_targets = normal(generator, 300_000), torch.rand(40_000, generator=generator).round()
     many_qualities = (chance - 0.99).clamp(min=0)
+    # Sums of so many classes that tasks share them out.
+    of_classes = torch.Generator().manual_seed(seed)
+    of_many_classes, many_state = normal(of_classes, 300, 1203) - 4, torch.rand(1203, generator=of_classes)
     return {
         "ranking, maps": of_maps(lambda *given, **options: sum(r.rank_sort_loss(*given, **options))),
         "GHM-C, maps": of_maps(r.ghm_classification_loss),
@@ -80,6 +83,7 @@ def calls(seed: int) -> dict[str, tuple[torch.Tensor, Callable[[torch.Tensor], t
         "ranking, many": (many, lambda x: sum(r.rank_sort_loss(x, many_qualities))),
         "ranking, many of few exponents": (many - 6, lambda x: sum(r.rank_sort_loss(x, many_qualities))),
         "ranking, many positives": (many[:40_000], lambda x: sum(r.rank_sort_loss(x, many_targets))),
+        "EFL, many classes": (of_many_classes, lambda x: r.equalized_focal_loss(x, torch.arange(300) * 4, many_state).loss),
     }
 
 

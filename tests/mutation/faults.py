@@ -88,6 +88,7 @@ CPP = [
     ("edges of GHM belong to the lower bin", "csrc/ghm/ghm.h", "return static_cast<double>(nearest) < threshold ? nextafterf(nearest, INFINITY) : nearest;", "return nextafterf(nearest, INFINITY);", GHM),
     ("easy elements are counted twice", "csrc/ghm/ghm_classification_simd.h", "  count -= filled - others.count;\n", "", GHM),
     ("slope of a positive keeps its sign", "csrc/ghm/ghm_classification_simd.h", "choose(fits, negate_where(masks.one, sigma * factor), FloatVec{})", "choose(fits, sigma * factor, FloatVec{})", GHM),
+    ("a class sum is taken twice", "csrc/focal/focal_cpu.cpp", "end = task_begin(classes, tasks, task + 1);", "end = std::min(classes, task_begin(classes, tasks, task + 1) + 1);", "tests/test_focal_properties.py"),
     ("class sums of one part of a map alone", "csrc/focal/focal_cpu.cpp", "if (level_is_map(levels[i]) && part == (end - 1) / parts.class_parts) {", "if (level_is_map(levels[i])) {", FOCAL),
     ("left-over negatives vanish", "csrc/focal/focal_background_simd.h", "    any |= left_over[begin / 64] = block.negative[begin / 64] & ~taken;", "    left_over[begin / 64] = 0;", FOCAL),
     ("rounding of the modulated entropy is lost", "csrc/focal/focal_functions_simd.h", "return {high, sum * (high + part) + part};", "return {high, sum * high + part};", FOCAL),
